@@ -1,0 +1,121 @@
+"""Attention within each packed sequence, the sequences never seeing one another.
+
+    out[m] = sum_n softmax_n(cap(scale * q[m] . k[n]) + bias[n - m]) * v[n]
+
+for n over the keys of m's own sequence that causality and the window allow. ``m`` and ``n`` count
+from the end of their sequences where q and k differ in length (aligned bottom-right, as flash
+attention does), so that the last query stands at the last key.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import AttentionSpec, attend_by_sequence
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    relative_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attend within each sequence of a packed batch.
+
+    Args:
+        q: ``(total_q, heads, head_dim)``, floating point; any strides with the last one 1.
+        k: ``(total_k, kv_heads, head_dim)``; ``heads`` is a multiple of ``kv_heads``.
+        v: ``(total_k, kv_heads, head_dim)``.
+        cu_seqlens_q: ``(num_seqs + 1,)`` int32, rising from 0 to ``total_q``.
+        cu_seqlens_k: ``(num_seqs + 1,)`` int32, rising from 0 to ``total_k``.
+        causal: let a query see no key behind its own place; bottom-right where lengths differ.
+        scale: factor of the scores, by default ``head_dim ** -0.5``.
+        window: ``(left, right)``, how many keys before and after its own place a query sees;
+            a negative number is no limit.
+        softcap: bound on the scores, ``cap * tanh(score / cap)``, before the bias.
+        relative_bias: ``(heads, 2 * reach + 1)``, what is added to the score of a key at distance
+            ``d = n - m`` from its query, at index ``d + reach``; beyond the reach the outermost
+            value holds. See ``t5_bias_table`` and ``alibi_bias_table``. Differentiable.
+        dropout_p: chance that an attention weight is dropped; the others are scaled up.
+
+    Returns:
+        ``(total_q, heads, head_dim)`` in q's dtype. A query that sees no key gives 0, and its
+        gradient is 0.
+
+    Raises:
+        TypeError: if q, k and v differ in dtype or are not floating point.
+        ValueError: if a shape, device or option does not fit, naming it.
+    """
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, dropout_p)
+    spec = AttentionSpec(
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        window=_normal_window(window),
+        softcap=softcap or None,
+        dropout_p=dropout_p,
+    )
+    return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
+
+
+def _normal_window(window: tuple[int, int] | None) -> tuple[int, int] | None:
+    """``(left, right)`` with -1 for no limit, or None where neither side has one."""
+    if window is None:
+        return None
+    left, right = (max(-1, int(side)) for side in window)
+    return None if left < 0 and right < 0 else (left, right)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    relative_bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"{name} must be (total, heads, head_dim), got shape {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise TypeError(
+                f"q, k and v must share one floating-point dtype, got {name} in {tensor.dtype}"
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    heads, head_dim = q.shape[1:]
+    if k.shape[2] != head_dim:
+        raise ValueError(f"k must have q's head_dim = {head_dim}, got {k.shape[2]}")
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"q's {heads} heads must be a multiple of k's, got {k.shape[1]}")
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if offsets.dim() != 1 or offsets.numel() < 2 or offsets.dtype != torch.int32:
+            raise ValueError(
+                f"{name} must be (num_seqs + 1,) int32, "
+                f"got shape {tuple(offsets.shape)} {offsets.dtype}"
+            )
+    if cu_seqlens_q.numel() != cu_seqlens_k.numel():
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must count the same sequences, "
+            f"got {cu_seqlens_q.numel() - 1} and {cu_seqlens_k.numel() - 1}"
+        )
+    if relative_bias is not None and (
+        relative_bias.dim() != 2 or relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 == 0
+    ):
+        raise ValueError(
+            f"relative_bias must be (heads = {heads}, 2 * reach + 1), "
+            f"got shape {tuple(relative_bias.shape)}"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")

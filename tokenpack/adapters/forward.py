@@ -1,0 +1,170 @@
+"""The forward of a patched model: pack, run the model's own forward on real tokens, unpack."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..kernels import PackedLayout, repad
+from .call import PatchState
+from .head import after_head, fused_forward, loss_from_logits, nothing_else_follows
+from .inputs import IGNORE_INDEX, CannotPackError, PackedInputs, pack_inputs, shifted
+from .swap import is_swapped
+
+logger = logging.get_logger(__name__)
+
+# The layout side that each output of transformers' models is laid out by.
+_SIDES = {
+    "last_hidden_state": ("dec", "self", "enc"),
+    "hidden_states": ("self", "enc"),
+    "logits": ("dec", "self"),
+    "decoder_hidden_states": ("dec",),
+    "encoder_last_hidden_state": ("enc",),
+    "encoder_hidden_states": ("enc",),
+}
+
+
+# Packing looks at the batch's values, once; the model's own forward below it is still compiled.
+@functools.partial(torch.compiler.disable, recursive=False)
+def packed_forward(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward, with its signature, on real tokens alone where that is possible."""
+    state: PatchState = model._tokenpack_state
+    given, parameters = _arguments_by_name(original, model, args, kwargs)
+    try:
+        packed = pack_inputs(model, state, dict(given), parameters)
+    except CannotPackError as reason:
+        if state.strict:
+            raise ValueError(f"{state.family.name} cannot be packed here: {reason}") from None
+        return _own_path(original, model, state, str(reason), given)
+    for name in ("cu_seqlens", "decoder_cu_seqlens", "max_seqlen", "decoder_max_seqlen"):
+        given.pop(name, None)
+    outputs = _run(original, model, state, packed)
+    state.stats.packed_calls += 1
+    state.stats.packed_tokens += sum(side.total_tokens for side in packed.call.layouts.values())
+    state.stats.padded_tokens += packed.padded_slots
+    return_dict = given.get("return_dict")
+    if return_dict is None:
+        return_dict = getattr(model.config, "return_dict", True)
+    return outputs if return_dict else outputs.to_tuple()
+
+
+def _run(
+    original: Callable[..., Any], model: nn.Module, state: PatchState, packed: PackedInputs
+) -> Any:
+    call, targets = packed.call, packed.targets
+    keep_logits = state.logits == "always" or (
+        state.logits == "auto" and not (model.training and targets is not None)
+    )
+    if targets is not None and not keep_logits and state.head_is_plain is not False:
+        head = model.get_output_embeddings()
+        if is_swapped(head, fused_forward):
+            call.targets, call.after_head = targets, after_head(model)
+    with state.running(call):
+        outputs = original(model, **packed.arguments)
+    if call.attention_calls == 0 and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
+            "called after patch_model?"
+        )
+
+    # ModelOutput forgets no field that was once set, so the results go into a new one.
+    fields = dict(outputs.items())
+    if call.loss is not None:
+        if state.head_is_plain is None:
+            state.head_is_plain = nothing_else_follows(
+                call.after_head, call.head_logits, outputs.logits
+            )
+            if not state.head_is_plain:  # the loss lacks what the model does there: once more
+                logger.warning_once(
+                    f"{type(model).__name__} changes its logits after the head in a way unknown to "
+                    "tokenpack: logits are materialised for the loss"
+                )
+                return _run(original, model, state, _without_fused_loss(packed))
+        fields["loss"] = call.loss
+        state.stats.loss = "fused with the head, without logits"
+    elif targets is not None:
+        fields["loss"] = loss_from_logits(outputs.logits[0], targets, call.num_items)
+        state.stats.loss = _why_not_fused(state, keep_logits)
+    if not keep_logits:
+        fields.pop("logits", None)
+    if not packed.came_packed:
+        for name, sides in _SIDES.items():
+            if name in fields:
+                layout = next(call.layouts[side] for side in sides if side in call.layouts)
+                fields[name] = _repadded(fields[name], layout)
+    return type(outputs)(**fields)
+
+
+def _without_fused_loss(packed: PackedInputs) -> PackedInputs:
+    packed.call.targets = packed.call.loss = None
+    return packed
+
+
+def _why_not_fused(state: PatchState, keep_logits: bool) -> str:
+    if keep_logits:
+        return "from the logits, which are returned"
+    if state.head_is_plain is False:
+        return "from the logits: the model changes them after its head in a way unknown here"
+    return "from the logits: the head is no plain nn.Linear"
+
+
+def _repadded(value: Tensor | tuple[Tensor, ...], layout: PackedLayout) -> Any:
+    if isinstance(value, Tensor):
+        return repad(value[0], layout)
+    return tuple(repad([hidden[0] for hidden in value], layout))
+
+
+def _own_path(
+    original: Callable[..., Any],
+    model: nn.Module,
+    state: PatchState,
+    reason: str,
+    given: dict[str, Any],
+) -> Any:
+    """The model's own forward, counted; its loss honours ``num_items_in_batch`` here too."""
+    state.stats.fallbacks[reason] += 1
+    if model.training:
+        logger.warning_once(
+            f"{type(model).__name__} runs padded: {reason}. See packing_stats(model).fallbacks."
+        )
+    labels, num_items = given.get("labels"), given.get("num_items_in_batch")
+    if not state.heads_tokens or labels is None or num_items is None:
+        return original(model, **given)
+    # Many families take the number and ignore it. So all get their mean loss here, rescaled.
+    del given["num_items_in_batch"]
+    outputs = original(model, **given)
+    counted = shifted(labels) if state.family.kind == "decoder" else labels
+    valid = (counted != IGNORE_INDEX).sum()
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(valid.device)
+    if isinstance(outputs, tuple):
+        return (outputs[0] * valid / num_items, *outputs[1:])
+    outputs.loss = outputs.loss * valid / num_items
+    return outputs
+
+
+def _arguments_by_name(
+    original: Callable[..., Any], model: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Arguments that are not None, by name, and the names that the forward takes."""
+    names = _parameter_names(original)
+    if len(args) > len(names):
+        raise TypeError(f"forward takes {len(names)} arguments, got {len(args)}")
+    given = dict(zip(names, args, strict=False))
+    twice = given.keys() & kwargs.keys()
+    if twice:
+        raise TypeError(f"forward got {sorted(twice)} twice")
+    given.update(kwargs)
+    return {name: value for name, value in given.items() if value is not None}, frozenset(names)
+
+
+@functools.lru_cache(maxsize=None)
+def _parameter_names(original: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(original).parameters.values())[1:]  # less self
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)

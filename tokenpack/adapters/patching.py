@@ -1,0 +1,244 @@
+"""patch_model and its relatives: what changes on a model, and how it changes back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from ..attention import require_known_backend
+from .call import PackingStats, PatchState
+from .encoder_decoder import SIDE
+from .family import FAMILIES, REFUSED, Family
+from .forward import packed_forward
+from .head import fused_forward
+from .interface import ROLE, register_over
+from .pooler import first_token_forward
+from .swap import is_swapped, restore_forward, swap_forward
+
+Model = TypeVar("Model", bound=nn.Module)
+Logits = Literal["auto", "always", "never"]
+
+# Heads that read one hidden state a token and nothing else; by the ending of the class's name.
+_TOKEN_HEADS = {
+    "encoder_decoder": ("ForConditionalGeneration", "MTModel"),
+    "decoder": ("ForCausalLM", "LMHeadModel"),
+    "encoder": ("ForMaskedLM",),
+}
+_CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention")
+
+
+def patch_model(
+    model: Model, *, attention: str = "auto", logits: Logits = "auto", strict: bool = False
+) -> Model:
+    """Make a transformers model compute real tokens alone, with the numbers that it gave before.
+
+    The instance is changed in place: its class, that of a few of its modules, and the attention
+    implementation named in its configs. Parameters, state dict and saved files stay as they are.
+    From then on a padded batch is packed before the embedding, and outputs come back padded (with
+    zeros). A batch may also come packed: ``input_ids`` of shape ``(1, total_tokens)`` with
+    ``cu_seqlens`` (and for an encoder-decoder ``labels`` or ``decoder_input_ids`` likewise with
+    ``decoder_cu_seqlens``); outputs then stay packed.
+
+    A call that only the model's own path computes takes that path and is counted by reason in
+    ``packing_stats(model).fallbacks``.
+
+    Args:
+        model: a `transformers.PreTrainedModel`, or one wrapped by PEFT or ``torch.compile``.
+            Patching a patched model again sets its options anew.
+        attention: ``"auto"``, or the name of a backend in `tokenpack.attention.BACKENDS`.
+        logits: ``"auto"`` returns logits but while training with labels, when the loss is computed
+            without them; ``"always"`` returns them, ``"never"`` does not.
+        strict: raise ValueError with the reason where a call would fall back, ``generate`` with
+            its cache included.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: if ``model`` holds no transformers model.
+        ValueError: if an option is unknown, or the family is known to compute something else on
+            packed input; with ``strict`` also if the family is unknown.
+    """
+    require_known_backend(attention)
+    if logits not in ("auto", "always", "never"):
+        raise ValueError(f"logits must be 'auto', 'always' or 'never', got {logits!r}")
+    inner = _transformers_model(model)
+    family = _family_of(inner, strict)
+    patched = _find_patched(inner)
+    if patched is not None:
+        state = patched._tokenpack_state
+        state.attention, state.logits, state.strict = attention, logits, strict
+        return model
+    target, heads_tokens = _target(inner, family)
+    state = PatchState(family, attention, logits, strict)
+    state.heads_tokens = heads_tokens
+    state.counts_columns = family.biased_by_distance or _has_window(inner.config)
+    if family is _UNKNOWN:
+        _swap(target, packed_forward, state)
+        return model
+    _set_attention(inner, state)
+    for name, module in target.named_modules():
+        _tag(module, name, state)
+        replacement = family.swaps.get(type(module).__name__)
+        if replacement is not None:
+            _swap(module, replacement, state)
+            state.pools_first_token |= replacement is first_token_forward
+    head = target.get_output_embeddings() if heads_tokens else None
+    # Exactly nn.Linear: what adapts or quantizes a head subclasses or wraps it.
+    if type(head) is nn.Linear:
+        _swap(head, fused_forward, state)
+    _swap(target, packed_forward, state)
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Undo `patch_model`; outputs are bit for bit what they were. A model not patched stays so.
+
+    Raises:
+        TypeError: if ``model`` holds no transformers model.
+        ValueError: if ``fully_shard`` changed the model's classes since it was patched.
+    """
+    patched = _find_patched(_transformers_model(model))
+    if patched is None:
+        return model
+    state: PatchState = patched._tokenpack_state
+    for module in state.modules:
+        restore_forward(module)
+        del module._tokenpack_state
+    for module in state.tagged:
+        for attribute in (ROLE, SIDE):
+            module.__dict__.pop(attribute, None)
+    for config, implementation in state.configs:
+        config._attn_implementation = implementation
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` has changed this model and `unpatch_model` has not changed it back."""
+    try:
+        return _find_patched(_transformers_model(model)) is not None
+    except TypeError:
+        return False
+
+
+def packing_stats(model: nn.Module) -> PackingStats:
+    """What a patched model has packed, what it has not and why; live, it counts on.
+
+    Raises:
+        TypeError: if ``model`` holds no transformers model.
+        ValueError: if it is not patched.
+    """
+    patched = _find_patched(_transformers_model(model))
+    if patched is None:
+        raise ValueError(f"{type(model).__name__} is not patched: call patch_model(model) first")
+    return patched._tokenpack_state.stats
+
+
+# --------------------------------------------------------------------------------- what to patch
+
+
+_UNKNOWN = Family("unknown family", "unknown")
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers of PEFT, torch.compile, DDP and FSDP."""
+    seen: Any = model
+    while not isinstance(seen, PreTrainedModel):
+        if hasattr(seen, "get_base_model"):
+            seen = seen.get_base_model()
+        elif hasattr(seen, "_orig_mod"):
+            seen = seen._orig_mod
+        elif isinstance(seen, nn.Module) and isinstance(getattr(seen, "module", None), nn.Module):
+            seen = seen.module
+        else:
+            raise TypeError(
+                "model must be a transformers.PreTrainedModel or wrap one, "
+                f"got {type(model).__module__}.{type(model).__qualname__}"
+            )
+    return seen
+
+
+def _find_patched(model: PreTrainedModel) -> nn.Module | None:
+    for candidate in (model, model.base_model):
+        if is_swapped_model(candidate):
+            return candidate
+    return None
+
+
+def is_swapped_model(module: nn.Module) -> bool:
+    """Whether ``module`` is the one whose forward packs, below ``fully_shard`` or not."""
+    return is_swapped(module, packed_forward)
+
+
+def _family_of(model: PreTrainedModel, strict: bool) -> Family:
+    model_type = model.config.model_type
+    if model_type in REFUSED:
+        raise ValueError(f"{model_type} cannot be patched: {REFUSED[model_type]}")
+    family = FAMILIES.get(model_type)
+    if family is None:
+        if strict:
+            raise ValueError(f"{model_type} is no family known to tokenpack: {sorted(FAMILIES)}")
+        return _UNKNOWN
+    oldest = family.minimum_transformers
+    if oldest is not None and _numbers(transformers_version) < _numbers(oldest):
+        raise ValueError(
+            f"{model_type} needs transformers >= {oldest}, whose own numbers are right, "
+            f"got {transformers_version}"
+        )
+    return family
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _target(model: PreTrainedModel, family: Family) -> tuple[PreTrainedModel, bool]:
+    """The module whose forward packs, and whether it has a head over tokens.
+
+    A language model packs as a whole, its loss included. Any other head (a classifier, say) gets
+    padded hidden states from a base model that packs.
+    """
+    if family is not _UNKNOWN and type(model).__name__.endswith(_TOKEN_HEADS[family.kind]):
+        return model, True
+    return model.base_model, False
+
+
+def _has_window(config: Any) -> bool:
+    return bool(getattr(config, "sliding_window", None)) or bool(
+        getattr(config, "local_attention", None)
+    )
+
+
+# --------------------------------------------------------------------------------- how to patch it
+
+
+def _swap(module: nn.Module, replacement: Any, state: PatchState) -> None:
+    swap_forward(module, replacement)
+    module._tokenpack_state = state
+    state.modules.append(module)
+
+
+def _tag(module: nn.Module, name: str, state: PatchState) -> None:
+    """Write on attention modules and position tables which side of the model they belong to."""
+    side = "self"
+    if state.family.kind == "encoder_decoder":
+        side = "dec" if re.search(r"(^|\.)decoder\.", name) else "enc"
+    if "Attention" in type(module).__name__:
+        module.__dict__[ROLE] = "cross" if side == "dec" and _CROSS.search(name) else side
+    elif "PositionalEmbedding" in type(module).__name__:
+        module.__dict__[SIDE] = side
+    else:
+        return
+    state.tagged.append(module)
+
+
+def _set_attention(model: PreTrainedModel, state: PatchState) -> None:
+    """Name tokenpack's attention in every config that a module reads: stacks have copies."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    state.configs = [(config, config._attn_implementation) for config in configs.values()]
+    for config, implementation in state.configs:
+        config._attn_implementation = register_over(implementation)

@@ -1,0 +1,16 @@
+"""BERT's pooler: it reads column 0 of the padded batch, which packed is each sequence's start."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .swap import Replacement
+
+
+def first_token_forward(original: Replacement, module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """``(1, total_tokens, hidden)`` to ``(num_seqs, hidden)`` while packing."""
+    call = module._tokenpack_state.current()
+    if call is not None:
+        starts = call.layouts["self"].cu_seqlens[:-1]
+        hidden_states = hidden_states[0].index_select(0, starts)[:, None]
+    return original(module, hidden_states)

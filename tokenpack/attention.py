@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import varlen_attention
+from .kernels.attention import cast_for_autocast, varlen_attention
 
 BACKENDS = ("flash_attn", "torch", "triton", "reference")
 _HALF = (torch.float16, torch.bfloat16)
@@ -82,6 +82,7 @@ def packed_attention(
     Raises:
         ValueError: if ``backend`` is unknown, or was named and lacks something for this call.
     """
+    q, k, v = cast_for_autocast(q, k, v)
     heads, head_dim = q.shape[1:]
     scratch = (q.shape[0] + 128 * cu_seqlens_q.numel()) * heads * -(-head_dim // 32) * 32
     call = AttentionCall(

@@ -48,13 +48,14 @@ def varlen_attention(
         dropout_p: chance that an attention weight is dropped; the others are scaled up.
 
     Returns:
-        ``(total_q, heads, head_dim)`` in q's dtype. A query that sees no key gives 0, and its
+        ``(total_q, heads, head_dim)`` in q's dtype, under autocast in autocast's. A query that sees no key gives 0, and its
         gradient is 0.
 
     Raises:
         TypeError: if q, k and v differ in dtype or are not floating point.
         ValueError: if a shape, device or option does not fit, naming it.
     """
+    q, k, v = cast_for_autocast(q, k, v)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, dropout_p)
     spec = AttentionSpec(
         causal=causal,
@@ -64,6 +65,15 @@ def varlen_attention(
         dropout_p=dropout_p,
     )
     return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as PyTorch's own attention takes them."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _normal_window(window: tuple[int, int] | None) -> tuple[int, int] | None:

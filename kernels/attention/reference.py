@@ -1,34 +1,29 @@
 """Varlen attention in plain PyTorch: the CPU path, and the oracle of every other backend.
 
-Two ways through it. Where PyTorch's fused attention says all there is to say (no bias, window or
-softcap, no query without a key) each sequence goes through it, short ones of similar length
-together. Everything else runs score by score, sequence by sequence, in `_ExplicitAttention`.
+Two ways through it, group of similar sequences by group. Where PyTorch's fused attention says all
+there is to say (no bias, window or softcap, no query without a key) it runs. Everything else is
+computed score by score in `_ExplicitAttention`.
 
 The explicit way rests on one observation: causality, window and relative bias all depend on the
 distance n - m alone. So they are one *line* of values per head, with -inf where a key is out of
 sight. With the queries in reverse order, row w of the scores wants ``line[w : w + num_keys]``: a
 view of the line whose two strides are both 1. The bias of a whole sequence is added without being
 built, and its gradient is one sum down the columns of the scores' gradient, read through a view
-that is one column wider than it was written.
+that is one column narrower than it was written.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .grouping import Group, plan_groups
 from .relative_bias import bias_line, line_distances
 
-# A fused call costs about 0.13 ms forward and backward on a CPU whatever its size; sequences up to
-# this long compute for less than that, so they are worth padding to share one.
-_SHORT = 32
-_SHORT_STEP = 8
-_WORTH_SHARING = 4
+_FAR_BELOW = -1e30  # a score that softmax takes for -inf, but that no 0 turns into NaN
 
 
 class AttentionSpec(NamedTuple):
@@ -39,24 +34,6 @@ class AttentionSpec(NamedTuple):
     window: tuple[int, int] | None  # (left, right), -1 for no limit
     softcap: float | None
     dropout_p: float
-
-
-class Sequences(NamedTuple):
-    """Where each sequence lies on the q and the k side, on the host."""
-
-    starts_q: list[int]
-    starts_k: list[int]
-
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:  # type: ignore[override]
-        for s in range(len(self.starts_q) - 1):
-            yield (
-                slice(self.starts_q[s], self.starts_q[s + 1]),
-                slice(self.starts_k[s], self.starts_k[s + 1]),
-            )
-
-    @property
-    def lengths(self) -> list[tuple[int, int]]:
-        return [(rows.stop - rows.start, keys.stop - keys.start) for rows, keys in self]
 
 
 # Host lists and loops per sequence: nothing that torch.compile could make faster.
@@ -71,167 +48,151 @@ def attend_by_sequence(
     spec: AttentionSpec,
 ) -> Tensor:
     """Attention within each sequence. Shapes as in `varlen_attention`, which has checked them."""
-    sequences = Sequences(cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
-    for name, starts, total in (
-        ("cu_seqlens_q", sequences.starts_q, q.shape[0]),
-        ("cu_seqlens_k", sequences.starts_k, k.shape[0]),
-    ):
-        if starts[0] != 0 or starts[-1] != total or any(a > b for a, b in zip(starts, starts[1:])):
-            raise ValueError(
-                f"{name} must rise from 0 to {total}, the length of its tensor, "
-                f"got {starts if len(starts) < 9 else [*starts[:4], '...', *starts[-4:]]}"
-            )
-    lengths = sequences.lengths
-    every_query_sees_a_key = all(
-        keys >= rows if spec.causal else keys > 0 for rows, keys in lengths if rows
-    )
-    causal_is_square = not spec.causal or all(rows == keys for rows, keys in lengths if rows)
-    if (
+    starts_q = _host_starts("cu_seqlens_q", cu_seqlens_q, q)
+    starts_k = _host_starts("cu_seqlens_k", cu_seqlens_k, k)
+    lengths = [
+        (starts_q[s + 1] - starts_q[s], starts_k[s + 1] - starts_k[s])
+        for s in range(len(starts_q) - 1)
+    ]
+    fused = (
         relative_bias is None
         and spec.window is None
         and spec.softcap is None
-        and every_query_sees_a_key
-        and causal_is_square  # PyTorch's flag aligns top-left
+        and all(keys > 0 for rows, keys in lengths if rows)
+        # PyTorch's flag aligns top-left
+        and (not spec.causal or all(rows == keys for rows, keys in lengths if rows))
+    )
+    groups = plan_groups(starts_q, starts_k, q.shape[1], not fused or spec.causal, q.device)
+    if fused:
+        return _fused(q, k, v, groups, [rows for rows, _ in lengths], spec)
+    # A query may see nothing where keys are fewer than queries, or the window ends before one.
+    some_see_nothing = spec.window is not None or any(keys < rows for rows, keys in lengths)
+    return _ExplicitAttention.apply(q, k, v, relative_bias, groups, spec, some_see_nothing)
+
+
+def _host_starts(name: str, cu_seqlens: Tensor, stream: Tensor) -> tuple[int, ...]:
+    starts = tuple(cu_seqlens.tolist())
+    if (
+        starts[0] != 0
+        or starts[-1] != stream.shape[0]
+        or any(a > b for a, b in zip(starts, starts[1:], strict=False))
     ):
-        return _fused(q, k, v, lengths, spec)
-    return _ExplicitAttention.apply(q, k, v, relative_bias, sequences, spec)
+        shown = starts if len(starts) < 9 else (*starts[:4], "...", *starts[-4:])
+        raise ValueError(
+            f"{name} must rise from 0 to {stream.shape[0]}, the length of its tensor, got {shown}"
+        )
+    return starts
 
 
 # -------------------------------------------------------------------------- PyTorch's fused kernel
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]], spec: AttentionSpec
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: tuple[Group, ...],
+    rows_of: list[int],
+    spec: AttentionSpec,
 ) -> Tensor:
-    buckets = _short_buckets(lengths)
-    if not buckets:
-        return _fused_one_by_one(q, k, v, lengths, spec)
-    shared = {s for members in buckets.values() for s in members}
-    alone = [s for s in range(len(lengths)) if s not in shared]
-    starts_q, starts_k = _starts(lengths)
+    options = {
+        "dropout_p": spec.dropout_p,
+        "scale": spec.scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
+    alone = [group for group in groups if isinstance(group.rows, slice)]
     parts: list[Tensor] = []
     places: list[Tensor] = []
-    if alone:
-        rows = torch.cat([torch.arange(starts_q[s], starts_q[s] + lengths[s][0]) for s in alone])
-        keys = torch.cat([torch.arange(starts_k[s], starts_k[s] + lengths[s][1]) for s in alone])
-        rows, keys = rows.to(q.device), keys.to(q.device)
-        parts.append(
-            _fused_one_by_one(q[rows], k[keys], v[keys], [lengths[s] for s in alone], spec)
-        )
-        places.append(rows)
-    for (width_q, width_k), members in buckets.items():
-        rows, rows_real = _padded_rows(starts_q, lengths, members, 0, width_q, q.device)
-        keys, keys_real = _padded_rows(starts_k, lengths, members, 1, width_k, q.device)
-        seen = keys_real[:, None, None, :]
-        if spec.causal:
-            seen = seen & seen.new_ones(width_q, width_k).tril()
-        out = scaled_dot_product_attention(
-            q[rows].transpose(1, 2),
-            k[keys].transpose(1, 2),
-            v[keys].transpose(1, 2),
-            attn_mask=None if bool(seen.all()) else seen,
-            dropout_p=spec.dropout_p,
-            scale=spec.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # [members, heads, width_q, head_dim]
-        parts.append(out.transpose(1, 2)[rows_real])
-        places.append(rows[rows_real])
-    stream = torch.cat(places)
-    inverse = torch.empty_like(stream)
-    inverse[stream] = torch.arange(stream.numel(), device=q.device)
-    return torch.cat(parts)[inverse]
-
-
-def _short_buckets(lengths: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    """Short sequences that may share a call, by the widths that they are padded to."""
-    buckets: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for s, (rows, keys) in enumerate(lengths):
-        if 0 < rows <= _SHORT and 0 < keys <= _SHORT:
-            buckets[-(-rows // _SHORT_STEP), -(-keys // _SHORT_STEP)].append(s)
-    return {
-        (rows * _SHORT_STEP, keys * _SHORT_STEP): members
-        for (rows, keys), members in buckets.items()
-        if len(members) >= _WORTH_SHARING
-    }
-
-
-def _padded_rows(
-    starts: list[int],
-    lengths: list[tuple[int, int]],
-    members: list[int],
-    side: int,
-    width: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Stream rows of each member, padded to ``width`` with its own last row, and which are real."""
-    start = torch.tensor([starts[s] for s in members], device=device)[:, None]
-    length = torch.tensor([lengths[s][side] for s in members], device=device)[:, None]
-    column = torch.arange(width, device=device)
-    return start + torch.minimum(column, length - 1), column < length
-
-
-def _starts(lengths: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    starts_q, starts_k = [0], [0]
-    for rows, keys in lengths:
-        starts_q.append(starts_q[-1] + rows)
-        starts_k.append(starts_k[-1] + keys)
-    return starts_q, starts_k
-
-
-def _fused_one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]], spec: AttentionSpec
-) -> Tensor:
-    rows_of, keys_of = ([pair[side] for pair in lengths] for side in (0, 1))
-    outs = []
     # split, not slices: its backward writes one gradient, a slice's a whole one for each sequence.
-    for q_s, k_s, v_s in zip(q.split(rows_of), k.split(keys_of), v.split(keys_of), strict=True):
-        if q_s.shape[0] == 0:
-            continue
+    for (q_s, k_s, v_s), group in zip(_split(q, k, v, alone), alone, strict=True):
         out = scaled_dot_product_attention(
             q_s.transpose(0, 1)[None],
             k_s.transpose(0, 1)[None],
             v_s.transpose(0, 1)[None],
-            dropout_p=spec.dropout_p,
             is_causal=spec.causal,
-            scale=spec.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            **options,
         )  # [1, heads, rows, head_dim]
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs) if outs else q.new_zeros(q.shape)
+        parts.append(out[0].transpose(0, 1))
+        places.append(torch.arange(group.rows.start, group.rows.stop, device=q.device))
+    for group in groups:
+        if isinstance(group.rows, slice):
+            continue
+        seen = None
+        if not spec.causal and group.real_keys is not None:
+            # Causal and square, no real query sees the padding behind it anyway.
+            seen = group.real_keys[:, None, None, :]
+        out = scaled_dot_product_attention(
+            group.take_rows(q).transpose(1, 2),
+            group.take_keys(k).transpose(1, 2),
+            group.take_keys(v).transpose(1, 2),
+            attn_mask=seen,
+            is_causal=spec.causal,
+            **options,
+        ).transpose(1, 2)  # [members, width_q, heads, head_dim]
+        if group.real_rows is None:
+            parts.append(out.flatten(0, 1))
+            places.append(group.rows.flatten())
+        else:
+            parts.append(out[group.real_rows])
+            places.append(group.rows[group.real_rows])
+    if not parts:
+        return q.new_zeros(q.shape)
+    if len(alone) == len(groups) == sum(rows > 0 for rows in rows_of):
+        ordered = sorted(range(len(parts)), key=lambda i: alone[i].rows.start)
+        return torch.cat([parts[i] for i in ordered])
+    order = torch.cat(places)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=q.device)
+    return torch.cat(parts).index_select(0, inverse)
+
+
+def _split(
+    q: Tensor, k: Tensor, v: Tensor, alone: list[Group]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The slices of each group, cut out of the streams by one split each."""
+    cuts = []
+    for stream, spans in (
+        (q, [group.rows for group in alone]),
+        (k, [group.keys for group in alone]),
+        (v, [group.keys for group in alone]),
+    ):
+        sizes, owners, end = [], [], 0
+        for i in sorted(range(len(spans)), key=lambda i: spans[i].start):
+            sizes += [spans[i].start - end, spans[i].stop - spans[i].start]
+            owners += [None, i]
+            end = spans[i].stop
+        pieces = stream.split([*sizes, stream.shape[0] - end])
+        mine = {owner: piece for owner, piece in zip(owners, pieces, strict=False)}
+        cuts.append([mine[i] for i in range(len(spans))])
+    return list(zip(*cuts, strict=True))
 
 
 # ------------------------------------------------------------------------------- score by score
 
 
 class _ExplicitAttention(torch.autograd.Function):
-    """Attention of each sequence in turn; only the output and the row sums are kept for backward.
+    """Attention of each group in turn; only the output is kept for backward.
 
-    Computes in float32 for 16-bit inputs, rounding once at the end. All of a sequence's queries are
-    in reverse order between `_reversed_rows` and the write back.
+    Computes in float32 for 16-bit inputs, rounding once at the end. A group's queries are in
+    reverse order between `_queries` and the write back.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, table, sequences: Sequences, spec: AttentionSpec) -> Tensor:
+    def forward(ctx, q, k, v, table, groups, spec: AttentionSpec, some_see_nothing: bool):
         out = q.new_zeros(q.shape)
-        row_sums: list[Tensor | None] = []  # logsumexp, [heads, rows]
-        keeps: list[Tensor | None] = []  # dropout's survivors, [heads, rows, keys]
+        keeps: list[Tensor | None] = []  # dropout's survivors, [members, heads, rows, keys]
         lines = _Lines(table, spec, q)
-        for rows, keys in sequences:
-            row_sum = keep = None
-            if rows.stop > rows.start and keys.stop > keys.start:
-                q_s = _reversed_rows(q[rows])
-                k_s, v_s = (_per_query_head(side[keys], q.shape[1]) for side in (k, v))
-                scores, _ = _scores(q_s, k_s, lines, spec)
-                row_sum = scores.logsumexp(dim=-1)
-                weights = scores.sub_(_finite(row_sum)[..., None]).exp_()
-                if spec.dropout_p > 0.0:
-                    keep = torch.rand_like(weights) >= spec.dropout_p
-                    weights = weights * keep / (1.0 - spec.dropout_p)
-                out[rows] = (weights @ v_s).flip(1).transpose(0, 1).to(q.dtype)
-            row_sums.append(row_sum)
+        for group in groups:
+            weights, _ = _weights(q, k, group, lines, spec, some_see_nothing)
+            keep = None
+            if spec.dropout_p > 0.0:
+                keep = torch.rand_like(weights) >= spec.dropout_p
+                weights = weights.mul_(keep).div_(1.0 - spec.dropout_p)
+            out_g = weights @ _keys(v, group, q.shape[1])
+            group.put_rows(out, out_g.flip(2).transpose(1, 2))
             keeps.append(keep)
         ctx.save_for_backward(q, k, v, table, out)
-        ctx.row_sums, ctx.keeps, ctx.sequences, ctx.spec = row_sums, keeps, sequences, spec
+        ctx.groups, ctx.spec, ctx.some_see_nothing, ctx.keeps = groups, spec, some_see_nothing, keeps
         return out
 
     @staticmethod
@@ -242,54 +203,46 @@ class _ExplicitAttention(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(side) for side in (q, k, v))
         lines = _Lines(table, spec, q)
         dtable = None if table is None else torch.zeros_like(table, dtype=lines.dtype)
-        for (rows, keys), row_sum, keep in zip(
-            ctx.sequences, ctx.row_sums, ctx.keeps, strict=True
-        ):
-            if row_sum is None:
-                continue
-            q_s, dout_s, out_s = (_reversed_rows(side[rows]) for side in (q, grad_out, out))
-            k_s, v_s = (_per_query_head(side[keys], q.shape[1]) for side in (k, v))
-            scores, slope = _scores(q_s, k_s, lines, spec)
-            weights = scores.sub_(_finite(row_sum)[..., None]).exp_()
-            dweights = dout_s @ v_s.mT
-            kept = weights
-            if keep is not None:
-                kept = weights * keep / (1.0 - spec.dropout_p)
-                dweights = dweights * keep / (1.0 - spec.dropout_p)
-            dv[keys] = _per_kv_head(kept.mT @ dout_s, v.shape[1]).to(v.dtype)
-            # The softmax's Jacobian: each weight's pull less the row's mean pull.
-            mean_pull = (dout_s * out_s).sum(-1, keepdim=True)
-            dscores = dweights.sub_(mean_pull).mul_(weights)
+        for group, keep in zip(ctx.groups, ctx.keeps, strict=True):
+            weights, slope = _weights(q, k, group, lines, spec, ctx.some_see_nothing)
+            dout_g = _queries(grad_out, group)
+            # The softmax's Jacobian takes the row's mean pull from each weight's pull. One more
+            # column in the product does it, instead of another pass over the scores.
+            mean_pull = (dout_g * _queries(out, group)).sum(-1, keepdim=True)
+            v_g = _keys(v, group, q.shape[1])
+            if keep is None:
+                dv_g = weights.mT @ dout_g
+                dweights = torch.cat([dout_g, -mean_pull], -1) @ _with_ones(v_g).mT
+            else:
+                kept = keep / (1.0 - spec.dropout_p)
+                dv_g = (weights * kept).mT @ dout_g
+                dweights = (dout_g @ v_g.mT).mul_(kept).sub_(mean_pull)
+            dscores = _wide_rows(weights.shape, weights)
+            torch.mul(weights, dweights, out=dscores)
             if dtable is not None:
-                dtable.index_add_(
-                    1,
-                    line_distances(*dscores.shape[1:], device=q.device, table=table),
-                    _sum_along_line(dscores),
-                )
+                distances = line_distances(group.width_q, group.width_k, q.device, table)
+                dtable.index_add_(1, distances, _sum_along_line(dscores))
             if slope is not None:
                 dscores = dscores * slope
-            dq[rows] = (dscores @ k_s).mul_(spec.scale).flip(1).transpose(0, 1).to(q.dtype)
-            dk[keys] = _per_kv_head((dscores.mT @ q_s).mul_(spec.scale), k.shape[1]).to(k.dtype)
-        return dq, dk, dv, None if dtable is None else dtable.to(table.dtype), None, None
+            q_g, k_g = _queries(q, group), _keys(k, group, q.shape[1])
+            dq_g = (dscores @ k_g).mul_(spec.scale)
+            group.put_rows(dq, dq_g.flip(2).transpose(1, 2))
+            group.put_keys(dk, _per_kv_head((dscores.mT @ q_g).mul_(spec.scale), k.shape[1]))
+            group.put_keys(dv, _per_kv_head(dv_g, v.shape[1]))
+        return dq, dk, dv, None if dtable is None else dtable.to(table.dtype), None, None, None
 
 
 class _Lines:
-    """Bias, causality and window of each pair of lengths, as values along the distance."""
+    """Bias, causality and window for each pair of widths, as values along the distance."""
 
     def __init__(self, table: Tensor | None, spec: AttentionSpec, q: Tensor) -> None:
         self.dtype = _compute_dtype(q)
         self._table = None if table is None else table.to(self.dtype)
         self._spec = spec
         self._device = q.device
-        self._made: dict[tuple[int, int], Tensor] = {}
 
-    def windows(self, rows: int, keys: int) -> Tensor:
-        """``(heads or 1, rows, keys)``, a view: what is added to scores with reversed queries."""
-        if (rows, keys) not in self._made:
-            self._made[rows, keys] = self._make(rows, keys)
-        return self._made[rows, keys].unfold(1, keys, 1)
-
-    def _make(self, rows: int, keys: int) -> Tensor:
+    def view(self, rows: int, keys: int) -> Tensor:
+        """``(heads or 1, rows, keys)``: what is added to the scores of reversed queries."""
         distance = line_distances(rows, keys, self._device)
         if self._table is None:
             line = torch.zeros(1, distance.numel(), dtype=self.dtype, device=self._device)
@@ -302,57 +255,95 @@ class _Lines:
             line = line.masked_fill(distance > right, float("-inf"))
         if left >= 0:
             line = line.masked_fill(distance < -left, float("-inf"))
-        return line
+        return line.unfold(1, keys, 1)
 
 
-def _scores(
-    q_s: Tensor, k_s: Tensor, lines: _Lines, spec: AttentionSpec
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    group: Group,
+    lines: _Lines,
+    spec: AttentionSpec,
+    some_see_nothing: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``[heads, rows, keys]`` scores, and the softcap's derivative where there is a softcap."""
-    scores = (q_s @ k_s.mT).mul_(spec.scale)
+    """``[members, heads, rows, keys]`` attention weights, and the softcap's derivative if any."""
+    heads = q.shape[1]
+    q_g, k_g = _queries(q, group).mul(spec.scale), _keys(k, group, heads)
+    line = lines.view(group.width_q, group.width_k)
     slope = None
     if spec.softcap is not None:
-        bounded = scores.div_(spec.softcap).tanh_()
+        bounded = (q_g @ k_g.mT).div_(spec.softcap).tanh_()
         slope = 1.0 - bounded.square()
-        scores = bounded.mul(spec.softcap)
-    return scores.add_(lines.windows(*scores.shape[1:])), slope
+        scores = bounded.mul_(spec.softcap).add_(line)
+        if group.real_keys is not None:
+            scores.masked_fill_(~group.real_keys[:, None, None, :], _FAR_BELOW)
+    else:
+        if group.real_keys is not None:
+            # Hide padded keys by one more column in the product: a pass over the scores saved.
+            hidden = torch.zeros_like(group.real_keys, dtype=q_g.dtype)
+            hidden.masked_fill_(~group.real_keys, _FAR_BELOW)
+            hidden = hidden[:, None, :, None].expand(*k_g.shape[:3], 1)
+            q_g, k_g = _with_ones(q_g), torch.cat([k_g, hidden], -1)
+        if q_g.shape[0] == 1:
+            line = line.expand(heads, -1, -1)
+            scores = torch.baddbmm(line, q_g[0], k_g[0].mT)[None]
+        else:
+            scores = (q_g @ k_g.mT).add_(line)
+    weights = scores.softmax(dim=-1)
+    if some_see_nothing:
+        weights = weights.nan_to_num_(0.0)  # a row of nothing but -inf
+    return weights, slope
+
+
+def _wide_rows(shape: torch.Size, like: Tensor) -> Tensor:
+    """An empty ``[members, heads, rows, keys]`` with room for `_sum_along_line` behind each row."""
+    members, heads, rows, keys = shape
+    wide = like.new_empty(members, heads, rows, rows + keys)
+    wide[..., keys:] = 0.0
+    return wide[..., :keys]
 
 
 def _sum_along_line(dscores: Tensor) -> Tensor:
-    """Sum ``[heads, rows, keys]`` over equal distances: ``[heads, rows + keys - 1]``.
+    """Sum over equal distances, and members: ``[heads, rows + keys - 1]``.
 
-    Row w, column n is for line entry w + n. Written into rows of ``rows + keys`` and read back in
-    rows one shorter, row w has moved right by w, and equal distances stand in one column.
+    Row w, column n is for line entry w + n. Rows of ``rows + keys`` (`_wide_rows`), read in rows
+    one shorter, have moved row w right by w: equal distances stand in one column.
     """
-    heads, rows, keys = dscores.shape
-    wide = dscores.new_zeros(heads, rows, rows + keys)
-    wide[:, :, :keys] = dscores
+    members, heads, rows, keys = dscores.shape
     length = rows + keys - 1
-    return wide.flatten(1)[:, : rows * length].unflatten(1, (rows, length)).sum(1)
+    skewed = dscores.as_strided(
+        (members, heads, rows, length), (*dscores.stride()[:2], length, 1)
+    )
+    return skewed.sum((0, 2))
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _reversed_rows(side: Tensor) -> Tensor:
-    """``(rows, heads, head_dim)`` as ``[heads, rows, head_dim]``, last row first."""
-    return side.to(_compute_dtype(side)).transpose(0, 1).flip(1)
+def _queries(side: Tensor, group: Group) -> Tensor:
+    """``(total_q, heads, head_dim)`` to ``[members, heads, width_q, head_dim]``, last row first.
+
+    Padding becomes 0, so that it takes part in no gradient.
+    """
+    rows = group.take_rows(side).to(_compute_dtype(side))
+    if group.real_rows is not None:
+        rows = rows * group.real_rows[..., None, None]
+    return rows.transpose(1, 2).flip(2)
 
 
-def _per_query_head(side: Tensor, heads: int) -> Tensor:
-    """``(keys, kv_heads, head_dim)`` as ``[heads, keys, head_dim]``, repeated for its group."""
-    side = side.to(_compute_dtype(side)).transpose(0, 1)
-    return side if side.shape[0] == heads else side.repeat_interleave(heads // side.shape[0], 0)
+def _keys(side: Tensor, group: Group, heads: int) -> Tensor:
+    """``(total_k, kv_heads, head_dim)`` to ``[members, heads, width_k, head_dim]``."""
+    keys = group.take_keys(side).to(_compute_dtype(side)).transpose(1, 2)
+    return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], 1)
 
 
 def _per_kv_head(grad: Tensor, kv_heads: int) -> Tensor:
-    """``[heads, keys, head_dim]`` as ``(keys, kv_heads, head_dim)``, summed over each group."""
-    if grad.shape[0] != kv_heads:
-        grad = grad.unflatten(0, (kv_heads, -1)).sum(1)
-    return grad.transpose(0, 1)
+    """``[members, heads, keys, head_dim]`` to ``[members, keys, kv_heads, head_dim]``, summed."""
+    if grad.shape[1] != kv_heads:
+        grad = grad.unflatten(1, (kv_heads, -1)).sum(2)
+    return grad.transpose(1, 2)
 
 
-def _finite(row_sum: Tensor) -> Tensor:
-    """A query that sees no key has a row sum of -inf; with 0 instead its weights become 0."""
-    return row_sum.masked_fill(row_sum == float("-inf"), 0.0)
+def _with_ones(matrix: Tensor) -> Tensor:
+    return torch.cat([matrix, matrix.new_ones(*matrix.shape[:-1], 1)], -1)

@@ -7,6 +7,7 @@ tokens had in the padded batch.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .swap import Replacement
 SIDE = "_tokenpack_side"
 
 
+@functools.partial(torch.compiler.disable, recursive=False)
 def stack_forward(original: Replacement, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """An encoder or decoder stack: put its call where its position table finds it.
 
@@ -30,6 +32,7 @@ def stack_forward(original: Replacement, module: nn.Module, *args: Any, **kwargs
         return original(module, *args, **kwargs)
 
 
+@torch.compiler.disable
 def _positions_here(module: nn.Module) -> Tensor | None:
     call = module._tokenpack_state.current()
     return None if call is None else call.positions[getattr(module, SIDE)]

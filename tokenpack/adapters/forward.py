@@ -30,7 +30,8 @@ _SIDES = {
 }
 
 
-# Packing looks at the batch's values, once; the model's own forward below it is still compiled.
+# Packing looks at the batch's values, once, and is host work: torch.compile leaves this function and
+# what it calls alone, but for the model's own forward, which is compiled.
 @functools.partial(torch.compiler.disable, recursive=False)
 def packed_forward(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The model's forward, with its signature, on real tokens alone where that is possible."""
@@ -54,38 +55,61 @@ def packed_forward(original: Callable[..., Any], model: nn.Module, *args: Any, *
     return outputs if return_dict else outputs.to_tuple()
 
 
+@functools.partial(torch.compiler.disable, recursive=False)
 def _run(
     original: Callable[..., Any], model: nn.Module, state: PatchState, packed: PackedInputs
 ) -> Any:
-    call, targets = packed.call, packed.targets
     keep_logits = state.logits == "always" or (
-        state.logits == "auto" and not (model.training and targets is not None)
+        state.logits == "auto" and not (model.training and packed.targets is not None)
     )
-    if targets is not None and not keep_logits and state.head_is_plain is not False:
-        head = model.get_output_embeddings()
-        if is_swapped(head, fused_forward):
-            call.targets, call.after_head = targets, after_head(model)
-    with state.running(call):
+    if not keep_logits:
+        _ask_for_fused_loss(model, packed)
+    with state.running(packed.call):
         outputs = original(model, **packed.arguments)
-    if call.attention_calls == 0 and not torch.compiler.is_compiling():
+    if packed.call.attention_calls == 0:
         raise RuntimeError(
             f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
             "called after patch_model?"
         )
+    if packed.call.loss is not None and not _head_is_plain(model, state, packed, outputs):
+        packed.call.targets = packed.call.loss = None  # once more, from the logits
+        with state.running(packed.call):
+            outputs = original(model, **packed.arguments)
+    return _results(outputs, state, packed, keep_logits)
 
+
+def _ask_for_fused_loss(model: nn.Module, packed: PackedInputs) -> None:
+    """Let the head compute the loss, if it is one that `patch_model` changed."""
+    if packed.targets is None or packed.call.state.head_is_plain is False:
+        return
+    if is_swapped(model.get_output_embeddings(), fused_forward):
+        packed.call.targets, packed.call.after_head = packed.targets, after_head(model)
+
+
+def _head_is_plain(
+    model: nn.Module, state: PatchState, packed: PackedInputs, outputs: Any
+) -> bool:
+    """Whether the fused loss is the model's: found out once, on the logits of one token."""
+    if state.head_is_plain is None:
+        call = packed.call
+        state.head_is_plain = nothing_else_follows(
+            call.after_head, call.head_logits, outputs.logits
+        )
+        if not state.head_is_plain:
+            logger.warning_once(
+                f"{type(model).__name__} changes its logits after the head in a way unknown to "
+                "tokenpack: logits are materialised for the loss"
+            )
+    return state.head_is_plain
+
+
+@torch.compiler.disable
+def _results(outputs: Any, state: PatchState, packed: PackedInputs, keep_logits: bool) -> Any:
+    """The model's outputs with their loss, in the shape that the batch came in."""
+    call, targets = packed.call, packed.targets
     # ModelOutput forgets no field that was once set, so the results go into a new one.
     fields = dict(outputs.items())
     if call.loss is not None:
-        if state.head_is_plain is None:
-            state.head_is_plain = nothing_else_follows(
-                call.after_head, call.head_logits, outputs.logits
-            )
-            if not state.head_is_plain:  # the loss lacks what the model does there: once more
-                logger.warning_once(
-                    f"{type(model).__name__} changes its logits after the head in a way unknown to "
-                    "tokenpack: logits are materialised for the loss"
-                )
-                return _run(original, model, state, _without_fused_loss(packed))
         fields["loss"] = call.loss
         state.stats.loss = "fused with the head, without logits"
     elif targets is not None:
@@ -99,11 +123,6 @@ def _run(
                 layout = next(call.layouts[side] for side in sides if side in call.layouts)
                 fields[name] = _repadded(fields[name], layout)
     return type(outputs)(**fields)
-
-
-def _without_fused_loss(packed: PackedInputs) -> PackedInputs:
-    packed.call.targets = packed.call.loss = None
-    return packed
 
 
 def _why_not_fused(state: PatchState, keep_logits: bool) -> str:
@@ -149,6 +168,7 @@ def _own_path(
     return outputs
 
 
+@torch.compiler.disable
 def _arguments_by_name(
     original: Callable[..., Any], model: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], frozenset[str]]:

@@ -54,6 +54,7 @@ class _Side:
     slots: int
 
 
+@torch.compiler.disable
 def pack_inputs(
     model: nn.Module, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
 ) -> PackedInputs:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -88,6 +89,8 @@ def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
+# Chooses by what the call is and counts it: host work, whatever backend comes after.
+@torch.compiler.disable
 def _packed_attention_forward(
     call: PackedCall,
     module: nn.Module,
@@ -107,6 +110,11 @@ def _packed_attention_forward(
         raise RuntimeError(
             f"{type(module).__name__} passes {unknown} to attention, which packing would ignore: "
             "this model cannot be patched"
+        )
+    if position_bias is not None and position_bias.numel() and position_bias.dim() != 2:
+        raise RuntimeError(
+            f"{type(module).__name__} built a position bias of shape {tuple(position_bias.shape)} "
+            "while packing: this model cannot be patched"
         )
     role = getattr(module, ROLE, "self")
     layout_q, layout_k = (side.to(query.device) for side in call.sides(role))

@@ -54,6 +54,9 @@ def _swapped_class(original: type[nn.Module], replacement: Replacement) -> type[
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return replacement(original_forward, self, *args, **kwargs)
 
+    # torch.compile keeps what it compiled by code object, up to a limit: one for each class.
+    forward.__code__ = forward.__code__.replace()
+
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         return _rebuild, (original, replacement), self.__getstate__()
 

@@ -4,16 +4,20 @@ Everything here takes and returns tensors: no transformers, nothing of the rest 
 Each op has a plain-PyTorch reference, which is the CPU path and what the tests measure against.
 """
 
-from .attention import varlen_attention
-from .layout import (
-    PackedLayout,
-    layout_from_cu_seqlens,
-    layout_from_lengths,
-    layout_from_mask,
-    layout_from_position_ids,
-)
-from .linear_loss import packed_linear_cross_entropy
-from .padding import repad, unpad
+# From the folder of the repository, `import kernels` finds this one; transformers tries that,
+# looking for a Hugging Face package of the same name. It shall find nothing, least of all ops
+# defined twice.
+if __name__ != "kernels":
+    from .attention import varlen_attention
+    from .layout import (
+        PackedLayout,
+        layout_from_cu_seqlens,
+        layout_from_lengths,
+        layout_from_mask,
+        layout_from_position_ids,
+    )
+    from .linear_loss import packed_linear_cross_entropy
+    from .padding import repad, unpad
 
 __all__ = [
     "PackedLayout",

@@ -111,7 +111,12 @@ def layout_from_mask(attention_mask: Tensor) -> PackedLayout:
     positions = real.cumsum(dim=1, dtype=torch.int32).sub_(1)[real]
     rows, columns = attention_mask.shape
     return PackedLayout(
-        _cumulative(lengths), indices, positions, indices.numel(), int(lengths.max()), (rows, columns)
+        _cumulative(lengths),
+        indices,
+        positions,
+        indices.numel(),
+        int(lengths.max()),
+        (rows, columns),
     )
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .attention import cast_for_autocast
+
 _SMALLEST_CHUNK = 256  # rows; below this the matrix products of a chunk run far from their speed
 
 
@@ -44,9 +46,11 @@ def packed_linear_cross_entropy(
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 / 0 = NaN where no token has a label and
-        ``num_items`` is not given, as in PyTorch. Differentiable in hidden, weight and bias.
+        ``num_items`` is not given, with zero gradients, as in PyTorch. Differentiable in hidden,
+        weight and bias.
 
     Raises:
+        TypeError: if hidden, weight and bias do not share one floating-point dtype.
         ValueError: if a shape does not fit, naming the argument.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -61,13 +65,18 @@ def packed_linear_cross_entropy(
             f"labels must be {tuple(hidden.shape[:1])} integers, "
             f"got {tuple(labels.shape)} {labels.dtype}"
         )
-    if torch.is_autocast_enabled(hidden.device.type):
-        # What the head's own matrix product would have been cast to.
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    hidden, weight = cast_for_autocast(hidden, weight)
+    if bias is not None:
+        (bias,) = cast_for_autocast(bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype or not hidden.is_floating_point():
+            raise TypeError(
+                "hidden, weight and bias must share one floating-point dtype, "
+                f"got hidden in {hidden.dtype} and {name} in {tensor.dtype}"
+            )
+    # Without gradients a Function's needs_input_grad still tells what could need them.
     total, valid = _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, ignore_index, softcap, scale
+        hidden, weight, bias, labels, ignore_index, softcap, scale, torch.is_grad_enabled()
     )
     return total / (valid if num_items is None else num_items)
 
@@ -76,8 +85,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed loss and the number of valid tokens."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore_index, softcap, scale):
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, softcap, scale, learning):
+        needs = [learning and needed for needed in ctx.needs_input_grad[:3]]
+        needs_hidden, needs_weight, needs_bias = needs
         wide = torch.promote_types(hidden.dtype, torch.float32)
         valid_rows = (labels != ignore_index).nonzero().squeeze(1)
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -93,11 +103,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope = None
             if softcap is not None:
                 bounded = logits.div_(softcap).tanh_()
-                slope = 1.0 - bounded.square() if any(ctx.needs_input_grad) else None
+                slope = 1.0 - bounded.square() if any(needs) else None
                 logits = bounded.mul_(softcap)
             row_sum = logits.logsumexp(dim=1, keepdim=True)
             total += (row_sum - logits.gather(1, target)).sum()
-            if not any(ctx.needs_input_grad):
+            if not any(needs):
                 continue
             dlogits = logits.sub_(row_sum).exp_()  # the softmax; in place, the logits are spent
             dlogits.scatter_add_(1, target, dlogits.new_full(target.shape, -1.0))
@@ -117,18 +127,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dweight += dlogits.mT @ inputs
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        valid = torch.full_like(total, valid_rows.numel())
+        ctx.num_valid = valid_rows.numel()
+        valid = torch.full_like(total, ctx.num_valid)
         ctx.mark_non_differentiable(valid)
         return total, valid
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal, _):
+        if ctx.num_valid == 0:
+            dtotal = torch.zeros_like(dtotal)  # 1 / 0 items, and nothing that it could scale
         grads = [
             None if grad is None else (grad * dtotal).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:

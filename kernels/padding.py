@@ -79,7 +79,9 @@ def repad(
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
         _require_leading(position, tensor, (layout.total_tokens,), "layout.total_tokens", layout)
-    fills = [float(fill)] * len(several) if isinstance(fill, (int, float)) else list(map(float, fill))
+    fills = (
+        [float(fill)] * len(several) if isinstance(fill, (int, float)) else list(map(float, fill))
+    )
     if len(fills) != len(several):
         raise ValueError(f"fill must be one value or {len(several)} values, got {len(fills)}")
     rows, columns = layout.padded_shape
@@ -102,9 +104,9 @@ def _repad(
 ) -> list[Tensor]:
     target = indices.long()  # index_copy_ takes no int32
     return [
-        tensor.new_full((num_slots, *tensor.shape[1:]), _fill_value(fill, tensor.dtype)).index_copy_(
-            0, target, tensor
-        )
+        tensor.new_full(
+            (num_slots, *tensor.shape[1:]), _fill_value(fill, tensor.dtype)
+        ).index_copy_(0, target, tensor)
         for tensor, fill in zip(tensors, fills, strict=True)
     ]
 

@@ -113,9 +113,7 @@ def packed_attention(
             "dropout_p": dropout_p,
         }
         options = {name: value for name, value in options.items() if name in accepted}
-        out = function(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
-        )
+        out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
         out = out[0] if isinstance(out, tuple) else out
     elif choice.backend == "torch":
         function, accepted = _torch_varlen()
@@ -126,9 +124,7 @@ def packed_attention(
             "enable_gqa": q.shape[1] != k.shape[1],
         }
         options = {name: value for name, value in options.items() if name in accepted}
-        out = function(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
-        )
+        out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
     else:
         out = varlen_attention(
             q,

@@ -41,26 +41,30 @@ def varlen_attention(
         scale: factor of the scores, by default ``head_dim ** -0.5``.
         window: ``(left, right)``, how many keys before and after its own place a query sees;
             a negative number is no limit.
-        softcap: bound on the scores, ``cap * tanh(score / cap)``, before the bias.
-        relative_bias: ``(heads, 2 * reach + 1)``, what is added to the score of a key at distance
+        softcap: bound on the scores, ``cap * tanh(score / cap)``, before the bias; 0 is none.
+        relative_bias: ``(heads, 2 * reach + 1)`` floating point, what is added to the score of a key at distance
             ``d = n - m`` from its query, at index ``d + reach``; beyond the reach the outermost
             value holds. See ``t5_bias_table`` and ``alibi_bias_table``. Differentiable.
         dropout_p: chance that an attention weight is dropped; the others are scaled up.
 
     Returns:
-        ``(total_q, heads, head_dim)`` in q's dtype, under autocast in autocast's. A query that sees no key gives 0, and its
-        gradient is 0.
+        ``(total_q, heads, head_dim)`` in q's dtype, under autocast in autocast's. A query that
+        sees no key gives 0, and its gradient is 0.
 
     Raises:
-        TypeError: if q, k and v differ in dtype or are not floating point.
+        TypeError: if q, k and v differ in dtype, or they or the bias are not floating point.
         ValueError: if a shape, device or option does not fit, naming it.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, dropout_p)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias)
+    if softcap is not None and not softcap >= 0.0:
+        raise ValueError(f"softcap must be positive, 0 or None, got {softcap}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     spec = AttentionSpec(
         causal=causal,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        window=_normal_window(window),
+        window=normal_window(window),
         softcap=softcap or None,
         dropout_p=dropout_p,
     )
@@ -76,10 +80,12 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _normal_window(window: tuple[int, int] | None) -> tuple[int, int] | None:
+def normal_window(window: tuple[int, int] | None) -> tuple[int, int] | None:
     """``(left, right)`` with -1 for no limit, or None where neither side has one."""
     if window is None:
         return None
+    if len(window) != 2:
+        raise ValueError(f"window must be (left, right), got {window}")
     left, right = (max(-1, int(side)) for side in window)
     return None if left < 0 and right < 0 else (left, right)
 
@@ -91,7 +97,6 @@ def _check(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     relative_bias: Tensor | None,
-    dropout_p: float,
 ) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
@@ -120,12 +125,23 @@ def _check(
             "cu_seqlens_q and cu_seqlens_k must count the same sequences, "
             f"got {cu_seqlens_q.numel() - 1} and {cu_seqlens_k.numel() - 1}"
         )
+    for name, tensor in (
+        ("k", k),
+        ("v", v),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_k", cu_seqlens_k),
+        ("relative_bias", relative_bias),
+    ):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} must be where q is, on {q.device}, got {tensor.device}")
+    if relative_bias is not None and not relative_bias.is_floating_point():
+        raise TypeError(f"relative_bias must be floating point, got {relative_bias.dtype}")
     if relative_bias is not None and (
-        relative_bias.dim() != 2 or relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 == 0
+        relative_bias.dim() != 2
+        or relative_bias.shape[0] != heads
+        or relative_bias.shape[1] % 2 == 0
     ):
         raise ValueError(
             f"relative_bias must be (heads = {heads}, 2 * reach + 1), "
             f"got shape {tuple(relative_bias.shape)}"
         )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")

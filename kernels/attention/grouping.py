@@ -51,6 +51,7 @@ class Group(NamedTuple):
 
 
 @lru_cache(maxsize=32)  # the layers of a model ask for the same plan, one after the other
+@torch.inference_mode(False)  # an evaluation may ask first, and training must be able to save it
 def plan_groups(
     starts_q: tuple[int, ...],
     starts_k: tuple[int, ...],
@@ -93,9 +94,7 @@ def _joins(
     before = sum(lengths[m][0] * lengths[m][1] for m in members)
     area = (len(members) + 1) * width_q * width_k
     wasted = area - before - rows * keys
-    return (
-        heads * wasted <= _SCORES_PER_CALL * len(members) and heads * area <= _SCORES_PER_GROUP
-    )
+    return heads * wasted <= _SCORES_PER_CALL * len(members) and heads * area <= _SCORES_PER_GROUP
 
 
 def _group(

@@ -14,7 +14,9 @@ that is one column narrower than it was written.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ def attend_by_sequence(
         and (not spec.causal or all(rows == keys for rows, keys in lengths if rows))
     )
     groups = plan_groups(starts_q, starts_k, q.shape[1], not fused or spec.causal, q.device)
-    if fused:
+    if fused and groups:
         return _fused(q, k, v, groups, [rows for rows, _ in lengths], spec)
     # A query may see nothing where keys are fewer than queries, or the window ends before one.
     some_see_nothing = spec.window is not None or any(keys < rows for rows, keys in lengths)
@@ -135,8 +137,6 @@ def _fused(
         else:
             parts.append(out[group.real_rows])
             places.append(group.rows[group.real_rows])
-    if not parts:
-        return q.new_zeros(q.shape)
     if len(alone) == len(groups) == sum(rows > 0 for rows in rows_of):
         ordered = sorted(range(len(parts)), key=lambda i: alone[i].rows.start)
         return torch.cat([parts[i] for i in ordered])
@@ -170,6 +170,17 @@ def _split(
 # ------------------------------------------------------------------------------- score by score
 
 
+def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the float32 products float32: autocast has had its say in `cast_for_autocast`."""
+
+    @wraps(method)
+    def run(ctx, tensor: Tensor, *rest):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return method(ctx, tensor, *rest)
+
+    return run
+
+
 class _ExplicitAttention(torch.autograd.Function):
     """Attention of each group in turn; only the output is kept for backward.
 
@@ -178,6 +189,7 @@ class _ExplicitAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @_without_autocast
     def forward(ctx, q, k, v, table, groups, spec: AttentionSpec, some_see_nothing: bool):
         out = q.new_zeros(q.shape)
         keeps: list[Tensor | None] = []  # dropout's survivors, [members, heads, rows, keys]
@@ -192,11 +204,17 @@ class _ExplicitAttention(torch.autograd.Function):
             group.put_rows(out, out_g.flip(2).transpose(1, 2))
             keeps.append(keep)
         ctx.save_for_backward(q, k, v, table, out)
-        ctx.groups, ctx.spec, ctx.some_see_nothing, ctx.keeps = groups, spec, some_see_nothing, keeps
+        ctx.groups, ctx.spec, ctx.some_see_nothing, ctx.keeps = (
+            groups,
+            spec,
+            some_see_nothing,
+            keeps,
+        )
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @_without_autocast
     def backward(ctx, grad_out):
         q, k, v, table, out = ctx.saved_tensors
         spec: AttentionSpec = ctx.spec
@@ -276,7 +294,7 @@ def _weights(
         slope = 1.0 - bounded.square()
         scores = bounded.mul_(spec.softcap).add_(line)
         if group.real_keys is not None:
-            scores.masked_fill_(~group.real_keys[:, None, None, :], _FAR_BELOW)
+            scores.masked_fill_(~group.real_keys[:, None, None, :], float("-inf"))
     else:
         if group.real_keys is not None:
             # Hide padded keys by one more column in the product: a pass over the scores saved.
@@ -311,9 +329,7 @@ def _sum_along_line(dscores: Tensor) -> Tensor:
     """
     members, heads, rows, keys = dscores.shape
     length = rows + keys - 1
-    skewed = dscores.as_strided(
-        (members, heads, rows, length), (*dscores.stride()[:2], length, 1)
-    )
+    skewed = dscores.as_strided((members, heads, rows, length), (*dscores.stride()[:2], length, 1))
     return skewed.sum((0, 2))
 
 

@@ -91,12 +91,14 @@ class PackingStats:
 class PatchState:
     """Everything that `patch_model` keeps on a model; shared by the modules that it changed."""
 
-    def __init__(self, family: Family, attention: str, logits: str, strict: bool) -> None:
+    def __init__(self, family: Family | None, attention: str, logits: str, strict: bool) -> None:
         self.family = family
         self.attention = attention
         self.logits = logits
         self.strict = strict
-        self.heads_tokens = False  # the patched module has a language-model head and takes labels
+        self.never: str | None = None  # why no call of this model can be packed
+        self.heads_tokens = False  # the patched module has a head over tokens, and takes labels
+        self.shifts_labels = False  # a token is asked for the next one's label
         self.counts_columns = False  # attention depends on distances, so holes would change it
         self.pools_first_token = False
         self.stats = PackingStats()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import encoder_decoder, pooler, roberta, t5, umt5
 from .swap import Replacement
 
-Kind = Literal["encoder_decoder", "decoder", "encoder", "unknown"]
+Kind = Literal["encoder_decoder", "decoder", "encoder"]
 
 
 @dataclass(frozen=True)

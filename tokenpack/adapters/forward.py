@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 _SIDES = {
     "last_hidden_state": ("dec", "self", "enc"),
     "hidden_states": ("self", "enc"),
-    "logits": ("dec", "self"),
+    "logits": ("dec", "self", "enc"),
     "decoder_hidden_states": ("dec",),
     "encoder_last_hidden_state": ("enc",),
     "encoder_hidden_states": ("enc",),
@@ -33,7 +33,9 @@ _SIDES = {
 # Packing looks at the batch's values, once, and is host work: torch.compile leaves this function and
 # what it calls alone, but for the model's own forward, which is compiled.
 @functools.partial(torch.compiler.disable, recursive=False)
-def packed_forward(original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def packed_forward(
+    original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
     """The model's forward, with its signature, on real tokens alone where that is possible."""
     state: PatchState = model._tokenpack_state
     given, parameters = _arguments_by_name(original, model, args, kwargs)
@@ -41,7 +43,7 @@ def packed_forward(original: Callable[..., Any], model: nn.Module, *args: Any, *
         packed = pack_inputs(model, state, dict(given), parameters)
     except CannotPackError as reason:
         if state.strict:
-            raise ValueError(f"{state.family.name} cannot be packed here: {reason}") from None
+            raise ValueError(f"{type(model).__name__} cannot pack this call: {reason}") from None
         return _own_path(original, model, state, str(reason), given)
     for name in ("cu_seqlens", "decoder_cu_seqlens", "max_seqlen", "decoder_max_seqlen"):
         given.pop(name, None)
@@ -86,9 +88,7 @@ def _ask_for_fused_loss(model: nn.Module, packed: PackedInputs) -> None:
         packed.call.targets, packed.call.after_head = packed.targets, after_head(model)
 
 
-def _head_is_plain(
-    model: nn.Module, state: PatchState, packed: PackedInputs, outputs: Any
-) -> bool:
+def _head_is_plain(model: nn.Module, state: PatchState, packed: PackedInputs, outputs: Any) -> bool:
     """Whether the fused loss is the model's: found out once, on the logits of one token."""
     if state.head_is_plain is None:
         call = packed.call
@@ -158,7 +158,7 @@ def _own_path(
     # Many families take the number and ignore it. So all get their mean loss here, rescaled.
     del given["num_items_in_batch"]
     outputs = original(model, **given)
-    counted = shifted(labels) if state.family.kind == "decoder" else labels
+    counted = shifted(labels) if state.shifts_labels else labels
     valid = (counted != IGNORE_INDEX).sum()
     if isinstance(num_items, Tensor):
         num_items = num_items.to(valid.device)

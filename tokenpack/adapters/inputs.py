@@ -69,8 +69,8 @@ def pack_inputs(
         CannotPackError: if only the model's own path computes this call.
         ValueError: if the arguments contradict one another.
     """
-    if state.family.kind == "unknown":
-        raise CannotPackError(f"unknown family: {model.config.model_type}")
+    if state.never is not None:
+        raise CannotPackError(state.never)
     _refuse_what_only_the_model_can_do(model, given)
     if state.family.kind == "encoder_decoder" and "decoder_input_ids" in parameters:
         packed = _pack_encoder_decoder(model, state, given)
@@ -116,7 +116,9 @@ def _pack_encoder_decoder(
         raise CannotPackError("encoder_outputs are given")
     labels = given.pop("labels", None)
     encoder = _take_side(given, "", state)
-    if labels is not None and given.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"}):
+    if labels is not None and given.keys().isdisjoint(
+        {"decoder_input_ids", "decoder_inputs_embeds"}
+    ):
         labels, own_layout = _labels_in_rows(labels, given.get("decoder_cu_seqlens"))
         ids = shift_right(model, labels)
         if own_layout is None:
@@ -183,7 +185,7 @@ def _pack_single(
     targets = None
     if labels is not None:
         labels, _ = _labels_in_rows(labels, cu_seqlens)
-        targets = _targets(shifted(labels) if state.family.kind == "decoder" else labels, side)
+        targets = _targets(shifted(labels) if state.shifts_labels else labels, side)
     if given.get("logits_to_keep") in (0, None):
         given.pop("logits_to_keep", None)
     return PackedInputs(call, arguments, targets, side.came_packed, side.slots)
@@ -256,8 +258,7 @@ def _layout(
     # Behind a row's last label nothing is asked of a causal decoder, so those slots are padding.
     if labels.shape != (rows, columns):
         raise ValueError(
-            f"labels must have the shape of {name}, "
-            f"got {tuple(labels.shape)} for {(rows, columns)}"
+            f"labels must have the shape of {name}, got {tuple(labels.shape)} for {(rows, columns)}"
         )
     column = torch.arange(1, columns + 1, device=labels.device)
     last = ((labels != IGNORE_INDEX) * column).amax(dim=1, keepdim=True)
@@ -274,9 +275,7 @@ def _has_holes(layout: PackedLayout) -> bool:
     return bool((gap[layout.position_ids[1:] > 0] != 0).any())
 
 
-def _in_rows(
-    name: str, values: Tensor | None, cu_seqlens: Any, side: _Side
-) -> Tensor | None:
+def _in_rows(name: str, values: Tensor | None, cu_seqlens: Any, side: _Side) -> Tensor | None:
     """Values that come one a token, in the padded rows of ``side``."""
     if values is None:
         return None
@@ -305,7 +304,9 @@ def _positions(model: nn.Module, state: PatchState, name: str, side: _Side) -> T
     rule = state.family.positions
     if rule is None or side.padded.dim() == 3:
         if rule is not None:
-            raise CannotPackError("positions that follow from ids, and inputs_embeds instead of ids")
+            raise CannotPackError(
+                "positions that follow from ids, and inputs_embeds instead of ids"
+            )
         return side.layout.columns.long()
     return unpad(rule(model, name, side.padded), side.layout)
 

@@ -78,9 +78,7 @@ def _attention_forward(
                     f"{type(module).__name__} did not hand the {KEYWORD!r} keyword down to "
                     "attention while packing: this model cannot be patched"
                 )
-        return _base_attention(base, module)(
-            module, query, key, value, attention_mask, **kwargs
-        )
+        return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
     return _packed_attention_forward(call, module, query, key, value, **kwargs), None
 
 
@@ -105,7 +103,9 @@ def _packed_attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
+    unknown = [
+        name for name, value in kwargs.items() if value is not None and name not in _HARMLESS
+    ]
     if unknown:
         raise RuntimeError(
             f"{type(module).__name__} passes {unknown} to attention, which packing would ignore: "
@@ -140,7 +140,9 @@ def _packed_attention_forward(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=window,
         softcap=softcap,
-        relative_bias=None if position_bias is None or position_bias.numel() == 0 else position_bias,
+        relative_bias=None
+        if position_bias is None or position_bias.numel() == 0
+        else position_bias,
         dropout_p=dropout,
         backend=call.backend,
     )

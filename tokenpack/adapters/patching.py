@@ -22,12 +22,18 @@ from .swap import is_swapped, restore_forward, swap_forward
 Model = TypeVar("Model", bound=nn.Module)
 Logits = Literal["auto", "always", "never"]
 
-# Heads that read one hidden state a token and nothing else; by the ending of the class's name.
-_TOKEN_HEADS = {
-    "encoder_decoder": ("ForConditionalGeneration", "MTModel"),
-    "decoder": ("ForCausalLM", "LMHeadModel"),
-    "encoder": ("ForMaskedLM",),
-}
+# Heads by the ending of their class's name: those that see each token alone, ...
+_CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
+_TOKEN_HEADS = (
+    *_CAUSAL_HEADS,
+    "ForConditionalGeneration",
+    "ForMaskedLM",
+    "ForTokenClassification",
+    "MTModel",
+)
+# ... and those that see one real token of each row. Not so a question answerer's: it weighs all
+# columns of a row against one another, padding too.
+_ROW_HEADS = ("ForSequenceClassification",)
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention")
 
 
@@ -67,19 +73,29 @@ def patch_model(
     if logits not in ("auto", "always", "never"):
         raise ValueError(f"logits must be 'auto', 'always' or 'never', got {logits!r}")
     inner = _transformers_model(model)
-    family = _family_of(inner, strict)
+    family = _family_of(inner)
     patched = _find_patched(inner)
     if patched is not None:
-        state = patched._tokenpack_state
+        state: PatchState = patched._tokenpack_state
+        if strict and state.never is not None:
+            raise ValueError(f"{type(inner).__name__} can never be packed: {state.never}")
         state.attention, state.logits, state.strict = attention, logits, strict
         return model
-    target, heads_tokens = _target(inner, family)
     state = PatchState(family, attention, logits, strict)
-    state.heads_tokens = heads_tokens
-    state.counts_columns = family.biased_by_distance or _has_window(inner.config)
-    if family is _UNKNOWN:
-        _swap(target, packed_forward, state)
+    state.never = _why_never(inner, family)
+    if family is None or state.never is not None:
+        if strict:
+            raise ValueError(f"{type(inner).__name__} can never be packed: {state.never}")
+        _swap(inner, packed_forward, state)
         return model
+    state.heads_tokens = type(inner).__name__.endswith(_TOKEN_HEADS)
+    state.shifts_labels = type(inner).__name__.endswith(_CAUSAL_HEADS)
+    # With a head over tokens the whole model packs, its loss included. A classifier of rows gets
+    # padded hidden states from a base model that packs.
+    target = inner if state.heads_tokens else inner.base_model
+    state.counts_columns = family.biased_by_distance or _has_window(inner.config)
+    # Such a head reads the first column of those hidden states.
+    state.pools_first_token = family.kind == "encoder" and target is not inner
     _set_attention(inner, state)
     for name, module in target.named_modules():
         _tag(module, name, state)
@@ -87,7 +103,7 @@ def patch_model(
         if replacement is not None:
             _swap(module, replacement, state)
             state.pools_first_token |= replacement is first_token_forward
-    head = target.get_output_embeddings() if heads_tokens else None
+    head = target.get_output_embeddings() if state.heads_tokens else None
     # Exactly nn.Linear: what adapts or quantizes a head subclasses or wraps it.
     if type(head) is nn.Linear:
         _swap(head, fused_forward, state)
@@ -141,9 +157,6 @@ def packing_stats(model: nn.Module) -> PackingStats:
 # --------------------------------------------------------------------------------- what to patch
 
 
-_UNKNOWN = Family("unknown family", "unknown")
-
-
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers of PEFT, torch.compile, DDP and FSDP."""
     seen: Any = model
@@ -174,15 +187,13 @@ def is_swapped_model(module: nn.Module) -> bool:
     return is_swapped(module, packed_forward)
 
 
-def _family_of(model: PreTrainedModel, strict: bool) -> Family:
+def _family_of(model: PreTrainedModel) -> Family | None:
     model_type = model.config.model_type
     if model_type in REFUSED:
         raise ValueError(f"{model_type} cannot be patched: {REFUSED[model_type]}")
     family = FAMILIES.get(model_type)
     if family is None:
-        if strict:
-            raise ValueError(f"{model_type} is no family known to tokenpack: {sorted(FAMILIES)}")
-        return _UNKNOWN
+        return None
     oldest = family.minimum_transformers
     if oldest is not None and _numbers(transformers_version) < _numbers(oldest):
         raise ValueError(
@@ -196,15 +207,17 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-def _target(model: PreTrainedModel, family: Family) -> tuple[PreTrainedModel, bool]:
-    """The module whose forward packs, and whether it has a head over tokens.
-
-    A language model packs as a whole, its loss included. Any other head (a classifier, say) gets
-    padded hidden states from a base model that packs.
-    """
-    if family is not _UNKNOWN and type(model).__name__.endswith(_TOKEN_HEADS[family.kind]):
-        return model, True
-    return model.base_model, False
+def _why_never(model: PreTrainedModel, family: Family | None) -> str | None:
+    name = type(model).__name__
+    if family is None:
+        return f"unknown family {model.config.model_type!r}"
+    if model is not model.base_model and not name.endswith((*_TOKEN_HEADS, *_ROW_HEADS)):
+        return f"{name} has a head that is not known to ignore padding"
+    if family.kind == "encoder_decoder" and name.endswith("ForCausalLM"):
+        return f"{name} is a decoder without its encoder"
+    if family.kind == "encoder" and getattr(model.config, "is_decoder", False):
+        return "an encoder configured as a decoder"
+    return None
 
 
 def _has_window(config: Any) -> bool:
@@ -238,7 +251,9 @@ def _tag(module: nn.Module, name: str, state: PatchState) -> None:
 
 def _set_attention(model: PreTrainedModel, state: PatchState) -> None:
     """Name tokenpack's attention in every config that a module reads: stacks have copies."""
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    configs = {
+        id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
+    }
     state.configs = [(config, config._attn_implementation) for config in configs.values()]
     for config, implementation in state.configs:
         config._attn_implementation = register_over(implementation)

@@ -1,0 +1,122 @@
+"""Packed gives what padded gives: loss, logits at real positions, every gradient, every family."""
+
+import copy
+
+import pytest
+import torch
+
+from tokenpack import packing_stats, patch_model
+
+from .models import CASES, Case, gradient_distance
+
+LOSS = 1e-6
+LOGITS = 1e-5
+GRADIENT = {torch.float32: 1e-5, torch.float64: 1e-10}
+GRADIENT_OF_A_FLOAT32_LOSS = 1e-6
+
+parametrize_cases = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=f"{case}-{position}",
+            marks=pytest.mark.skipif(
+                not case.available, reason=f"refused before transformers {case.since}"
+            ),
+        )
+        for position, case in enumerate(CASES)
+    ],
+)
+
+
+def objective(case: Case, outputs, batch):
+    """The loss, or without one a number that every real hidden state has a part in."""
+    if outputs.get("loss") is not None:
+        return outputs.loss
+    return outputs.last_hidden_state[case.real_positions(batch)].sin().mean()
+
+
+@parametrize_cases
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_equals_padded(case: Case, padding: str, dtype: torch.dtype):
+    if dtype == torch.float64 and not case.float64:
+        pytest.skip("transformers does not run this model in float64")
+    reference = case.build(dtype)
+    model = patch_model(copy.deepcopy(reference))
+    for seed in (1, 2):
+        batch = case.batch(padding, seed)
+        model.zero_grad()
+        reference.zero_grad()
+        ours = objective(case, model(**batch), batch)
+        theirs = objective(case, reference(**batch), batch)
+        ours.backward()
+        theirs.backward()
+        assert abs(ours - theirs).item() <= LOSS * max(1.0, abs(theirs.item()))
+        tolerance = GRADIENT[dtype]
+        if case.float32_loss and dtype == torch.float64:
+            tolerance = GRADIENT_OF_A_FLOAT32_LOSS
+        assert gradient_distance(model, reference) <= tolerance
+    stats = packing_stats(model)
+    if case.pools and padding == "left":
+        assert stats.packed_calls == 0  # it pools what it computed at padding
+        assert sum(stats.fallbacks.values()) == 2
+    else:
+        assert stats.packed_calls == 2
+        assert not stats.fallbacks
+
+
+@parametrize_cases
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_outputs_of_evaluation_have_the_models_shape_and_values(case: Case, padding: str):
+    reference = case.build().eval()
+    model = patch_model(copy.deepcopy(reference))
+    batch = case.batch(padding, seed=3)
+    with torch.no_grad():
+        ours = model(**batch, output_hidden_states=True)
+        theirs = reference(**batch, output_hidden_states=True)
+    real = {"dec": case.real_positions(batch), "enc": batch["attention_mask"].bool()}
+    compared = 0
+    for name, value in theirs.items():
+        if name in ("loss", "past_key_values"):
+            continue
+        for one, other in zip(as_tuple(ours[name]), as_tuple(value), strict=True):
+            assert one.shape == other.shape, name
+            if one.dim() == 3:
+                side = "enc" if name.startswith("encoder") else "dec"
+                one, other = one[real[side]], other[real[side]]
+            scale = max(1.0, float(other.abs().max()))
+            assert (one - other).abs().max() <= LOGITS * scale, name
+            compared += 1
+    assert compared > 1
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@parametrize_cases
+def test_input_that_came_packed_gives_the_same(case: Case):
+    if case.labels == "row":
+        pytest.skip("its head reads rows, and packed input has none")
+    reference = case.build().eval()
+    model = patch_model(copy.deepcopy(reference))
+    batch = case.batch("right", seed=4)
+    real = batch["attention_mask"].bool()
+    boundaries = lambda mask: torch.tensor([0, *mask.sum(1).tolist()]).cumsum(0)  # noqa: E731
+    packed = {"input_ids": batch["input_ids"][real][None], "cu_seqlens": boundaries(real)}
+    if "labels" in batch or "decoder_input_ids" in batch:
+        asked = case.real_positions(batch)
+        name = "labels" if "labels" in batch else "decoder_input_ids"
+        packed[name] = batch[name][asked][None]
+        if case.labels in ("seq2seq", "decoder_inputs"):
+            packed["decoder_cu_seqlens"] = boundaries(asked)
+    with torch.no_grad():
+        ours, theirs = model(**packed), reference(**batch)
+    assert packing_stats(model).packed_calls == 1
+    if "loss" in theirs:
+        assert abs(ours.loss - theirs.loss) <= LOSS * abs(theirs.loss)
+    name = "logits" if "logits" in theirs else "last_hidden_state"
+    expected = theirs[name][case.real_positions(batch)]
+    assert ours[name].shape == (1, *expected.shape)
+    assert (ours[name][0] - expected).abs().max() <= LOGITS * max(1.0, expected.abs().max())

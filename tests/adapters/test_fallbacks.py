@@ -1,0 +1,225 @@
+"""What cannot be packed takes the model's own path and is counted; what is wrong is an error."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+
+from tokenpack import is_patched, packing_stats, patch_model, unpatch_model
+
+from .models import BERT, BY_NAME, LLAMA, NLLB, T5
+
+
+def patched(case, **options):
+    reference = case.build()
+    return patch_model(copy.deepcopy(reference), **options), reference
+
+
+def with_holes(batch):
+    mask = batch["attention_mask"].clone()
+    mask[0, 2:4] = 0
+    return {**batch, "attention_mask": mask}
+
+
+def encoder_outputs(case):
+    model = case.build().eval()
+    return model.get_encoder()(**{k: v for k, v in case.batch("right").items() if k != "labels"})
+
+
+def four_dimensional(batch):
+    mask = batch["attention_mask"].bool()
+    causal = torch.ones(mask.shape[1], mask.shape[1]).tril().bool()
+    return {**batch, "attention_mask": causal & mask[:, None, None, :]}
+
+
+FALLBACKS = {
+    "a cache is in use": (LLAMA, lambda b: {**b, "use_cache": True}),
+    "output_attentions is set": (T5, lambda b: {**b, "output_attentions": True}),
+    "encoder_outputs are given": (T5, lambda b: {**b, "encoder_outputs": encoder_outputs(T5)}),
+    "attention_mask is 4-dimensional": (LLAMA, four_dimensional),
+    "attention_mask has holes": (T5, with_holes),
+    "labels ask something of padding": (
+        LLAMA,
+        lambda b: {**b, "labels": b["input_ids"].clone()},
+    ),
+    "labels ask for nothing": (T5, lambda b: {**b, "labels": torch.full_like(b["labels"], -100)}),
+    "argument 'logits_to_keep'": (LLAMA, lambda b: {**b, "logits_to_keep": 40}),
+}
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_takes_the_models_own_path_and_says_why(reason):
+    case, change = FALLBACKS[reason]
+    model, reference = patched(case)
+    batch = change(case.batch("right"))
+    ours, theirs = model(**batch), reference(**batch)
+    assert ours.loss.equal(theirs.loss) or (ours.loss.isnan() and theirs.loss.isnan())
+    assert ours.logits.equal(theirs.logits) or theirs.logits.isnan().any()
+    (counted,) = packing_stats(model).fallbacks.items()
+    assert counted[0].startswith(reason)
+    assert counted[1] == 1
+    assert packing_stats(model).packed_calls == 0
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_strict_raises_with_the_reason(reason):
+    case, change = FALLBACKS[reason]
+    model, _ = patched(case, strict=True)
+    batch = change(case.batch("right"))
+    with pytest.raises(ValueError, match=reason.replace("'", ".")):
+        model(**batch)
+
+
+@pytest.mark.parametrize("case", [LLAMA, NLLB, BERT], ids=lambda case: case.model)
+def test_holes_are_packed_where_attention_counts_no_columns(case):
+    model, reference = patched(case)
+    batch = with_holes(case.batch("right"))
+    if case.labels != "seq2seq":
+        batch["labels"][0, 1:5] = -100
+    assert abs(model(**batch).loss - reference(**batch).loss).item() <= 1e-5
+    assert packing_stats(model).packed_calls == 1
+
+
+def test_left_padding_whose_first_token_is_asked_for_takes_the_models_path():
+    model, reference = patched(LLAMA)
+    batch = LLAMA.batch("left")
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    assert model(**batch).loss.equal(reference(**batch).loss)
+    assert packing_stats(model).packed_calls == 0
+
+
+def test_rotary_embeddings_that_depend_on_the_batch_are_left_to_the_model():
+    model = LLAMA.build()
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    patch_model(model, strict=True)
+    with pytest.raises(ValueError, match="rotary"):
+        model(**LLAMA.batch("right"))
+
+
+# ---------------------------------------------------------------------------------- what is patched
+
+
+def test_unknown_family_runs_as_it_did_and_is_counted():
+    config = hf.OPTConfig(
+        vocab_size=97, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    reference = hf.OPTForCausalLM(config).eval()
+    model = patch_model(copy.deepcopy(reference))
+    batch = LLAMA.batch("right")
+    assert model(**batch).loss.equal(reference(**batch).loss)
+    assert dict(packing_stats(model).fallbacks) == {"unknown family 'opt'": 1}
+    assert type(unpatch_model(model)) is type(reference)
+    with pytest.raises(ValueError, match="unknown family 'opt'"):
+        patch_model(copy.deepcopy(reference), strict=True)
+
+
+def test_a_head_that_weighs_padding_is_left_to_the_model():
+    config = copy.deepcopy(BERT.build().config)
+    reference = hf.BertForQuestionAnswering(config).eval()
+    model = patch_model(copy.deepcopy(reference))
+    batch = {k: v for k, v in BERT.batch("right").items() if k != "labels"}
+    assert model(**batch).start_logits.equal(reference(**batch).start_logits)
+    assert sum(packing_stats(model).fallbacks.values()) == 1
+
+
+def test_family_known_to_be_wrong_is_refused():
+    config = hf.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)
+    model = hf.BloomForCausalLM(config)
+    with pytest.raises(ValueError, match="bloom cannot be patched: its ALiBi"):
+        patch_model(model)
+    assert not is_patched(model)
+
+
+def test_umt5_is_refused_where_its_own_decoder_is_not_causal(monkeypatch):
+    if not BY_NAME["UMT5ForConditionalGeneration"].available:
+        model = BY_NAME["UMT5ForConditionalGeneration"].build()
+    else:
+        model = BY_NAME["UMT5ForConditionalGeneration"].build()
+        monkeypatch.setattr("tokenpack.adapters.patching.transformers_version", "5.17.0")
+    with pytest.raises(ValueError, match=r"umt5 needs transformers >= 5.18"):
+        patch_model(model)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [({"attention": "flash"}, "attention"), ({"logits": "some"}, "logits")],
+)
+def test_unknown_option_is_named(options, named):
+    with pytest.raises(ValueError, match=f"{named} must be"):
+        patch_model(T5.build(), **options)
+
+
+def test_not_a_transformers_model_is_named():
+    for function in (patch_model, unpatch_model, packing_stats):
+        with pytest.raises(TypeError, match=r"transformers.PreTrainedModel.*Linear"):
+            function(torch.nn.Linear(2, 2))
+    assert not is_patched(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="not patched"):
+        packing_stats(T5.build())
+
+
+def test_backend_that_cannot_run_here_says_what_it_lacks():
+    model = patch_model(LLAMA.build(), attention="flash_attn")
+    with pytest.raises(ValueError, match=r"'flash_attn' cannot run this call: needs a CUDA"):
+        model(**LLAMA.batch("right"))
+    assert "reference" in model_attention(T5)["cross"]
+
+
+def model_attention(case):
+    model = patch_model(case.build())
+    model(**case.batch("right"))
+    return packing_stats(model).attention
+
+
+# ------------------------------------------------------------------------------------- bad batches
+
+
+BAD_BATCHES = {
+    "attention_mask must have the shape of input_ids": lambda b: {
+        **b, "attention_mask": b["attention_mask"][:, 1:]
+    },
+    "attention_mask must hold only 0 and 1, got 2": lambda b: {
+        **b, "attention_mask": b["attention_mask"] * 2
+    },
+    "attention_mask must mark at least one real token": lambda b: {
+        **b, "attention_mask": torch.zeros_like(b["attention_mask"])
+    },
+    "input_ids must be .rows, columns. and not empty": lambda b: {
+        **b, "input_ids": b["input_ids"][:0], "attention_mask": b["attention_mask"][:0]
+    },
+    "labels must have the shape": lambda b: {**b, "labels": b["labels"][:, 2:]},
+    "cu_seqlens must end at total_tokens = 5, got 4": lambda b: {
+        "input_ids": b["input_ids"][:1, :5], "cu_seqlens": torch.tensor([0, 2, 4])
+    },
+    "cu_seqlens must not fall": lambda b: {
+        "input_ids": b["input_ids"][:1, :5], "cu_seqlens": torch.tensor([0, 4, 3, 5])
+    },
+    "input_ids must be .1, total_tokens. when cu_seqlens": lambda b: {
+        "input_ids": b["input_ids"], "cu_seqlens": torch.tensor([0, 5])
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_BATCHES)
+def test_bad_batch_is_named_before_anything_runs(message):
+    model = patch_model(LLAMA.build())
+    with pytest.raises(ValueError, match=message):
+        model(**BAD_BATCHES[message](LLAMA.batch("right")))
+    assert packing_stats(model).packed_calls == 0
+    assert not packing_stats(model).fallbacks
+
+
+def test_decoder_of_other_sequences_is_named():
+    model = patch_model(T5.build())
+    batch = T5.batch("right")
+    with pytest.raises(ValueError, match="hold 5 sequences, the decoder's inputs or labels 4"):
+        model(**{**batch, "labels": batch["labels"][:4]})
+
+
+def test_attention_changed_behind_the_patch_is_noticed():
+    model = patch_model(LLAMA.build())
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="never reached packed attention"):
+        model(**LLAMA.batch("right"))

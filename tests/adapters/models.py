@@ -229,6 +229,7 @@ CASES = [
         "LlamaForTokenClassification",
         {**_DECODER, "classifier_dropout": 0.0},
         "tokens",
+        float32_loss=True,
     ),
     _causal("Mistral", "Mistral", options={"sliding_window": 5}),
     _causal(

@@ -68,7 +68,7 @@ def _run(
         _ask_for_fused_loss(model, packed)
     with state.running(packed.call):
         outputs = original(model, **packed.arguments)
-    if packed.call.attention_calls == 0:
+    if packed.call.attention_calls == 0 and not _may_drop_every_layer(model):
         raise RuntimeError(
             f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
             "called after patch_model?"
@@ -78,6 +78,12 @@ def _run(
         with state.running(packed.call):
             outputs = original(model, **packed.arguments)
     return _results(outputs, state, packed, keep_logits)
+
+
+def _may_drop_every_layer(model: nn.Module) -> bool:
+    return model.training and any(
+        getattr(model.config, name, 0.0) for name in ("encoder_layerdrop", "decoder_layerdrop")
+    )
 
 
 def _ask_for_fused_loss(model: nn.Module, packed: PackedInputs) -> None:

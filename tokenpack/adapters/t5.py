@@ -40,4 +40,4 @@ def bias_table(module: nn.Module) -> Tensor:
         num_buckets=module.relative_attention_num_buckets,
         max_distance=reach,
     )
-    return embedding(buckets).t()
+    return embedding(buckets).t().contiguous()

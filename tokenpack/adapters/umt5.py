@@ -62,4 +62,4 @@ def bias_table(module: nn.Module) -> Tensor | None:
     reach = module.relative_attention_max_distance
     embedding = module.relative_attention_bias
     distance = torch.arange(-reach, reach + 1, device=embedding.weight.device)
-    return embedding(module._relative_position_bucket(distance)).t()
+    return embedding(module._relative_position_bucket(distance)).t().contiguous()

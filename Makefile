@@ -1,0 +1,116 @@
+# make TARGET                  works in .venv, made from constraints.txt when missing or out of date
+# make TARGET PYTHON=python3   works with that interpreter and what it already has: no .venv, no network
+#
+# ARGS is handed to the tool behind the target: make test ARGS="-k padding", make demo ARGS="--model t5"
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV_PYTHON ?= python3# what .venv is made with
+WORKERS ?= 2# test processes; each runs on one thread
+RESULTS ?= bench/results
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+# `python -m` puts the current folder on sys.path, where transformers would take `kernels/` for the
+# Hugging Face package of that name and import it a second time.
+export PYTHONSAFEPATH := 1
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY := python-ready
+else
+PY := .venv/bin/python
+READY := .venv/.installed
+endif
+
+.PHONY: help demo test lint bench gpu clean python-ready
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo 'With PYTHON=python3 a target uses that interpreter and what it has. ARGS="..." goes to the tool.'
+
+demo: $(READY) ## train T5, NLLB and Llama padded and packed, and compare
+	$(PY) -m tokenpack demo $(ARGS)
+
+test: $(READY) ## the test suite, on WORKERS=2 processes
+	HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
+
+lint: $(READY) ## ruff check, ruff format, mypy on the public API
+	@$(PY) -c '$(call MISSING,ruff mypy)'
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@# mypy knows no package_dir, so it is shown kernels/ where it is installed. Links: errors name our files.
+	@rm -rf build/mypy && mkdir -p build/mypy/tokenpack && ln -s ../../../kernels build/mypy/tokenpack/kernels
+	@echo '$(PY) -m mypy'
+	@set -o pipefail; $(PY) -m mypy | sed 's,^build/mypy/tokenpack/,,'
+
+bench: $(READY) ## the benchmarks, written to bench/results/DEVICE-DATE/
+	@out="$$($(PY) -c "$$RESULTS_FOLDER")" && $(call BENCHMARKS,$$out)
+
+gpu: $(READY) ## the tests marked gpu and the benchmarks, written to bench/results/DEVICE-DATE/
+	@out="$$($(PY) -c "$$RESULTS_FOLDER")" || exit; \
+	if [[ "$$out" == $(RESULTS)/cpu-* ]]; then \
+		echo 'no CUDA device here: nothing run. With one, make gpu runs'; \
+		echo '    tokenpack doctor                -> $(RESULTS)/DEVICE-DATE/environment.txt'; \
+		echo '    pytest -m gpu                   -> $(RESULTS)/DEVICE-DATE/tests.txt'; \
+		echo '    pytest bench --benchmark-only   -> $(RESULTS)/DEVICE-DATE/benchmarks.json'; \
+		exit; \
+	fi; \
+	mkdir -p "$$out" || exit; \
+	$(PY) -m tokenpack doctor > "$$out/environment.txt" || exit; \
+	set -o pipefail; \
+	HF_HUB_OFFLINE=1 $(PYTEST) --no-header -m gpu $(ARGS) | tee "$$out/tests.txt"; status=$$?; \
+	if [[ $$status == 5 ]]; then echo 'no test is marked gpu'; elif [[ $$status != 0 ]]; then exit $$status; fi; \
+	$(call BENCHMARKS,$$out)
+
+clean: ## remove .venv, builds and caches
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and by itself, at its exact version: any looser requirement on it, met while none
+# is installed, may fetch a newer build with gigabytes of CUDA libraries. triton comes in the version
+# that belongs to it.
+.venv/.installed: pyproject.toml setup.py constraints.txt
+	@$(VENV_PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("constraints.txt needs Python 3.11 or newer, $(VENV_PYTHON) is %d.%d: name another with VENV_PYTHON=" % v[:2])'
+	@echo 'installing into .venv (some minutes the first time)'
+	@$(VENV_PYTHON) -m venv .venv
+	@$(PY) -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@$(PY) -m pip install -q -c constraints.txt "$$(grep '^triton==' constraints.txt)"
+	@$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Every time, since what an interpreter has installed is not ours to keep a record of: two seconds.
+python-ready:
+	@$(PY) -c '$(call MISSING,pip setuptools torch transformers numpy)'
+	@$(PY) -m pip install -q --no-deps --no-build-isolation --no-index -e . || { \
+		echo 'could not install tokenpack into $(PYTHON): it takes setuptools 77 or newer and a writable environment' >&2; exit 1; }
+
+# Exits with a message when the interpreter lacks one of the packages $(1).
+MISSING = import sys; from importlib.util import find_spec; \
+	lacking = [name for name in "$(1)".split() if not find_spec(name)]; \
+	lacking and sys.exit("$(PY) has no " + ", ".join(lacking))
+
+# pytest, with the plugins that the interpreter has. Two workers on two cores want one thread each.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 $$($(PY) -c '$(PLUGIN_FLAGS)')
+PLUGIN_FLAGS = from importlib.util import find_spec; \
+	find_spec("xdist") and print("-n $(WORKERS) --dist worksteal"); \
+	find_spec("pytest_timeout") and print("--timeout 300")
+
+# Runs the suites in bench/ and writes their figures into the folder $(1).
+BENCHMARKS = { \
+	$(PY) -c '$(call MISSING,pytest_benchmark)' || exit; \
+	if ! compgen -G 'bench/test_*.py' > /dev/null; then echo 'no benchmarks in bench/: nothing run'; exit; fi; \
+	mkdir -p "$(1)"; \
+	$(PY) -m pytest bench --no-header --benchmark-only --benchmark-json="$(1)/benchmarks.json" $(ARGS); }
+
+# Prints the folder that figures from this machine belong in: bench/results/DEVICE-DATE.
+define RESULTS_FOLDER
+import datetime, re, torch
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
+print("$(RESULTS)/" + slug + "-" + datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"))
+endef
+export RESULTS_FOLDER

@@ -1,0 +1,114 @@
+"""Two gloo processes on the CPU, under DDP and FSDP2, train as one process does."""
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tokenpack import packing_stats, patch_model
+
+from .models import BY_NAME, LLAMA, NLLB, T5
+
+STEPS = 3
+
+
+def halves(batch, rank):
+    return {key: value[rank::2] for key, value in batch.items()}
+
+
+def targets_in(case, batch):
+    labels = batch["labels"][:, 1:] if case.labels == "causal" else batch["labels"]
+    return int((labels != -100).sum())
+
+
+def even_rows(case, seed):
+    batch = case.batch("right", seed)
+    return {key: torch.cat([value, value[:1].flip(0)]) for key, value in batch.items()}
+
+
+def train(case, model, parameters, rank=None, world=1):
+    """Losses of a few steps of SGD, of the whole batch whatever part of it this rank has."""
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    losses = []
+    for step in range(STEPS):
+        batch = even_rows(case, step)
+        count = targets_in(case, batch)
+        if rank is not None:
+            batch = halves(batch, rank)
+        # DDP and FSDP average over ranks what sums over them: hence the number of ranks.
+        loss = model(**batch, num_items_in_batch=count).loss * world
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach() / world
+        if rank is not None:
+            dist.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+
+def worker(rank, port, name, how, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        case = BY_NAME[name]
+        model = patch_model(case.build(), strict=True)
+        if how == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (2,))
+            blocks = set(type(model)._no_split_modules)
+            for module in list(model.modules()):
+                if type(module).__name__ in blocks:
+                    fully_shard(module, mesh=mesh)
+            if "head" in how:  # the head by itself: its weight is whole only in its own forward
+                fully_shard(model.get_output_embeddings(), mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        losses = train(case, wrapped, wrapped.parameters(), rank, world=2)
+        assert packing_stats(model).packed_calls == STEPS
+        if rank == 0:
+            queue.put(losses)
+        dist.barrier()
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    # Not by way of the interpreter's teardown, where gloo's threads sometimes abort the process.
+    os._exit(0)
+
+
+@pytest.mark.parametrize("case", [T5, NLLB, LLAMA], ids=lambda case: case.model)
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 with the head by itself"])
+def test_two_processes_train_as_one(case, how):
+    if "head" in how and case is not LLAMA:
+        pytest.skip("its head is tied to the embedding and is sharded with it")
+    alone = patch_model(case.build())
+    expected = train(case, alone, alone.parameters())
+    assert expected == pytest.approx(train_padded(case), abs=1e-5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(worker, (port, case.model, how, queue), nprocs=2)
+    assert queue.get() == pytest.approx(expected, abs=1e-5)
+
+
+def train_padded(case):
+    """The same steps on the padded model, its mean losses brought to the same denominator."""
+    model = copy.deepcopy(case.build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for step in range(STEPS):
+        loss = model(**even_rows(case, step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,62 @@
+"""Nothing of a packed T5 step is quadratic in the batch: its memory grows with the sequences."""
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tokenpack import patch_model
+
+from .models import T5, Case
+
+LENGTH = 256
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the storages that ops return, while they live, and their highest sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = WeakIdKeyDictionary()
+        self.now = self.peak = self.largest = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        torch.utils._pytree.tree_map_only(torch.Tensor, self.count, result)
+        return result
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage in self.live:
+            return
+        size = storage.nbytes()
+        self.live[storage] = size
+        import weakref
+
+        weakref.finalize(storage, self.release, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.largest = max(self.largest, size)
+
+    def release(self, size):
+        self.now -= size
+
+
+def step_memory(sequences: int) -> PeakMemory:
+    model = patch_model(Case(T5.family, T5.config, T5.model, T5.options, T5.labels).build())
+    ids = torch.randint(3, 97, (sequences, LENGTH))
+    with PeakMemory() as memory:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    return memory
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts CPython's own releases")
+def test_peak_grows_linearly_with_sequences():
+    peaks = {n: step_memory(n) for n in (8, 16, 32)}
+    print({n: f"{m.peak / 2**20:.1f} MiB, largest {m.largest / 2**20:.1f}" for n, m in peaks.items()})
+    first, second = (peaks[16].peak - peaks[8].peak) / 8, (peaks[32].peak - peaks[16].peak) / 16
+    assert second <= 1.1 * first
+    # All queries by all keys of 32 sequences would be 4 heads x 8192 x 8192 floats, a GiB.
+    assert peaks[32].largest < 4 * (32 * LENGTH) * LENGTH * 4 * 2

@@ -7,7 +7,7 @@ one width, as long as the scores computed for nothing cost less than the call th
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,33 +21,36 @@ _SCORES_PER_GROUP = 2**21
 class Group(NamedTuple):
     """Sequences that are computed together, padded to the widest.
 
-    A group of one is a slice of the stream and has no padding. Otherwise ``rows`` is
-    ``(members, width_q)``, the row of the stream for each slot (padding names the sequence's last),
-    ``keys`` likewise, and ``real_rows`` and ``real_keys`` tell which are real.
+    A group of one is a span of the stream and has no padding; ``span_q`` and ``span_k`` are its
+    ends. Otherwise they are None, ``rows`` is ``(members, width_q)``, the row of the stream for
+    each slot (padding names the sequence's last), and ``real_rows`` tells which are real, or is
+    None if all are; ``keys`` and ``real_keys`` likewise.
     """
 
-    rows: slice | Tensor
-    keys: slice | Tensor
-    real_rows: Tensor | None
-    real_keys: Tensor | None
     width_q: int
     width_k: int
+    span_q: Any = None  # (first, behind the last)
+    span_k: Any = None
+    rows: Any = None
+    keys: Any = None
+    real_rows: Tensor | None = None
+    real_keys: Tensor | None = None
 
     def take_rows(self, stream: Tensor) -> Tensor:
         """``(total_q, ...)`` to ``(members, width_q, ...)``."""
-        return _take(stream, self.rows)
+        return _take(stream, self.span_q, self.rows)
 
     def take_keys(self, stream: Tensor) -> Tensor:
         """``(total_k, ...)`` to ``(members, width_k, ...)``."""
-        return _take(stream, self.keys)
+        return _take(stream, self.span_k, self.keys)
 
     def put_rows(self, stream: Tensor, values: Tensor) -> None:
         """Write the real ones of ``(members, width_q, ...)`` into the stream."""
-        _put(stream, values, self.rows, self.real_rows)
+        _put(stream, values, self.span_q, self.rows, self.real_rows)
 
     def put_keys(self, stream: Tensor, values: Tensor) -> None:
         """Write the real ones of ``(members, width_k, ...)`` into the stream."""
-        _put(stream, values, self.keys, self.real_keys)
+        _put(stream, values, self.span_k, self.keys, self.real_keys)
 
 
 @lru_cache(maxsize=32)  # the layers of a model ask for the same plan, one after the other
@@ -106,9 +109,7 @@ def _group(
 ) -> Group:
     if len(members) == 1:
         (s,) = members
-        rows = slice(starts_q[s], starts_q[s + 1])
-        keys = slice(starts_k[s], starts_k[s + 1])
-        return Group(rows, keys, None, None, *lengths[s])
+        return Group(*lengths[s], starts_q[s : s + 2], starts_k[s : s + 2])
 
     def side(starts: tuple[int, ...], of: int) -> tuple[Tensor, Tensor | None, int]:
         sizes = [lengths[s][of] for s in members]
@@ -121,18 +122,18 @@ def _group(
 
     rows, real_rows, width_q = side(starts_q, 0)
     keys, real_keys, width_k = side(starts_k, 1)
-    return Group(rows, keys, real_rows, real_keys, width_q, width_k)
+    return Group(width_q, width_k, None, None, rows, keys, real_rows, real_keys)
 
 
-def _take(stream: Tensor, where: slice | Tensor) -> Tensor:
-    if isinstance(where, slice):
-        return stream[where][None]
+def _take(stream: Tensor, span: Any, where: Any) -> Tensor:
+    if span is not None:
+        return stream[span[0] : span[1]][None]
     return stream.index_select(0, where.flatten()).unflatten(0, where.shape)
 
 
-def _put(stream: Tensor, values: Tensor, where: slice | Tensor, real: Tensor | None) -> None:
-    if isinstance(where, slice):
-        stream[where] = values[0]
+def _put(stream: Tensor, values: Tensor, span: Any, where: Any, real: Tensor | None) -> None:
+    if span is not None:
+        stream[span[0] : span[1]] = values[0]
     elif real is None:
         stream.index_copy_(0, where.flatten(), values.flatten(0, 1).to(stream.dtype))
     else:

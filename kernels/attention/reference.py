@@ -97,12 +97,12 @@ def _fused(
     rows_of: list[int],
     spec: AttentionSpec,
 ) -> Tensor:
-    options = {
+    options: dict[str, Any] = {
         "dropout_p": spec.dropout_p,
         "scale": spec.scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
-    alone = [group for group in groups if isinstance(group.rows, slice)]
+    alone = [group for group in groups if group.span_q is not None]
     parts: list[Tensor] = []
     places: list[Tensor] = []
     # split, not slices: its backward writes one gradient, a slice's a whole one for each sequence.
@@ -115,9 +115,9 @@ def _fused(
             **options,
         )  # [1, heads, rows, head_dim]
         parts.append(out[0].transpose(0, 1))
-        places.append(torch.arange(group.rows.start, group.rows.stop, device=q.device))
+        places.append(torch.arange(*group.span_q, device=q.device))
     for group in groups:
-        if isinstance(group.rows, slice):
+        if group.span_q is not None:
             continue
         seen = None
         if not spec.causal and group.real_keys is not None:
@@ -138,7 +138,7 @@ def _fused(
             parts.append(out[group.real_rows])
             places.append(group.rows[group.real_rows])
     if len(alone) == len(groups) == sum(rows > 0 for rows in rows_of):
-        ordered = sorted(range(len(parts)), key=lambda i: alone[i].rows.start)
+        ordered = sorted(range(len(parts)), key=lambda i: alone[i].span_q)
         return torch.cat([parts[i] for i in ordered])
     order = torch.cat(places)
     inverse = torch.empty_like(order)
@@ -152,15 +152,18 @@ def _split(
     """The slices of each group, cut out of the streams by one split each."""
     cuts = []
     for stream, spans in (
-        (q, [group.rows for group in alone]),
-        (k, [group.keys for group in alone]),
-        (v, [group.keys for group in alone]),
+        (q, [group.span_q for group in alone]),
+        (k, [group.span_k for group in alone]),
+        (v, [group.span_k for group in alone]),
     ):
-        sizes, owners, end = [], [], 0
-        for i in sorted(range(len(spans)), key=lambda i: spans[i].start):
-            sizes += [spans[i].start - end, spans[i].stop - spans[i].start]
+        sizes: list[int] = []
+        owners: list[int | None] = []
+        end = 0
+        for i in sorted(range(len(spans)), key=lambda i: spans[i]):
+            first, last = spans[i]
+            sizes += [first - end, last - first]
             owners += [None, i]
-            end = spans[i].stop
+            end = last
         pieces = stream.split([*sizes, stream.shape[0] - end])
         mine = {owner: piece for owner, piece in zip(owners, pieces, strict=False)}
         cuts.append([mine[i] for i in range(len(spans))])

@@ -163,7 +163,9 @@ class Case:
             targets[0, 5] = PAD
             batch["labels"] = targets
         elif self.labels == "decoder_inputs":
-            batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, 7), generator=generator)
+            batch["decoder_input_ids"] = torch.randint(
+                3, VOCABULARY, (rows, 7), generator=generator
+            )
         elif self.labels == "row":
             batch["labels"] = torch.randint(0, 2, (rows,), generator=generator)
         elif self.labels in ("causal", "tokens"):
@@ -188,16 +190,16 @@ class Case:
         return batch["attention_mask"].bool()
 
     def __str__(self) -> str:
-        return self.model if self.family.split(",")[0] in ("T5", "BART") else (
-            f"{self.family.split(',')[0]}-{self.model}"
+        return (
+            self.model
+            if self.family.split(",")[0] in ("T5", "BART")
+            else (f"{self.family.split(',')[0]}-{self.model}")
         )
 
 
 def _causal(family: str, name: str, **more: Any) -> Case:
     options = {**_DECODER, **more.pop("options", {})}
-    return Case(
-        family, f"{name}Config", f"{name}ForCausalLM", options, float32_loss=True, **more
-    )
+    return Case(family, f"{name}Config", f"{name}ForCausalLM", options, float32_loss=True, **more)
 
 
 CASES = [
@@ -284,7 +286,9 @@ CASES = [
     Case("BERT", "BertConfig", "BertForSequenceClassification", _ENCODER, "row", pools=True),
     Case("BERT", "BertConfig", "BertForTokenClassification", _ENCODER, "tokens"),
     Case("RoBERTa", "RobertaConfig", "RobertaForMaskedLM", _ENCODER, "tokens"),
-    Case("RoBERTa", "RobertaConfig", "RobertaForSequenceClassification", _ENCODER, "row", pools=True),
+    Case(
+        "RoBERTa", "RobertaConfig", "RobertaForSequenceClassification", _ENCODER, "row", pools=True
+    ),
     Case("XLM-RoBERTa", "XLMRobertaConfig", "XLMRobertaForMaskedLM", _ENCODER, "tokens"),
     Case(
         "ModernBERT",

@@ -10,7 +10,7 @@ from tokenpack import packing_stats, patch_model
 from .models import LLAMA, NLLB, T5, Case
 
 pytest.importorskip("accelerate")
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 class KeepGradients(TrainerCallback):
@@ -60,9 +60,7 @@ def trained_gradients(model, examples, tmp_path, batch_size, steps):
         disable_tqdm=True,
     )
     gradients = KeepGradients()
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=examples, callbacks=[gradients]
-    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[gradients])
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return gradients.kept, logged[0]

@@ -55,7 +55,9 @@ def step_memory(sequences: int) -> PeakMemory:
 @pytest.mark.skipif(sys.platform == "win32", reason="counts CPython's own releases")
 def test_peak_grows_linearly_with_sequences():
     peaks = {n: step_memory(n) for n in (8, 16, 32)}
-    print({n: f"{m.peak / 2**20:.1f} MiB, largest {m.largest / 2**20:.1f}" for n, m in peaks.items()})
+    print(
+        {n: f"{m.peak / 2**20:.1f} MiB, largest {m.largest / 2**20:.1f}" for n, m in peaks.items()}
+    )
     first, second = (peaks[16].peak - peaks[8].peak) / 8, (peaks[32].peak - peaks[16].peak) / 16
     assert second <= 1.1 * first
     # All queries by all keys of 32 sequences would be 4 heads x 8192 x 8192 floats, a GiB.

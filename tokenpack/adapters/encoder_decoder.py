@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .call import KEYWORD, PackedCall
 from .swap import Replacement
@@ -20,7 +20,7 @@ SIDE = "_tokenpack_side"
 
 
 @functools.partial(torch.compiler.disable, recursive=False)
-def stack_forward(original: Replacement, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def stack_forward(original: Replacement, module: Any, *args: Any, **kwargs: Any) -> Any:
     """An encoder or decoder stack: put its call where its position table finds it.
 
     Here and not in the model's forward, so that checkpointing a whole stack finds it again too.
@@ -33,13 +33,13 @@ def stack_forward(original: Replacement, module: nn.Module, *args: Any, **kwargs
 
 
 @torch.compiler.disable
-def _positions_here(module: nn.Module) -> Tensor | None:
+def _positions_here(module: Any) -> Tensor | None:
     call = module._tokenpack_state.current()
     return None if call is None else call.positions[getattr(module, SIDE)]
 
 
 def learned_positions_forward(
-    original: Replacement, module: nn.Module, *args: Any, **kwargs: Any
+    original: Replacement, module: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
     """BartLearnedPositionalEmbedding: rows of ``weight``, which begins with two unused ones."""
     positions = _positions_here(module)
@@ -49,7 +49,7 @@ def learned_positions_forward(
 
 
 def sinusoidal_positions_forward(
-    original: Replacement, module: nn.Module, *args: Any, **kwargs: Any
+    original: Replacement, module: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
     """MarianSinusoidalPositionalEmbedding: rows of a frozen ``weight``."""
     positions = _positions_here(module)
@@ -60,7 +60,7 @@ def sinusoidal_positions_forward(
 
 @torch.no_grad()
 def m2m100_positions_forward(
-    original: Replacement, module: nn.Module, *args: Any, **kwargs: Any
+    original: Replacement, module: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
     """M2M100SinusoidalPositionalEmbedding: rows of a buffer that the model lets grow."""
     positions = _positions_here(module)
@@ -69,7 +69,7 @@ def m2m100_positions_forward(
     return module.weights.index_select(0, positions)[None]
 
 
-def m2m100_positions(model: nn.Module, side: str, ids: Tensor) -> Tensor:
+def m2m100_positions(model: Any, side: str, ids: Tensor) -> Tensor:
     """Count the ids that are not padding, from ``padding_idx + 1``; padding sits at its index.
 
     Counted on the padded ids, so that padding on the left and padding ids inside a text get what

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import encoder_decoder, pooler, roberta, t5, umt5
 from .swap import Replacement
 
+Positions = Callable[[Any, str, Tensor], Tensor]
 Kind = Literal["encoder_decoder", "decoder", "encoder"]
 
 
@@ -38,40 +39,46 @@ class Family:
     name: str
     kind: Kind
     swaps: Mapping[str, Replacement] = field(default_factory=dict)
-    positions: Callable[[nn.Module, str, Tensor], Tensor] | None = None
+    positions: Positions | None = None
     biased_by_distance: bool = False
     minimum_transformers: str | None = None
 
 
-def _bart_like(name: str, prefix: str, embedding: str, **more) -> Family:
+def _t5_like(name: str, attention: str, forward: Replacement, since: str | None = None) -> Family:
+    return Family(
+        name,
+        "encoder_decoder",
+        swaps={attention: forward},
+        biased_by_distance=True,
+        minimum_transformers=since,
+    )
+
+
+def _bart_like(
+    name: str, prefix: str, embedding: str, lookup: Replacement, positions: Positions | None = None
+) -> Family:
     return Family(
         name,
         "encoder_decoder",
         swaps={
             f"{prefix}Encoder": encoder_decoder.stack_forward,
             f"{prefix}Decoder": encoder_decoder.stack_forward,
-            f"{prefix}{embedding}": more.pop("lookup"),
+            f"{prefix}{embedding}": lookup,
         },
-        **more,
+        positions=positions,
     )
 
 
-def _poolers(name: str, *classes: str, **more) -> Family:
-    return Family(name, "encoder", swaps=dict.fromkeys(classes, pooler.first_token_forward), **more)
+def _bert_like(name: str, pooling: str, positions: Positions | None = None) -> Family:
+    return Family(name, "encoder", swaps={pooling: pooler.first_token_forward}, positions=positions)
 
-
-_T5 = {"kind": "encoder_decoder", "biased_by_distance": True}
 
 # By `config.model_type`.
 FAMILIES: dict[str, Family] = {
-    "t5": Family("T5, Flan-T5, ByT5", swaps={"T5Attention": t5.attention_forward}, **_T5),
-    "mt5": Family("mT5", swaps={"MT5Attention": t5.attention_forward}, **_T5),
-    "umt5": Family(
-        "UMT5",
-        swaps={"UMT5Attention": umt5.attention_forward},
-        minimum_transformers="5.18",  # before, its decoder is not causal under SDPA
-        **_T5,
-    ),
+    "t5": _t5_like("T5, Flan-T5, ByT5", "T5Attention", t5.attention_forward),
+    "mt5": _t5_like("mT5", "MT5Attention", t5.attention_forward),
+    # Before 5.18 its decoder is not causal under SDPA.
+    "umt5": _t5_like("UMT5", "UMT5Attention", umt5.attention_forward, since="5.18"),
     "m2m_100": _bart_like(
         "M2M100, NLLB",
         "M2M100",
@@ -117,13 +124,13 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family("Cohere", "decoder"),
     "gpt2": Family("GPT-2", "decoder"),
     "gpt_neox": Family("GPT-NeoX", "decoder"),
-    "bert": _poolers("BERT", "BertPooler"),
-    "roberta": _poolers("RoBERTa", "RobertaPooler", positions=roberta.positions),
-    "xlm-roberta": _poolers("XLM-RoBERTa", "XLMRobertaPooler", positions=roberta.positions),
+    "bert": _bert_like("BERT", "BertPooler"),
+    "roberta": _bert_like("RoBERTa", "RobertaPooler", roberta.positions),
+    "xlm-roberta": _bert_like("XLM-RoBERTa", "XLMRobertaPooler", roberta.positions),
     "modernbert": Family("ModernBERT", "encoder"),
 }
 
-# Known to compute something else on packed input; patching them is an error, whatever `strict` says.
+# Known to compute something else on packed input: patching one is an error, `strict` or not.
 REFUSED: dict[str, str] = {
     "longt5": "its attention does not go through transformers' attention interface",
     "bloom": "its ALiBi is built from the padded mask, outside the attention interface",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from ..kernels import PackedLayout, repad
@@ -30,12 +30,10 @@ _SIDES = {
 }
 
 
-# Packing looks at the batch's values, once, and is host work: torch.compile leaves this function and
-# what it calls alone, but for the model's own forward, which is compiled.
+# Packing looks at the batch's values, once, and is host work: torch.compile leaves this function
+# and what it calls alone, but for the model's own forward, which is compiled.
 @functools.partial(torch.compiler.disable, recursive=False)
-def packed_forward(
-    original: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any
-) -> Any:
+def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's forward, with its signature, on real tokens alone where that is possible."""
     state: PatchState = model._tokenpack_state
     given, parameters = _arguments_by_name(original, model, args, kwargs)
@@ -58,9 +56,7 @@ def packed_forward(
 
 
 @functools.partial(torch.compiler.disable, recursive=False)
-def _run(
-    original: Callable[..., Any], model: nn.Module, state: PatchState, packed: PackedInputs
-) -> Any:
+def _run(original: Callable[..., Any], model: Any, state: PatchState, packed: PackedInputs) -> Any:
     keep_logits = state.logits == "always" or (
         state.logits == "auto" and not (model.training and packed.targets is not None)
     )
@@ -80,13 +76,13 @@ def _run(
     return _results(outputs, state, packed, keep_logits)
 
 
-def _may_drop_every_layer(model: nn.Module) -> bool:
+def _may_drop_every_layer(model: Any) -> bool:
     return model.training and any(
         getattr(model.config, name, 0.0) for name in ("encoder_layerdrop", "decoder_layerdrop")
     )
 
 
-def _ask_for_fused_loss(model: nn.Module, packed: PackedInputs) -> None:
+def _ask_for_fused_loss(model: Any, packed: PackedInputs) -> None:
     """Let the head compute the loss, if it is one that `patch_model` changed."""
     if packed.targets is None or packed.call.state.head_is_plain is False:
         return
@@ -94,10 +90,12 @@ def _ask_for_fused_loss(model: nn.Module, packed: PackedInputs) -> None:
         packed.call.targets, packed.call.after_head = packed.targets, after_head(model)
 
 
-def _head_is_plain(model: nn.Module, state: PatchState, packed: PackedInputs, outputs: Any) -> bool:
+def _head_is_plain(model: Any, state: PatchState, packed: PackedInputs, outputs: Any) -> bool:
     """Whether the fused loss is the model's: found out once, on the logits of one token."""
     if state.head_is_plain is None:
         call = packed.call
+        assert call.after_head is not None
+        assert call.head_logits is not None
         state.head_is_plain = nothing_else_follows(
             call.after_head, call.head_logits, outputs.logits
         )
@@ -147,7 +145,7 @@ def _repadded(value: Tensor | tuple[Tensor, ...], layout: PackedLayout) -> Any:
 
 def _own_path(
     original: Callable[..., Any],
-    model: nn.Module,
+    model: Any,
     state: PatchState,
     reason: str,
     given: dict[str, Any],
@@ -176,7 +174,7 @@ def _own_path(
 
 @torch.compiler.disable
 def _arguments_by_name(
-    original: Callable[..., Any], model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    original: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], frozenset[str]]:
     """Arguments that are not None, by name, and the names that the forward takes."""
     names = _parameter_names(original)
@@ -190,7 +188,7 @@ def _arguments_by_name(
     return {name: value for name, value in given.items() if value is not None}, frozenset(names)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parameter_names(original: Callable[..., Any]) -> tuple[str, ...]:
     parameters = list(inspect.signature(original).parameters.values())[1:]  # less self
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)

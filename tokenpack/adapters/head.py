@@ -36,7 +36,7 @@ class AfterHead(NamedTuple):
         return self.scale == 1.0 and self.softcap is None and self.bias is None
 
 
-def after_head(model: nn.Module) -> AfterHead:
+def after_head(model: Any) -> AfterHead:
     """Gemma's softcap, Granite's and Cohere's scales, the bias of Marian and BART."""
     config = model.config
     scale = getattr(config, "logit_scale", None) or 1.0
@@ -50,13 +50,13 @@ def after_head(model: nn.Module) -> AfterHead:
 
 
 @torch.compiler.disable
-def fused_forward(original: Replacement, module: nn.Linear, input: Tensor) -> Tensor:
+def fused_forward(original: Replacement, module: Any, input: Tensor) -> Tensor:
     """``nn.Linear.forward``, or with targets on the call the loss and one token's logits."""
     call: PackedCall | None = module._tokenpack_state.current()
     if call is None or call.targets is None:
         return original(module, input)
-    after: AfterHead = call.after_head
-    bias = module.bias
+    after = call.after_head or AfterHead()
+    bias: Tensor | None = module.bias
     if after.bias is not None:
         bias = after.bias if bias is None else bias + after.bias
     call.loss = packed_linear_cross_entropy(

@@ -56,7 +56,7 @@ class _Side:
 
 @torch.compiler.disable
 def pack_inputs(
-    model: nn.Module, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
+    model: Any, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
 ) -> PackedInputs:
     """Pack the arguments of one forward.
 
@@ -94,7 +94,7 @@ def shifted(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
 
 
-def shift_right(model: nn.Module, labels: Tensor) -> Tensor:
+def shift_right(model: Any, labels: Tensor) -> Tensor:
     """Decoder inputs from labels, by the model's own rule."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None:
@@ -109,9 +109,7 @@ def shift_right(model: nn.Module, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- the two kinds
 
 
-def _pack_encoder_decoder(
-    model: nn.Module, state: PatchState, given: dict[str, Any]
-) -> PackedInputs:
+def _pack_encoder_decoder(model: Any, state: PatchState, given: dict[str, Any]) -> PackedInputs:
     if "encoder_outputs" in given:
         raise CannotPackError("encoder_outputs are given")
     labels = given.pop("labels", None)
@@ -159,7 +157,7 @@ def _pack_encoder_decoder(
 
 
 def _pack_single(
-    model: nn.Module, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
+    model: Any, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
 ) -> PackedInputs:
     labels = given.pop("labels", None) if state.heads_tokens else None
     cu_seqlens = given.get("cu_seqlens")
@@ -299,7 +297,7 @@ def _labels_in_rows(labels: Tensor, cu_seqlens: Any) -> tuple[Tensor, PackedLayo
     return repad(labels[0], layout, fill=IGNORE_INDEX), layout
 
 
-def _positions(model: nn.Module, state: PatchState, name: str, side: _Side) -> Tensor:
+def _positions(model: Any, state: PatchState, name: str, side: _Side) -> Tensor:
     """``(total_tokens,)`` int64: where the model would see each token in the padded batch."""
     rule = state.family.positions
     if rule is None or side.padded.dim() == 3:
@@ -334,7 +332,7 @@ def _input_name(prefix: str, side: _Side) -> str:
 # -------------------------------------------------------------------- what takes the model's path
 
 
-def _refuse_what_only_the_model_can_do(model: nn.Module, given: dict[str, Any]) -> None:
+def _refuse_what_only_the_model_can_do(model: Any, given: dict[str, Any]) -> None:
     config = model.config
     if given.get("past_key_values") is not None or given.get("use_cache"):
         raise CannotPackError("a cache is in use")

@@ -72,12 +72,12 @@ def _attention_forward(
     """
     call: PackedCall | None = kwargs.pop(KEYWORD, None)
     if call is None:
-        if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1):
-            if query.shape[2] > 1:
-                raise RuntimeError(
-                    f"{type(module).__name__} did not hand the {KEYWORD!r} keyword down to "
-                    "attention while packing: this model cannot be patched"
-                )
+        marked = attention_mask is not None and attention_mask.shape == (1, 1, 1, 1)
+        if marked and query.shape[2] > 1:
+            raise RuntimeError(
+                f"{type(module).__name__} did not hand the {KEYWORD!r} keyword down to "
+                "attention while packing: this model cannot be patched"
+            )
         return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
     return _packed_attention_forward(call, module, query, key, value, **kwargs), None
 
@@ -111,9 +111,10 @@ def _packed_attention_forward(
             f"{type(module).__name__} passes {unknown} to attention, which packing would ignore: "
             "this model cannot be patched"
         )
-    if position_bias is not None and position_bias.numel() and position_bias.dim() != 2:
+    table = None if position_bias is None or position_bias.numel() == 0 else position_bias
+    if table is not None and table.dim() != 2:
         raise RuntimeError(
-            f"{type(module).__name__} built a position bias of shape {tuple(position_bias.shape)} "
+            f"{type(module).__name__} built a position bias of shape {tuple(table.shape)} "
             "while packing: this model cannot be patched"
         )
     role = getattr(module, ROLE, "self")

@@ -175,7 +175,8 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     return seen
 
 
-def _find_patched(model: PreTrainedModel) -> nn.Module | None:
+def _find_patched(model: PreTrainedModel) -> Any:
+    """The module of ``model`` whose forward packs, or None."""
     for candidate in (model, model.base_model):
         if is_swapped_model(candidate):
             return candidate
@@ -229,7 +230,7 @@ def _has_window(config: Any) -> bool:
 # --------------------------------------------------------------------------------- how to patch it
 
 
-def _swap(module: nn.Module, replacement: Any, state: PatchState) -> None:
+def _swap(module: Any, replacement: Any, state: PatchState) -> None:
     swap_forward(module, replacement)
     module._tokenpack_state = state
     state.modules.append(module)

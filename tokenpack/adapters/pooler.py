@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from .swap import Replacement
 
 
-def first_token_forward(original: Replacement, module: nn.Module, hidden_states: Tensor) -> Tensor:
+def first_token_forward(original: Replacement, module: Any, hidden_states: Tensor) -> Tensor:
     """``(1, total_tokens, hidden)`` to ``(num_seqs, hidden)`` while packing."""
     call = module._tokenpack_state.current()
     if call is not None:

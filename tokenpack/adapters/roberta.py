@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 
-def positions(model: nn.Module, side: str, ids: Tensor) -> Tensor:
+def positions(model: Any, side: str, ids: Tensor) -> Tensor:
     """``(rows, columns)`` positions as the model makes them from padded ids."""
     padding_idx = model.config.pad_token_id
     real = ids.ne(padding_idx).long()

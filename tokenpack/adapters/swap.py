@@ -18,15 +18,16 @@ from torch import nn
 Replacement = Callable[..., Any]
 
 
-def swap_forward(module: nn.Module, replacement: Replacement) -> None:
+def swap_forward(module: Any, replacement: Replacement) -> None:
     """Make ``module(...)`` run ``replacement(original_forward, module, ...)``.
 
     ``replacement`` must be a module-level function, so that a pickle can name it.
     """
-    module.__class__ = _swapped_class(type(module), replacement)
+    original: Any = type(module)
+    module.__class__ = _swapped_class(original, replacement)
 
 
-def restore_forward(module: nn.Module) -> None:
+def restore_forward(module: Any) -> None:
     """Undo `swap_forward`.
 
     Raises:
@@ -46,18 +47,18 @@ def is_swapped(module: nn.Module, replacement: Replacement | None = None) -> boo
     return swap is not None and replacement in (None, swap[1])
 
 
-@functools.lru_cache(maxsize=None)
-def _swapped_class(original: type[nn.Module], replacement: Replacement) -> type[nn.Module]:
+@functools.cache
+def _swapped_class(original: Any, replacement: Replacement) -> Any:
     original_forward = original.forward
 
     @functools.wraps(original_forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(original_forward, self, *args, **kwargs)
 
     # torch.compile keeps what it compiled by code object, up to a limit: one for each class.
-    forward.__code__ = forward.__code__.replace()
+    forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
 
-    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
+    def __reduce_ex__(self: Any, protocol: int) -> tuple:
         return _rebuild, (original, replacement), self.__getstate__()
 
     return type(
@@ -74,6 +75,6 @@ def _swapped_class(original: type[nn.Module], replacement: Replacement) -> type[
     )
 
 
-def _rebuild(original: type[nn.Module], replacement: Replacement) -> nn.Module:
+def _rebuild(original: Any, replacement: Replacement) -> Any:
     swapped = _swapped_class(original, replacement)
     return swapped.__new__(swapped)

@@ -10,20 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .call import KEYWORD
 from .swap import Replacement
 
 
-def attention_forward(original: Replacement, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def attention_forward(original: Replacement, module: Any, *args: Any, **kwargs: Any) -> Any:
     """T5Attention: take the table for ``position_bias``, or make it where the layer has one."""
     if kwargs.get(KEYWORD) is not None and kwargs.get("position_bias") is None:
         kwargs["position_bias"] = bias_table(module)
     return original(module, *args, **kwargs)
 
 
-def bias_table(module: nn.Module) -> Tensor:
+def bias_table(module: Any) -> Tensor:
     """``(heads, 2 * max_distance + 1)`` of a layer that has a table; an empty tensor of others.
 
     Made anew in every forward, and by calling the embedding: gradient checkpointing recomputes it

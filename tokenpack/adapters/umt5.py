@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .call import KEYWORD
@@ -18,7 +18,7 @@ from .swap import Replacement
 
 def attention_forward(
     original: Replacement,
-    module: nn.Module,
+    module: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     past_key_values: Any = None,
@@ -55,7 +55,7 @@ def attention_forward(
     return module.o(out.flatten(2)), weights
 
 
-def bias_table(module: nn.Module) -> Tensor | None:
+def bias_table(module: Any) -> Tensor | None:
     """``(heads, 2 * max_distance + 1)``, or None in cross-attention, which has no table."""
     if not module.has_relative_attention_bias:
         return None

@@ -14,6 +14,8 @@ import torch
 import transformers as hf
 from packaging.version import Version
 
+from tokenpack.adapters.family import FAMILIES
+
 VOCABULARY = 97
 PAD, EOS, BOS = 0, 1, 2
 HEADS = 4
@@ -114,9 +116,8 @@ class Case:
 
     @property
     def kind(self) -> str:
-        if self.labels in ("seq2seq", "decoder_inputs") or self.config in ("T5Config",):
-            return "encoder-decoder"
-        return "decoder-only" if self.labels == "causal" else "encoder-only"
+        kind = FAMILIES[getattr(hf, self.config).model_type].kind
+        return {"encoder_decoder": "encoder-decoder"}.get(kind, f"{kind}-only")
 
     @property
     def available(self) -> bool:

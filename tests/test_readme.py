@@ -1,0 +1,61 @@
+"""The README's table of families is what the equivalence test runs, and its example works.
+
+`python -m tests.test_readme` prints the table.
+"""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from .adapters.models import CASES
+
+README = Path(__file__).parents[1] / "README.md"
+HEADS = {
+    "ForConditionalGeneration": "language model",
+    "MTModel": "language model",
+    "ForCausalLM": "language model",
+    "LMHeadModel": "language model",
+    "ForMaskedLM": "masked language model",
+    "ForTokenClassification": "token classifier",
+    "ForSequenceClassification": "sequence classifier",
+    "EncoderModel": "encoder alone",
+    "Model": "base model",
+}
+
+
+def families_table() -> str:
+    heads = defaultdict(list)
+    notes = {}
+    for case in CASES:
+        family = case.family.split(" (")[0]
+        head = next(words for ending, words in HEADS.items() if case.model.endswith(ending))
+        if head not in heads[case.kind, family]:
+            heads[case.kind, family].append(head)
+        if case.since != "5.15":
+            notes[family] = f" (transformers >= {case.since})"
+    lines = ["| kind | family | tested with |", "|---|---|---|"]
+    for kind, family in sorted(heads, key=lambda key: ["encoder-decoder", "decoder-only",
+                                                       "encoder-only"].index(key[0])):  # fmt: skip
+        lines.append(
+            f"| {kind} | {family}{notes.get(family, '')} | {', '.join(heads[kind, family])} |"
+        )
+    return "\n".join(lines)
+
+
+def test_table_of_families_is_the_list_of_tested_models():
+    text = README.read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- families -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert table == families_table()
+
+
+def test_example_in_the_readme_runs():
+    text = README.read_text(encoding="utf-8")
+    (example,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", text, re.DOTALL)
+    scope = {}
+    exec(example, scope)
+    assert scope["stats"].packed_calls == 1
+    assert abs(scope["packed"] - scope["padded"]) < 1e-5
+
+
+if __name__ == "__main__":
+    print(families_table())

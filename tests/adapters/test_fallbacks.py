@@ -223,3 +223,135 @@ def test_attention_changed_behind_the_patch_is_noticed():
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="never reached packed attention"):
         model(**LLAMA.batch("right"))
+
+
+# ---------------------------------------------------------------- what would be wrong in silence
+
+
+def test_packed_input_that_cannot_be_packed_is_an_error():
+    model = patch_model(LLAMA.build())
+    packed = {"input_ids": torch.randint(3, 97, (1, 10)), "cu_seqlens": torch.tensor([0, 4, 10])}
+    with pytest.raises(ValueError, match="cannot pack this call: a cache is in use"):
+        model(**packed, use_cache=True)
+    classifier = patch_model(BY_NAME["LlamaForSequenceClassification"].build())
+    with pytest.raises(ValueError, match="a head that reads rows"):
+        classifier(**packed)
+
+
+def test_a_subclass_with_its_own_forward_is_left_alone():
+    base = type(LLAMA.build())
+
+    class TripledForCausalLM(base):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.loss = 3 * outputs.loss
+            return outputs
+
+    reference = LLAMA.build()
+    model = LLAMA.build()
+    model.__class__ = TripledForCausalLM
+    patch_model(model)
+    batch = LLAMA.batch("right")
+    assert model(**batch).loss.equal(3 * reference(**batch).loss)
+    assert list(packing_stats(model).fallbacks) == ["TripledForCausalLM has a forward of its own"]
+
+
+def test_a_loss_function_of_the_users_is_called():
+    model = LLAMA.build()
+    model.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+    expected = model(**LLAMA.batch("right")).loss
+    patch_model(model)
+    assert model(**LLAMA.batch("right")).loss.equal(expected)
+
+
+def test_position_ids_that_restart_without_a_mask_keep_transformers_meaning():
+    reference = LLAMA.build()
+    model = patch_model(copy.deepcopy(reference))
+    ids = torch.randint(3, 97, (1, 10))
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    assert model(**batch).loss.equal(reference(**batch).loss)
+
+
+def test_decoding_by_hand_gets_its_cache():
+    reference = LLAMA.build().eval()
+    model = patch_model(copy.deepcopy(reference))
+    token = torch.tensor([[5]])
+    for each in (model, reference):
+        first = each(input_ids=torch.tensor([[3, 4]]))
+        each.seen = each(input_ids=token, past_key_values=first.past_key_values).logits
+    assert model.seen.equal(reference.seen)
+
+
+def test_a_position_table_replaced_after_the_patch_is_noticed():
+    model = patch_model(NLLB.build())
+    table = model.model.encoder.embed_positions
+    model.model.encoder.embed_positions = type(NLLB.build().model.encoder.embed_positions)(
+        table.num_positions, table.embedding_dim, table.padding_idx
+    )
+    with pytest.raises(RuntimeError, match="embed_positions was replaced"):
+        model(**NLLB.batch("right"))
+
+
+def test_a_part_of_a_patched_model_is_not_patched_again():
+    model = patch_model(NLLB.build())
+    with pytest.raises(ValueError, match="patched already"):
+        patch_model(model.model)
+    assert packing_stats(model).packed_calls == 0
+    unpatch_model(model)
+
+
+def test_a_forward_set_on_an_instance_is_noticed_and_outlived():
+    model = LLAMA.build()
+    model.forward = model.forward
+    with pytest.raises(ValueError, match="forward set on the instance"):
+        patch_model(model)
+    del model.forward
+    reference = copy.deepcopy(model)
+    patch_model(model)
+    model.forward = model.forward  # as accelerate's mixed precision keeps one
+    assert abs(model(**LLAMA.batch("right")).loss - reference(**LLAMA.batch("right")).loss) < 1e-5
+    assert packing_stats(model).packed_calls == 1
+    unpatch_model(model)
+    assert model(**LLAMA.batch("right")).loss.equal(reference(**LLAMA.batch("right")).loss)
+
+
+def test_a_row_of_padding_with_labels_takes_the_models_path():
+    model, reference = patched(T5)
+    batch = T5.batch("right")
+    batch["attention_mask"][2] = 0
+    assert model(**batch).loss.equal(reference(**batch).loss)
+    assert packing_stats(model).packed_calls == 0
+    batch["labels"][2] = -100
+    assert abs(model(**batch).loss - reference(**batch).loss).item() <= 1e-5
+    assert packing_stats(model).packed_calls == 1
+
+
+def test_a_hook_on_the_head_sees_and_changes_logits():
+    reference = LLAMA.build()
+    model = patch_model(copy.deepcopy(reference))
+    model(**LLAMA.batch("right"))
+    for each in (model, reference):
+        each.lm_head.register_forward_hook(lambda module, args, out: out * 0.5)
+    batch = LLAMA.batch("right")
+    assert abs(model(**batch).loss - reference(**batch).loss).item() <= 1e-5
+    assert "hooks" in packing_stats(model).loss
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA, BERT], ids=lambda case: case.model)
+def test_a_micro_batch_without_labels_adds_nothing_to_an_accumulation(case):
+    model = patch_model(case.build())
+    batch = case.batch("right")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = model(**batch, num_items_in_batch=7).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_copying_a_part_does_not_drag_the_model_along():
+    import pickle
+
+    model = patch_model(LLAMA.build())
+    plain = LLAMA.build()
+    assert len(pickle.dumps(model.lm_head)) < len(pickle.dumps(plain.lm_head)) + 4096

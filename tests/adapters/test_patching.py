@@ -324,6 +324,7 @@ def test_a_head_whose_logits_change_later_is_found_out(caplog):
     model = copy.deepcopy(reference)
     model.__class__ = Surprising
     Surprising.__name__ = "LlamaForCausalLM"
+    Surprising.forward.__module__ = "transformers.models.llama"  # as if it were one of theirs
     patch_model(model)
     batch = LLAMA.batch("right")
     with torch.no_grad():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import PackedLayout
 
@@ -92,7 +92,7 @@ class PatchState:
     """Everything that `patch_model` keeps on a model; shared by the modules that it changed."""
 
     def __init__(self, family: Family | None, attention: str, logits: str, strict: bool) -> None:
-        self.family = family
+        self.family: Any = family  # None where it is unknown
         self.attention = attention
         self.logits = logits
         self.strict = strict
@@ -100,12 +100,11 @@ class PatchState:
         self.heads_tokens = False  # the patched module has a head over tokens, and takes labels
         self.shifts_labels = False  # a token is asked for the next one's label
         self.counts_columns = False  # attention depends on distances, so holes would change it
+        self.reads_rows = False  # a head behind the patched base model reads rows
         self.pools_first_token = False
         self.stats = PackingStats()
         self.head_is_plain: bool | None = None  # unknown until the first fused loss has been probed
         self.configs: list[tuple[Any, str]] = []  # each config with the implementation it had
-        self.modules: list[nn.Module] = []  # swapped ones, to restore
-        self.tagged: list[nn.Module] = []
         self._running: dict[int, PackedCall] = {}
 
     # A few modules (position tables, head, pooler) are called without keywords by the model. They

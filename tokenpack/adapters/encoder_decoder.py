@@ -28,13 +28,19 @@ def stack_forward(original: Replacement, module: Any, *args: Any, **kwargs: Any)
     call: PackedCall | None = kwargs.get(KEYWORD)
     if call is None:
         return original(module, *args, **kwargs)
+    if getattr(module.embed_positions, "_tokenpack_state", None) is not call.state:
+        raise RuntimeError(
+            f"{type(module).__name__}.embed_positions was replaced after patch_model, and would "
+            "count packed tokens: unpatch_model before replacing it, patch_model after"
+        )
     with call.state.running(call):
         return original(module, *args, **kwargs)
 
 
 @torch.compiler.disable
 def _positions_here(module: Any) -> Tensor | None:
-    call = module._tokenpack_state.current()
+    state = getattr(module, "_tokenpack_state", None)
+    call = None if state is None else state.current()
     return None if call is None else call.positions[getattr(module, SIDE)]
 
 

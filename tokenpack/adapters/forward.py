@@ -14,10 +14,13 @@ from transformers.utils import logging
 from ..kernels import PackedLayout, repad
 from .call import PatchState
 from .head import after_head, fused_forward, loss_from_logits, nothing_else_follows
-from .inputs import IGNORE_INDEX, CannotPackError, PackedInputs, pack_inputs, shifted
+from .head import on_device as _on
+from .inputs import IGNORE_INDEX, CannotPackError, PackedInputs, pack_inputs
 from .swap import is_swapped
 
 logger = logging.get_logger(__name__)
+
+_BOUNDARIES = frozenset({"cu_seqlens", "decoder_cu_seqlens"})
 
 # The layout side that each output of transformers' models is laid out by.
 _SIDES = {
@@ -35,16 +38,17 @@ _SIDES = {
 @functools.partial(torch.compiler.disable, recursive=False)
 def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's forward, with its signature, on real tokens alone where that is possible."""
-    state: PatchState = model._tokenpack_state
+    state: PatchState | None = getattr(model, "_tokenpack_state", None)
+    if state is None:  # unpatched, but accelerate holds on to the forward that it once wrapped
+        return original(model, *args, **kwargs)
     given, parameters = _arguments_by_name(original, model, args, kwargs)
     try:
         packed = pack_inputs(model, state, dict(given), parameters)
     except CannotPackError as reason:
-        if state.strict:
+        if state.strict or not given.keys().isdisjoint(_BOUNDARIES):
+            # On its own path the model knows nothing of boundaries, and would see one sequence.
             raise ValueError(f"{type(model).__name__} cannot pack this call: {reason}") from None
         return _own_path(original, model, state, str(reason), given)
-    for name in ("cu_seqlens", "decoder_cu_seqlens", "max_seqlen", "decoder_max_seqlen"):
-        given.pop(name, None)
     outputs = _run(original, model, state, packed)
     state.stats.packed_calls += 1
     state.stats.packed_tokens += sum(side.total_tokens for side in packed.call.layouts.values())
@@ -86,7 +90,10 @@ def _ask_for_fused_loss(model: Any, packed: PackedInputs) -> None:
     """Let the head compute the loss, if it is one that `patch_model` changed."""
     if packed.targets is None or packed.call.state.head_is_plain is False:
         return
-    if is_swapped(model.get_output_embeddings(), fused_forward):
+    head = model.get_output_embeddings()
+    # Hooks see and change logits. Those of fully_shard only gather the weight.
+    hooked = head is not None and (head._forward_hooks or head._forward_pre_hooks)
+    if is_swapped(head, fused_forward) and (not hooked or hasattr(head, "unshard")):
         packed.call.targets, packed.call.after_head = packed.targets, after_head(model)
 
 
@@ -134,7 +141,7 @@ def _why_not_fused(state: PatchState, keep_logits: bool) -> str:
         return "from the logits, which are returned"
     if state.head_is_plain is False:
         return "from the logits: the model changes them after its head in a way unknown here"
-    return "from the logits: the head is no plain nn.Linear"
+    return "from the logits: the head is no plain nn.Linear, or has hooks"
 
 
 def _repadded(value: Tensor | tuple[Tensor, ...], layout: PackedLayout) -> Any:
@@ -157,18 +164,17 @@ def _own_path(
             f"{type(model).__name__} runs padded: {reason}. See packing_stats(model).fallbacks."
         )
     labels, num_items = given.get("labels"), given.get("num_items_in_batch")
-    if not state.heads_tokens or labels is None or num_items is None:
-        return original(model, **given)
-    # Many families take the number and ignore it. So all get their mean loss here, rescaled.
+    if not state.heads_tokens or state.shifts_labels or labels is None or num_items is None:
+        return original(model, **given)  # causal models honour the number themselves
+    # Most others take the number and ignore it. So they get their mean loss here, rescaled.
     del given["num_items_in_batch"]
     outputs = original(model, **given)
-    counted = shifted(labels) if state.shifts_labels else labels
-    valid = (counted != IGNORE_INDEX).sum()
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(valid.device)
+    valid = int((labels != IGNORE_INDEX).sum())
+    logits = outputs[1] if isinstance(outputs, tuple) else outputs.logits
+    loss = outputs[0] * valid / _on(num_items, logits.device) if valid else logits.sum() * 0.0
     if isinstance(outputs, tuple):
-        return (outputs[0] * valid / num_items, *outputs[1:])
-    outputs.loss = outputs.loss * valid / num_items
+        return (loss, *outputs[1:])
+    outputs.loss = loss
     return outputs
 
 

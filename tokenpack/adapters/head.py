@@ -64,7 +64,7 @@ def fused_forward(original: Replacement, module: Any, input: Tensor) -> Tensor:
         module.weight,
         None if bias is None else bias.to(input.dtype),
         call.targets.to(input.device),
-        num_items=_on(call.num_items, input.device),
+        num_items=on_device(call.num_items, input.device),
         softcap=after.softcap,
         scale=after.scale,
     )
@@ -89,8 +89,11 @@ def loss_from_logits(logits: Tensor, targets: Tensor, num_items: Any) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.to(logits.device)
     total = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    return total / ((targets != -100).sum() if num_items is None else _on(num_items, total.device))
+    return total / (
+        (targets != -100).sum() if num_items is None else on_device(num_items, total.device)
+    )
 
 
-def _on(num_items: Any, device: torch.device) -> Any:
+def on_device(num_items: Any, device: torch.device) -> Any:
+    """``num_items_in_batch`` where the loss is, if it is a tensor."""
     return num_items.to(device) if isinstance(num_items, Tensor) else num_items

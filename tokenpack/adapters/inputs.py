@@ -71,7 +71,7 @@ def pack_inputs(
     """
     if state.never is not None:
         raise CannotPackError(state.never)
-    _refuse_what_only_the_model_can_do(model, given)
+    _refuse_what_only_the_model_can_do(model, state, given, parameters)
     if state.family.kind == "encoder_decoder" and "decoder_input_ids" in parameters:
         packed = _pack_encoder_decoder(model, state, given)
     else:
@@ -133,6 +133,8 @@ def _pack_encoder_decoder(model: Any, state: PatchState, given: dict[str, Any]) 
             f"input_ids hold {encoder.layout.num_seqs} sequences, "
             f"the decoder's inputs or labels {decoder.layout.num_seqs}"
         )
+    if bool(((encoder.layout.lengths == 0) & (decoder.layout.lengths > 0)).any()):
+        raise CannotPackError("a row of padding alone on the encoder's side, and labels for it")
     if decoder.came_packed != encoder.came_packed:
         raise ValueError("cu_seqlens and decoder_cu_seqlens must be given together or not at all")
     targets = None if labels is None else _targets(labels, decoder)
@@ -161,8 +163,11 @@ def _pack_single(
 ) -> PackedInputs:
     labels = given.pop("labels", None) if state.heads_tokens else None
     cu_seqlens = given.get("cu_seqlens")
+    masked = "attention_mask" in given or cu_seqlens is not None
     side = _take_side(given, "", state)
     name = "enc" if state.family.kind == "encoder_decoder" else "self"
+    if side.came_packed and state.reads_rows:
+        raise CannotPackError("cu_seqlens, and a head that reads rows")
     call = PackedCall(state, {name: side.layout})
     _refuse_pooling_over_padding(state, side.layout)
 
@@ -171,21 +176,26 @@ def _pack_single(
         "attention_mask": marker_mask(side.padded.device),
     }
     if "position_ids" in parameters:
-        own = _in_rows("position_ids", given.pop("position_ids", None), cu_seqlens, side)
+        own = _in_rows("position_ids", given.pop("position_ids", None), side)
+        if own is not None and not masked and bool((own.diff(dim=1) != 1).any()):
+            raise CannotPackError(
+                "position_ids that do not count up and no mask: transformers takes sequences out "
+                "of them (give cu_seqlens instead)"
+            )
         positions = _positions(model, state, name, side) if own is None else unpad(own, side.layout)
         arguments["position_ids"] = positions.long()[None]
     elif name in ("enc", "dec") and state.family.swaps and not state.family.biased_by_distance:
         call.positions[name] = _positions(model, state, name, side)
     if state.family.kind == "encoder" and "token_type_ids" in parameters:
-        types = _in_rows("token_type_ids", given.pop("token_type_ids", None), cu_seqlens, side)
+        types = _in_rows("token_type_ids", given.pop("token_type_ids", None), side)
         if types is not None:
             arguments["token_type_ids"] = unpad(types, side.layout)[None]
     targets = None
     if labels is not None:
         labels, _ = _labels_in_rows(labels, cu_seqlens)
         targets = _targets(shifted(labels) if state.shifts_labels else labels, side)
-    if given.get("logits_to_keep") in (0, None):
-        given.pop("logits_to_keep", None)
+    if isinstance(given.get("logits_to_keep"), int) and given["logits_to_keep"] == 0:
+        del given["logits_to_keep"]
     return PackedInputs(call, arguments, targets, side.came_packed, side.slots)
 
 
@@ -234,6 +244,8 @@ def _layout(
 ) -> PackedLayout:
     rows, columns = tokens.shape[:2]
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise CannotPackError(f"{mask_name} is a {type(mask).__name__}")
         if mask.dim() != 2:
             raise CannotPackError(f"{mask_name} is {mask.dim()}-dimensional")
         if mask.shape != (rows, columns):
@@ -273,7 +285,7 @@ def _has_holes(layout: PackedLayout) -> bool:
     return bool((gap[layout.position_ids[1:] > 0] != 0).any())
 
 
-def _in_rows(name: str, values: Tensor | None, cu_seqlens: Any, side: _Side) -> Tensor | None:
+def _in_rows(name: str, values: Tensor | None, side: _Side) -> Tensor | None:
     """Values that come one a token, in the padded rows of ``side``."""
     if values is None:
         return None
@@ -332,17 +344,34 @@ def _input_name(prefix: str, side: _Side) -> str:
 # -------------------------------------------------------------------- what takes the model's path
 
 
-def _refuse_what_only_the_model_can_do(model: Any, given: dict[str, Any]) -> None:
+def _refuse_what_only_the_model_can_do(
+    model: Any, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
+) -> None:
     config = model.config
+    if "labels" in given and state.heads_tokens and "_loss_function" in vars(model):
+        raise CannotPackError("a loss_function of its own")
     if given.get("past_key_values") is not None or given.get("use_cache"):
         raise CannotPackError("a cache is in use")
+    if (
+        "use_cache" not in given
+        and "use_cache" in parameters
+        and getattr(config, "use_cache", False)
+        and not (model.training or "labels" in given or state.reads_rows)
+        and state.family.kind != "encoder"
+    ):
+        raise CannotPackError("a cache would be returned (pass use_cache=False)")
     given.pop("use_cache", None)
     for name in ("output_attentions", "output_router_logits"):
         asked = given.pop(name, None)
         if asked or (asked is None and getattr(config, name, False)):
             raise CannotPackError(f"{name} is set")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+    rope = getattr(config, "rope_parameters", None)
+    kinds = rope.values() if isinstance(rope, dict) else ()  # one dict, or one for each layer type
+    if any(
+        kind in ("dynamic", "longrope")
+        or (isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"))
+        for kind in kinds
+    ):
         raise CannotPackError("rotary embeddings that change with the length of the padded batch")
     if getattr(config, "sparse_prediction", False):
         raise CannotPackError("sparse_prediction is set")

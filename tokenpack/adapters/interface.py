@@ -41,10 +41,19 @@ _HARMLESS = frozenset(
 )
 
 
+_BASES: dict[str, str] = {}  # by the name that is registered over it
+
+
+def base_of(implementation: str) -> str:
+    """What a registered name stands over; any other implementation itself."""
+    return _BASES.get(implementation, implementation)
+
+
 def register_over(base: str) -> str:
     """Register tokenpack's attention over the implementation ``base``; returns its name."""
     # Model code asks for "flash" in the name before it drops masks, so that must not be there.
     name = "tokenpack_" + base.replace("flash_attention", "fa").replace("flash", "f")
+    _BASES[name] = base
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(_attention_forward, base))
         if base in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -83,7 +92,9 @@ def _attention_forward(
 
 
 def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = None  # a model's own, in the file that defines its attention
+    for parent in type(module).__mro__:
+        eager = eager or getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 

@@ -34,6 +34,7 @@ _TOKEN_HEADS = (
 # ... and those that see one real token of each row. Not so a question answerer's: it weighs all
 # columns of a row against one another, padding too.
 _ROW_HEADS = ("ForSequenceClassification",)
+_STATE = "_tokenpack_state"
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention")
 
 
@@ -66,8 +67,10 @@ def patch_model(
 
     Raises:
         TypeError: if ``model`` holds no transformers model.
-        ValueError: if an option is unknown, or the family is known to compute something else on
-            packed input; with ``strict`` also if the family is unknown.
+        ValueError: if an option is unknown, the family is known to compute something else on
+            packed input, a part of the model is patched already, or a forward set on an instance
+            (accelerate's) would hide the patch; with ``strict`` also if the model can never be
+            packed.
     """
     require_known_backend(attention)
     if logits not in ("auto", "always", "never"):
@@ -81,6 +84,17 @@ def patch_model(
             raise ValueError(f"{type(inner).__name__} can never be packed: {state.never}")
         state.attention, state.logits, state.strict = attention, logits, strict
         return model
+    for name, module in inner.named_modules():
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{name or 'model'} has a forward set on the instance, which would hide the "
+                "patched one (accelerate does that): patch_model before accelerate prepares it"
+            )
+        if is_swapped(module):
+            raise ValueError(
+                f"model holds a part that is patched already ({name or 'itself'}): unpatch that "
+                "before, or patch the whole only"
+            )
     state = PatchState(family, attention, logits, strict)
     state.never = _why_never(inner, family)
     if family is None or state.never is not None:
@@ -93,9 +107,10 @@ def patch_model(
     # With a head over tokens the whole model packs, its loss included. A classifier of rows gets
     # padded hidden states from a base model that packs.
     target = inner if state.heads_tokens else inner.base_model
+    state.reads_rows = target is not inner
     state.counts_columns = family.biased_by_distance or _has_window(inner.config)
     # Such a head reads the first column of those hidden states.
-    state.pools_first_token = family.kind == "encoder" and target is not inner
+    state.pools_first_token = family.kind == "encoder" and state.reads_rows
     _set_attention(inner, state)
     for name, module in target.named_modules():
         _tag(module, name, state)
@@ -122,11 +137,10 @@ def unpatch_model(model: Model) -> Model:
     if patched is None:
         return model
     state: PatchState = patched._tokenpack_state
-    for module in state.modules:
-        restore_forward(module)
-        del module._tokenpack_state
-    for module in state.tagged:
-        for attribute in (ROLE, SIDE):
+    for module in patched.modules():
+        if is_swapped(module) and getattr(module, "_tokenpack_state", None) is state:
+            restore_forward(module)
+        for attribute in (ROLE, SIDE, _STATE):
             module.__dict__.pop(attribute, None)
     for config, implementation in state.configs:
         config._attn_implementation = implementation
@@ -218,6 +232,11 @@ def _why_never(model: PreTrainedModel, family: Family | None) -> str | None:
         return f"{name} is a decoder without its encoder"
     if family.kind == "encoder" and getattr(model.config, "is_decoder", False):
         return "an encoder configured as a decoder"
+    if not type(model).forward.__module__.startswith("transformers."):
+        return f"{name} has a forward of its own"
+    for option in ("output_attentions", "reorder_and_upcast_attn", "add_cross_attention"):
+        if getattr(model.config, option, False):
+            return f"{option} is set in the config"
     return None
 
 
@@ -233,7 +252,6 @@ def _has_window(config: Any) -> bool:
 def _swap(module: Any, replacement: Any, state: PatchState) -> None:
     swap_forward(module, replacement)
     module._tokenpack_state = state
-    state.modules.append(module)
 
 
 def _tag(module: nn.Module, name: str, state: PatchState) -> None:
@@ -247,14 +265,13 @@ def _tag(module: nn.Module, name: str, state: PatchState) -> None:
         module.__dict__[SIDE] = side
     else:
         return
-    state.tagged.append(module)
 
 
 def _set_attention(model: PreTrainedModel, state: PatchState) -> None:
     """Name tokenpack's attention in every config that a module reads: stacks have copies."""
-    configs = {
-        id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
-    }
-    state.configs = [(config, config._attn_implementation) for config in configs.values()]
+    owned = [getattr(module, "config", None) for module in model.modules()]
+    distinct = {id(config): config for config in owned if config is not None}
+    # A config copied from a patched model's bears our name already.
+    state.configs = [(c, base_of(c._attn_implementation)) for c in distinct.values()]
     for config, implementation in state.configs:
         config._attn_implementation = register_over(implementation)

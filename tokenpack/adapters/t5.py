@@ -19,21 +19,22 @@ from .swap import Replacement
 def attention_forward(original: Replacement, module: Any, *args: Any, **kwargs: Any) -> Any:
     """T5Attention: take the table for ``position_bias``, or make it where the layer has one."""
     if kwargs.get(KEYWORD) is not None and kwargs.get("position_bias") is None:
-        kwargs["position_bias"] = bias_table(module)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        kwargs["position_bias"] = bias_table(module, hidden_states.device)
     return original(module, *args, **kwargs)
 
 
-def bias_table(module: Any) -> Tensor:
+def bias_table(module: Any, device: torch.device) -> Tensor:
     """``(heads, 2 * max_distance + 1)`` of a layer that has a table; an empty tensor of others.
 
     Made anew in every forward, and by calling the embedding: gradient checkpointing recomputes it
     with gradients, and sharded parameters are only whole while their module is being called.
     """
     if not module.has_relative_attention_bias:
-        return torch.empty(0, device=module.q.weight.device)
+        return torch.empty(0, device=device)
     embedding = module.relative_attention_bias
     reach = module.relative_attention_max_distance
-    distance = torch.arange(-reach, reach + 1, device=embedding.weight.device)
+    distance = torch.arange(-reach, reach + 1, device=device)
     buckets = module._relative_position_bucket(
         distance,
         bidirectional=not module.is_decoder,

@@ -99,7 +99,9 @@ def test_from_a_patched_config_comes_a_plain_model():
     model = patch_model(LLAMA.build())
     other = type(LLAMA.build())(copy.deepcopy(model.config)).eval()
     assert not is_patched(other)
-    other(**LLAMA.batch("right"))
+    expected = other(**LLAMA.batch("right")).loss
+    assert abs(patch_model(other)(**LLAMA.batch("right")).loss - expected).item() <= 1e-5
+    assert unpatch_model(other).config._attn_implementation == "sdpa"
 
 
 # ------------------------------------------------------------------------ training as transformers

@@ -15,7 +15,7 @@ from .encoder_decoder import SIDE
 from .family import FAMILIES, REFUSED, Family
 from .forward import packed_forward
 from .head import fused_forward
-from .interface import ROLE, register_over
+from .interface import ROLE, base_of, register_over
 from .pooler import first_token_forward
 from .swap import is_swapped, restore_forward, swap_forward
 

@@ -274,7 +274,10 @@ def _require_int32_rows(rows: int) -> None:
 
 def _host_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     """``values`` as a one-dimensional int64 tensor on the host, where looking at them is free."""
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be integers, got {values!r:.80}") from error
     if tensor.numel() == 0 and not isinstance(values, Tensor):
         tensor = tensor.to(torch.int64)  # an empty list has no dtype of its own
     _require_integers(name, tensor)

@@ -68,12 +68,11 @@ def packed_linear_cross_entropy(
     hidden, weight = cast_for_autocast(hidden, weight)
     if bias is not None:
         (bias,) = cast_for_autocast(bias)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype or not hidden.is_floating_point():
-            raise TypeError(
-                "hidden, weight and bias must share one floating-point dtype, "
-                f"got hidden in {hidden.dtype} and {name} in {tensor.dtype}"
-            )
+    dtypes = [tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None]
+    if len(set(dtypes)) > 1 or not hidden.is_floating_point():
+        raise TypeError(
+            f"hidden, weight and bias must share one floating-point dtype, got {dtypes}"
+        )
     # Without gradients a Function's needs_input_grad still tells what could need them.
     total, valid = _LinearCrossEntropy.apply(
         hidden, weight, bias, labels, ignore_index, softcap, scale, torch.is_grad_enabled()

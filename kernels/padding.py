@@ -65,7 +65,8 @@ def repad(
         tensors: ``(total_tokens, ...)`` of any dtype, or several such tensors whose dtypes and
             trailing shapes may differ.
         layout: which slots are real, on the same device.
-        fill: what the other slots hold; one value for all tensors or one for each.
+        fill: what the other slots hold; one value for all tensors or one for each. Each tensor's
+            dtype must be able to hold its own exactly, unless it is floating point.
 
     Returns:
         ``(rows, columns, ...)`` for each tensor, in the order it came; one tensor for one tensor,
@@ -73,19 +74,21 @@ def repad(
 
     Raises:
         TypeError: if something other than tensors is given.
-        ValueError: if a tensor does not begin with ``layout.total_tokens`` or is elsewhere, or
-            there are more or fewer fills than tensors.
+        ValueError: if a tensor does not begin with ``layout.total_tokens`` or is elsewhere, there
+            are more or fewer fills than tensors, or a fill is nothing that its tensor can hold.
     """
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
         _require_leading(position, tensor, (layout.total_tokens,), "layout.total_tokens", layout)
-    fills = (
-        [float(fill)] * len(several) if isinstance(fill, (int, float)) else list(map(float, fill))
-    )
+    fills = [fill] * len(several) if isinstance(fill, (int, float)) else list(fill)
     if len(fills) != len(several):
         raise ValueError(f"fill must be one value or {len(several)} values, got {len(fills)}")
+    for value, tensor in zip(fills, several, strict=True):
+        _require_fill(value, tensor.dtype)
     rows, columns = layout.padded_shape
-    flat = torch.ops.tokenpack.repad(several, layout.indices, rows * columns, fills)
+    flat = torch.ops.tokenpack.repad(
+        several, layout.indices, rows * columns, list(map(float, fills))
+    )
     padded = [tensor.unflatten(0, (rows, columns)) for tensor in flat]
     return padded[0] if isinstance(tensors, Tensor) else padded
 
@@ -193,3 +196,12 @@ def _require_leading(
             f"tensors[{position}] is on {tensor.device} but the layout is on {layout.device}: "
             "move one with .to(device)"
         )
+
+
+def _require_fill(value: float, dtype: torch.dtype) -> None:
+    if dtype.is_floating_point or dtype.is_complex:
+        return
+    bounds = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    # The op takes fills as float, which not every int64 survives.
+    if not (bounds[0] <= value <= bounds[1] and int(value) == value == float(value)):
+        raise ValueError(f"fill must be a value of {dtype}, got {value}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels.attention import cast_for_autocast, varlen_attention
+from .kernels.attention import cast_for_autocast, normal_window, varlen_attention
 
 BACKENDS = ("flash_attn", "torch", "triton", "reference")
 _HALF = (torch.float16, torch.bfloat16)
@@ -83,6 +83,7 @@ def packed_attention(
         ValueError: if ``backend`` is unknown, or was named and lacks something for this call.
     """
     q, k, v = cast_for_autocast(q, k, v)
+    window = normal_window(window)
     heads, head_dim = q.shape[1:]
     scratch = (q.shape[0] + 128 * cu_seqlens_q.numel()) * heads * -(-head_dim // 32) * 32
     call = AttentionCall(
@@ -100,30 +101,23 @@ def packed_attention(
         flash_scratch_fits=scratch < 2**31,
     )
     choice = choose_backend(call, backend)
-    # The causal right edge and the window's are one to the flash kernels.
-    left, right = window or (-1, -1)
-    edges = (left, 0 if causal else right)
     if choice.backend == "flash_attn":
-        function, accepted = _flash_attn()
-        options = {
-            "softmax_scale": scale,
-            "causal": causal,
-            "window_size": (left, right),
-            "softcap": softcap or 0.0,
-            "dropout_p": dropout_p,
-        }
-        options = {name: value for name, value in options.items() if name in accepted}
-        out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+        function, accepted = _found(_flash_attn())
+        options = _flash_attn_options(accepted, causal, scale, window, softcap, dropout_p)
+        lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+        out = function(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            **{name: length for name, length in lengths.items() if name in accepted},
+            **options,
+        )
         out = out[0] if isinstance(out, tuple) else out
     elif choice.backend == "torch":
-        function, accepted = _torch_varlen()
-        options = {
-            "scale": scale,
-            "window_size": edges,
-            "is_causal": causal,
-            "enable_gqa": q.shape[1] != k.shape[1],
-        }
-        options = {name: value for name, value in options.items() if name in accepted}
+        function, accepted = _found(_torch_varlen())
+        options = _torch_options(accepted, causal, scale, window, q.shape[1] != k.shape[1])
         out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
     else:
         out = varlen_attention(
@@ -155,7 +149,7 @@ def choose_backend(call: AttentionCall, prefer: str = "auto") -> Choice:
         if lack is not None:
             raise ValueError(f"attention={prefer!r} cannot run this call: {lack}")
         return Choice(prefer, "asked for by name")
-    passed_over = []
+    passed_over: list[str] = []
     for name in BACKENDS:
         lack = _LACKS[name](call)
         if lack is None:
@@ -195,6 +189,61 @@ def backend_report(device: torch.device | None = None) -> list[BackendStatus]:
     return report
 
 
+# ------------------------------------------------------------------------- what each backend takes
+
+Parameters = Mapping[str, inspect.Parameter]
+
+
+def _flash_attn_options(
+    accepted: Parameters,
+    causal: bool,
+    scale: float,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> dict[str, Any]:
+    """Keywords of `flash_attn_varlen_func`; whatever is not asked for stays at its default."""
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
+    if window is not None:
+        # A side without limit is -1 in flash-attn 2 and 3, and None in 4: as in the default.
+        endless = accepted["window_size"].default[0]
+        options["window_size"] = tuple(
+            endless if side < 0 else side for side in _edges(causal, window)
+        )
+    if softcap:
+        options["softcap"] = softcap
+    if dropout_p > 0.0:
+        options["dropout_p"] = dropout_p
+    return options
+
+
+def _torch_options(
+    accepted: Parameters,
+    causal: bool,
+    scale: float,
+    window: tuple[int, int] | None,
+    grouped: bool,
+) -> dict[str, Any]:
+    """Keywords of `varlen_attn`.
+
+    Causality is ``is_causal`` in torch 2.10, which has no window, and from 2.11 on a window that
+    ends at 0. ``scale`` came with 2.11 too, ``enable_gqa`` with 2.12.
+    """
+    options = {
+        "is_causal": causal,
+        "window_size": _edges(causal, window),
+        "scale": scale,
+        "enable_gqa": grouped,
+    }
+    return {name: value for name, value in options.items() if name in accepted}
+
+
+def _edges(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
+    """Causality and window in one, as the flash kernels see them."""
+    left, right = window or (-1, -1)
+    return (left, 0 if causal else right)
+
+
 # ------------------------------------------------------------------------ what each backend lacks
 
 
@@ -202,17 +251,13 @@ def _flash_attn_lacks(call: AttentionCall) -> str | None:
     if call.device_type != "cuda":
         return f"needs a CUDA device, not {call.device_type}"
     found = _flash_attn()
-    if found is None:
-        return "flash-attn is not installed (pip install 'tokenpack[flash]')"
+    if isinstance(found, str):
+        return found
     _, accepted = found
     if call.relative_bias:
         return "has no relative bias"
-    if call.dtype not in _HALF:
-        return f"needs float16 or bfloat16, not {call.dtype}"
-    if call.head_dim > 256 or call.head_dim % 8:
-        return f"needs a head_dim that is a multiple of 8 up to 256, not {call.head_dim}"
-    if not call.flash_scratch_fits:
-        return "its backward fails past 2**31 scratch elements"
+    if call.softcap and call.dropout:
+        return "has no softcap together with dropout"
     for wanted, option in (
         (call.softcap, "softcap"),
         (call.dropout, "dropout_p"),
@@ -220,15 +265,15 @@ def _flash_attn_lacks(call: AttentionCall) -> str | None:
     ):
         if wanted and option not in accepted:
             return f"this version takes no {option}"
-    return None
+    return _flash_kernels_lack(call)
 
 
 def _torch_lacks(call: AttentionCall) -> str | None:
     if call.device_type != "cuda":
         return f"needs a CUDA device, not {call.device_type}"
     found = _torch_varlen()
-    if found is None:
-        return "this torch has no torch.nn.attention.varlen.varlen_attn"
+    if isinstance(found, str):
+        return found
     _, accepted = found
     for present, name in (
         (call.relative_bias, "relative bias"),
@@ -237,22 +282,27 @@ def _torch_lacks(call: AttentionCall) -> str | None:
     ):
         if present:
             return f"has no {name}"
-    if call.dtype not in _HALF:
-        return f"needs float16 or bfloat16, not {call.dtype}"
-    if call.head_dim > 256 or call.head_dim % 8:
-        return f"needs a head_dim that is a multiple of 8 up to 256, not {call.head_dim}"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    if not call.flash_scratch_fits:
-        return "its backward fails past 2**31 scratch elements"
     if call.heads != call.kv_heads and "enable_gqa" not in accepted:
         return "this version takes no grouped-query heads"
     if not call.default_scale and "scale" not in accepted:
         return "this version takes no scale"
     if call.window is not None and "window_size" not in accepted:
         return "this version takes no window_size"
-    if call.causal and not {"is_causal", "window_size"} & accepted:
+    if call.causal and not {"is_causal", "window_size"} & accepted.keys():
         return "this version takes neither is_causal nor window_size"
+    return _flash_kernels_lack(call)
+
+
+def _flash_kernels_lack(call: AttentionCall) -> str | None:
+    """What the flash kernels lack, which flash-attn and torch have in common."""
+    if call.dtype not in _HALF:
+        return f"needs float16 or bfloat16, not {call.dtype}"
+    if call.head_dim > 256 or call.head_dim % 8:
+        return f"needs a head_dim that is a multiple of 8 up to 256, not {call.head_dim}"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    if not call.flash_scratch_fits:
+        return "its backward fails past 2**31 scratch elements"
     return None
 
 
@@ -274,28 +324,44 @@ _LACKS: dict[str, Callable[[AttentionCall], str | None]] = {
 
 # ------------------------------------------------------------- other people's functions, as found
 
-Found = tuple[Callable[..., Tensor], frozenset[str]]
+Found = tuple[Callable[..., Any], Parameters]
 
 
 @lru_cache(maxsize=1)
-def _flash_attn() -> Found | None:
-    """flash-attn's varlen function with the parameters that it takes; 3 and 4 have own modules."""
+def _flash_attn() -> Found | str:
+    """flash-attn's varlen function, or why there is none; 3 and 4 have modules of their own."""
+    broken = None
     for module in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
         found = _probe(module, "flash_attn_varlen_func")
-        if found is not None:
+        if isinstance(found, tuple):
             return found
-    return None
+        broken = broken or found
+    return broken or "flash-attn is not installed (pip install 'tokenpack[flash]')"
 
 
 @lru_cache(maxsize=1)
-def _torch_varlen() -> Found | None:
-    """torch's varlen function; its signature has moved between releases, hence the parameters."""
-    return _probe("torch.nn.attention.varlen", "varlen_attn")
+def _torch_varlen() -> Found | str:
+    """torch's varlen function, or why there is none."""
+    found = _probe("torch.nn.attention.varlen", "varlen_attn")
+    return found or "this torch has no torch.nn.attention.varlen.varlen_attn"
 
 
-def _probe(module: str, name: str) -> Found | None:
+def _probe(module: str, name: str) -> Found | str | None:
+    """The function and the parameters that it takes: they have moved between releases.
+
+    None where it is not installed; a string that says what happened where it cannot be imported.
+    """
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
+    except AttributeError:
         return None
-    return function, frozenset(inspect.signature(function).parameters)
+    except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?"):
+            return None
+        return f"{module} does not import: {error}"
+    return function, inspect.signature(function).parameters
+
+
+def _found(found: Found | str) -> Found:
+    assert not isinstance(found, str)  # or the backend would not have been chosen
+    return found

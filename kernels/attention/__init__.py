@@ -1,6 +1,12 @@
 """Attention over packed sequences: the public op, its reference, and relative-bias tables."""
 
-from .api import cast_for_autocast, varlen_attention
+from .api import cast_for_autocast, normal_window, varlen_attention
 from .relative_bias import alibi_bias_table, t5_bias_table
 
-__all__ = ["cast_for_autocast", "alibi_bias_table", "t5_bias_table", "varlen_attention"]
+__all__ = [
+    "alibi_bias_table",
+    "cast_for_autocast",
+    "normal_window",
+    "t5_bias_table",
+    "varlen_attention",
+]

@@ -42,9 +42,9 @@ def varlen_attention(
         window: ``(left, right)``, how many keys before and after its own place a query sees;
             a negative number is no limit.
         softcap: bound on the scores, ``cap * tanh(score / cap)``, before the bias; 0 is none.
-        relative_bias: ``(heads, 2 * reach + 1)`` floating point, what is added to the score of a key at distance
-            ``d = n - m`` from its query, at index ``d + reach``; beyond the reach the outermost
-            value holds. See ``t5_bias_table`` and ``alibi_bias_table``. Differentiable.
+        relative_bias: ``(heads, 2 * reach + 1)`` floating point; what is added to the score of a
+            key at distance ``d = n - m`` from its query, at index ``d + reach``. Beyond the reach
+            the outermost value holds. Differentiable. See ``t5_bias_table``, ``alibi_bias_table``.
         dropout_p: chance that an attention weight is dropped; the others are scaled up.
 
     Returns:
@@ -125,15 +125,15 @@ def _check(
             "cu_seqlens_q and cu_seqlens_k must count the same sequences, "
             f"got {cu_seqlens_q.numel() - 1} and {cu_seqlens_k.numel() - 1}"
         )
-    for name, tensor in (
+    for name, other in (
         ("k", k),
         ("v", v),
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
         ("relative_bias", relative_bias),
     ):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name} must be where q is, on {q.device}, got {tensor.device}")
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} must be where q is, on {q.device}, got {other.device}")
     if relative_bias is not None and not relative_bias.is_floating_point():
         raise TypeError(f"relative_bias must be floating point, got {relative_bias.dtype}")
     if relative_bias is not None and (

@@ -1,0 +1,107 @@
+"""Layouts, unpad and repad beside plain PyTorch indexing, and a copy of the bytes they must write.
+
+The copy is the floor: what moves as many rows cannot be faster.
+"""
+
+import pytest
+import torch
+
+from tokenpack.kernels import layout_from_lengths, layout_from_mask, repad, unpad
+
+from .common import DEVICE, DTYPE, ON_GPU, make_batch, measure
+
+ROWS, LONGEST, WIDTH = (256, 4096, 2048) if ON_GPU else (32, 512, 256)
+BATCH = make_batch(ROWS, LONGEST)
+
+pytestmark = pytest.mark.benchmark(max_time=0.5)
+
+
+def _plain_layout(mask):
+    """What is computed in every layer where nobody keeps it."""
+    lengths = mask.sum(dim=1, dtype=torch.int32)
+    indices = mask.flatten().nonzero().flatten()
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return indices, cu_seqlens, int(lengths.max())
+
+
+@pytest.mark.benchmark(group="layout")
+@pytest.mark.parametrize("from_what", ["mask", "lengths on the host", "plain torch from a mask"])
+def test_layout(benchmark, from_what):
+    """Once for each batch."""
+    lengths = BATCH.lengths.tolist()
+    functions = {
+        "mask": lambda: layout_from_mask(BATCH.mask),
+        "lengths on the host": lambda: layout_from_lengths(lengths, device=DEVICE),
+        "plain torch from a mask": lambda: _plain_layout(BATCH.mask),
+    }
+    measure(benchmark, BATCH, functions[from_what])
+
+
+def _padded_tensors(kind):
+    hidden = torch.randn(ROWS, LONGEST, WIDTH, dtype=DTYPE, device=DEVICE)
+    if kind == "hidden states":
+        return [hidden]
+    ids = [torch.randint(1000, (ROWS, LONGEST), device=DEVICE) for _ in range(3)]
+    return [hidden, *ids]
+
+
+@pytest.mark.parametrize("kind", ["hidden states", "hidden states and three of ids"])
+@pytest.mark.parametrize("by", ["unpad", "plain indexing", "copy of the same bytes"])
+def test_unpad(benchmark, by, kind):
+    """Padded rows to the stream of real tokens."""
+    benchmark.group = f"unpad, {kind}"
+    layout = layout_from_mask(BATCH.mask)
+    padded = _padded_tensors(kind)
+    indices = layout.indices.long()
+    streams = unpad(padded, layout)
+    functions = {
+        "unpad": lambda: unpad(padded, layout),
+        "plain indexing": lambda: [tensor.flatten(0, 1)[indices] for tensor in padded],
+        "copy of the same bytes": lambda: [stream.clone() for stream in streams],
+    }
+    measure(benchmark, BATCH, functions[by])
+
+
+@pytest.mark.parametrize("kind", ["hidden states", "hidden states and three of ids"])
+@pytest.mark.parametrize("by", ["repad", "plain indexing", "copy of the same bytes"])
+def test_repad(benchmark, by, kind):
+    """The stream of real tokens back to padded rows."""
+    benchmark.group = f"repad, {kind}"
+    layout = layout_from_mask(BATCH.mask)
+    padded = _padded_tensors(kind)
+    indices = layout.indices.long()
+    streams = unpad(padded, layout)
+
+    def plain(tensor):
+        flat = tensor.new_zeros(ROWS * LONGEST, *tensor.shape[1:])
+        flat[indices] = tensor
+        return flat.unflatten(0, (ROWS, LONGEST))
+
+    functions = {
+        "repad": lambda: repad(streams, layout),
+        "plain indexing": lambda: [plain(stream) for stream in streams],
+        "copy of the same bytes": lambda: [tensor.clone() for tensor in padded],
+    }
+    measure(benchmark, BATCH, functions[by])
+
+
+@pytest.mark.benchmark(group="unpad and repad, forward and backward")
+@pytest.mark.parametrize("by", ["unpad and repad", "plain indexing"])
+def test_there_and_back_with_gradients(benchmark, by):
+    """As around a stack of layers."""
+    layout = layout_from_mask(BATCH.mask)
+    (hidden,) = _padded_tensors("hidden states")
+    hidden.requires_grad_()
+    incoming = torch.randn_like(hidden)
+    indices = layout.indices.long()
+
+    def plain():
+        stream = hidden.flatten(0, 1)[indices]
+        flat = stream.new_zeros(ROWS * LONGEST, WIDTH).index_put((indices,), stream)
+        return flat.unflatten(0, (ROWS, LONGEST))
+
+    forward = {
+        "unpad and repad": lambda: repad(unpad(hidden, layout), layout),
+        "plain indexing": plain,
+    }[by]
+    measure(benchmark, BATCH, lambda: torch.autograd.grad(forward(), hidden, incoming))

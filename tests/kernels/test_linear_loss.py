@@ -1,0 +1,380 @@
+"""The fused head and loss against float64 cross entropy of logits that are all there.
+
+The error allowed is 1.5 times what PyTorch's own head and cross entropy make in the same dtype, and
+a floor of two roundings, ``2 * eps * |exact|``. The loss is one number, which PyTorch may
+hit by luck however the logits were rounded: its floor is an eighth of a rounding in their dtype.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenpack.kernels import packed_linear_cross_entropy
+
+IGNORED = -100
+
+
+class Inputs(NamedTuple):
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    labels: torch.Tensor
+
+    def to(self, dtype):
+        tensors = (self.hidden, self.weight, self.bias)
+        return Inputs(*(None if t is None else t.to(dtype) for t in tensors), self.labels)
+
+    def leaves(self):
+        return self._replace(
+            hidden=self.hidden.clone().requires_grad_(),
+            weight=self.weight.clone().requires_grad_(),
+            bias=None if self.bias is None else self.bias.clone().requires_grad_(),
+        )
+
+
+def make_inputs(tokens, hidden_size=24, classes=37, *, bias=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(tokens)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    labels = torch.randint(classes, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < 0.3] = IGNORED
+    return Inputs(
+        random(tokens, hidden_size),
+        random(classes, hidden_size),
+        random(classes) if bias else None,
+        labels,
+    )
+
+
+def by_pytorch(
+    hidden, weight, bias, labels, *, num_items=None, ignore_index=IGNORED, softcap=None, scale=1.0
+):
+    """As transformers computes it: logits in the model's dtype, the loss in at least float32."""
+    logits = F.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / ((labels != ignore_index).sum() if num_items is None else num_items)
+
+
+def run(function, inputs, **options):
+    leaves = inputs.leaves()
+    loss = function(*leaves, **options)
+    (loss * 1.7).backward()  # a loss is rarely the last thing
+    gradients = {name: getattr(leaves, name) for name in ("hidden", "weight", "bias")}
+    gradients = {f"d{name}": t.grad for name, t in gradients.items() if t is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def assert_as_exact_as_pytorch(inputs, **options):
+    dtype = inputs.hidden.dtype
+    ours = run(packed_linear_cross_entropy, inputs, **options)
+    theirs = run(by_pytorch, inputs, **options)
+    exact = run(by_pytorch, inputs.to(torch.float64), **options)
+    assert ours["loss"].dtype == torch.promote_types(dtype, torch.float32)
+    assert ours["loss"].shape == ()
+    for name, truth in exact.items():
+        assert ours[name].isfinite().all(), name
+        assert name == "loss" or ours[name].dtype == dtype
+        error = (ours[name].double() - truth).norm()
+        allowed = 1.5 * (theirs[name].double() - truth).norm()
+        floor = torch.finfo(dtype).eps * (0.125 if name == "loss" and dtype.itemsize == 2 else 2)
+        allowed += floor * truth.norm()
+        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+OPTIONS = [
+    {},
+    {"softcap": 2.0},
+    {"scale": 0.3},
+    {"softcap": 2.0, "scale": 0.3},
+    {"num_items": 7},
+    {"num_items": torch.tensor(7)},
+    {"num_items": torch.tensor(2.5), "softcap": 5.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_value_and_gradients(dtype, bias, options):
+    assert_as_exact_as_pytorch(make_inputs(60, bias=bias, dtype=dtype), **options)
+
+
+def assert_exact_in_float64(inputs, **options):
+    inputs = inputs.to(torch.float64)
+    ours = run(packed_linear_cross_entropy, inputs, **options)
+    for name, truth in run(by_pytorch, inputs, **options).items():
+        assert ours[name].dtype == torch.float64
+        torch.testing.assert_close(ours[name], truth, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_value_and_gradients_in_float64(bias, options):
+    assert_exact_in_float64(make_inputs(60, bias=bias), **options)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 255, 366, 367, 1100])  # 256 labels a chunk, one in 0.7
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_chunks(tokens, dtype):
+    inputs = make_inputs(tokens, classes=150, dtype=dtype)
+    inputs.labels[0] = 3
+    assert_as_exact_as_pytorch(inputs, softcap=4.0)
+    assert_as_exact_as_pytorch(inputs)
+
+
+@pytest.mark.parametrize("valid", [255, 256, 257, 512, 513])
+def test_labels_at_the_edge_of_a_chunk(valid):
+    inputs = make_inputs(600, classes=150)
+    inputs.labels[:] = IGNORED
+    inputs.labels[torch.randperm(600)[:valid]] = 1
+    assert_exact_in_float64(inputs)
+
+
+def test_gradients_by_finite_differences():
+    inputs = make_inputs(9, hidden_size=4, classes=5).to(torch.float64).leaves()
+
+    def loss(hidden, weight, bias):
+        return packed_linear_cross_entropy(
+            hidden, weight, bias, inputs.labels, softcap=3.0, scale=0.7
+        )
+
+    assert torch.autograd.gradcheck(loss, inputs[:3])
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 36])
+def test_what_is_ignored_takes_no_part(ignore_index):
+    inputs = make_inputs(50)
+    ignored = inputs.labels == IGNORED
+    inputs.labels[ignored] = ignore_index
+    ignored = inputs.labels == ignore_index
+    assert_as_exact_as_pytorch(inputs, ignore_index=ignore_index)
+    inputs.hidden[ignored] = float("nan")
+    results = run(packed_linear_cross_entropy, inputs, ignore_index=ignore_index)
+    assert all(result.isfinite().all() for result in results.values())
+    assert results["dhidden"][ignored].eq(0).all()
+    assert results["dhidden"][~ignored].ne(0).any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int64], ids=str)
+def test_labels_of_any_integer_type(dtype):
+    inputs = make_inputs(50)
+    expected = run(packed_linear_cross_entropy, inputs)
+    results = run(packed_linear_cross_entropy, inputs._replace(labels=inputs.labels.to(dtype)))
+    assert all(results[name].equal(expected[name]) for name in expected)
+
+
+def test_extreme_logits_stay_finite():
+    inputs = make_inputs(40)
+    inputs = inputs._replace(hidden=inputs.hidden * 1e4)
+    assert_as_exact_as_pytorch(inputs)
+
+
+def test_no_label_at_all_is_what_pytorch_makes_of_it():
+    inputs = make_inputs(5)
+    inputs.labels[:] = IGNORED
+    for function in (packed_linear_cross_entropy, by_pytorch):
+        results = run(function, inputs, num_items=4)
+        assert all(result.eq(0).all() for result in results.values())
+        # Without a number the loss is 0 / 0, and still no gradient is.
+        assert function(*inputs).isnan()
+    leaves = inputs.leaves()
+    packed_linear_cross_entropy(*leaves).backward()
+    for leaf in leaves[:3]:
+        assert leaf.grad.equal(torch.zeros_like(leaf))
+
+
+def test_no_token_at_all():
+    inputs = make_inputs(0)
+    results = run(packed_linear_cross_entropy, inputs, num_items=4)
+    assert results["loss"] == 0
+    assert results["dhidden"].shape == (0, 24)
+    assert results["dweight"].eq(0).all()
+
+
+def test_losses_of_micro_batches_add_up():
+    inputs = make_inputs(700).to(torch.float64)
+    num_items = int((inputs.labels != IGNORED).sum())
+    whole = run(packed_linear_cross_entropy, inputs)
+    parts = [
+        inputs._replace(hidden=inputs.hidden[rows], labels=inputs.labels[rows])
+        for rows in (slice(0, 10), slice(10, 650), slice(650, 700))
+    ]
+    parts = [run(packed_linear_cross_entropy, part, num_items=num_items) for part in parts]
+    for name in ("loss", "dweight", "dbias"):
+        torch.testing.assert_close(sum(part[name] for part in parts), whole[name])
+    torch.testing.assert_close(torch.cat([part["dhidden"] for part in parts]), whole["dhidden"])
+
+
+# ------------------------------------------------------------------------- what is not computed
+
+
+class Watch(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gave back, and the operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.operations = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append(function)
+        for leaf in torch.utils._pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+    @property
+    def products(self):
+        aten = torch.ops.aten
+        products = {aten.mm, aten.addmm, aten.addmm_, aten.linear}
+        return sum(operation.overloadpacket in products for operation in self.operations)
+
+
+def test_logits_are_never_there_all_at_once():
+    tokens, hidden_size, classes = 4096, 16, 500
+    inputs = make_inputs(tokens, hidden_size, classes).leaves()
+    inputs.labels.clamp_(min=0)
+    with Watch() as seen:
+        packed_linear_cross_entropy(*inputs, softcap=3.0).backward()
+    largest_kept = max(256 * classes, tokens * hidden_size)
+    assert seen.elements <= largest_kept
+    assert seen.elements < tokens * classes / 10
+    with Watch() as seen:
+        by_pytorch(*inputs).backward()
+    assert seen.elements >= tokens * classes  # or the watch sees nothing
+
+
+def test_a_chunk_of_logits_grows_with_the_hidden_states():
+    tokens, hidden_size, classes = 4096, 200, 50
+    inputs = make_inputs(tokens, hidden_size, classes).leaves()
+    inputs.labels.clamp_(min=0)
+    with Watch() as seen:
+        packed_linear_cross_entropy(*inputs).backward()
+    assert seen.elements <= tokens * hidden_size
+    assert seen.products == 3  # all tokens in one chunk: logits, and two gradients
+
+
+@pytest.mark.parametrize(
+    "learning, products",
+    [
+        (("hidden", "weight", "bias"), 3),
+        (("hidden",), 2),
+        (("weight",), 2),
+        (("bias",), 1),
+        ((), 1),
+    ],
+    ids=str,
+)
+def test_what_is_frozen_costs_nothing(learning, products):
+    inputs = make_inputs(60)
+    expected = run(packed_linear_cross_entropy, inputs)
+    for name in learning:
+        getattr(inputs, name).requires_grad_()
+    with Watch() as seen:
+        loss = packed_linear_cross_entropy(*inputs)
+    assert seen.products == products
+    assert loss.requires_grad == bool(learning)
+    if learning:
+        (loss * 1.7).backward()
+    for name in ("hidden", "weight", "bias"):
+        grad = getattr(inputs, name).grad
+        if name in learning:
+            torch.testing.assert_close(grad, expected[f"d{name}"])
+        else:
+            assert grad is None
+
+
+def test_evaluation_computes_no_gradient():
+    leaves = make_inputs(60).leaves()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode, Watch() as seen:
+            loss = packed_linear_cross_entropy(*leaves)
+        assert seen.products == 1
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, packed_linear_cross_entropy(*leaves).detach())
+
+
+def test_the_backward_may_run_twice():
+    leaves = make_inputs(60).leaves()
+    loss = packed_linear_cross_entropy(*leaves)
+    first = torch.autograd.grad(loss, leaves[:3], retain_graph=True)
+    second = torch.autograd.grad(loss * 2, leaves[:3])
+    for one, two in zip(first, second):
+        assert two.equal(one * 2)
+
+
+# ------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_takes_the_head_down(backward_inside):
+    inputs = make_inputs(60)
+    expected = run(packed_linear_cross_entropy, inputs.to(torch.bfloat16))
+    leaves = inputs.leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = packed_linear_cross_entropy(*leaves)
+        if backward_inside:
+            (loss * 1.7).backward()
+    if not backward_inside:
+        (loss * 1.7).backward()
+    assert loss.dtype == torch.float32
+    assert loss.equal(expected["loss"])
+    for name in ("hidden", "weight", "bias"):
+        grad = getattr(leaves, name).grad
+        assert grad.dtype == torch.float32
+        assert grad.equal(expected[f"d{name}"].float()), name
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = make_inputs(60).to(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = packed_linear_cross_entropy(*inputs)
+    assert loss.equal(packed_linear_cross_entropy(*inputs))
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "changes, shown",
+    [
+        ({"hidden": torch.zeros(1, 60, 24)}, r"hidden must be .* got \(1, 60, 24\) and \(37, 24\)"),
+        ({"hidden": torch.zeros(60, 23)}, r"got \(60, 23\) and \(37, 24\)"),
+        ({"weight": torch.zeros(24)}, r"got \(60, 24\) and \(24,\)"),
+        ({"bias": torch.zeros(36)}, r"bias must be \(37,\), got \(36,\)"),
+        ({"labels": torch.zeros(59, dtype=torch.int64)}, r"labels must be \(60,\) .* got \(59,\)"),
+        ({"labels": torch.zeros(60)}, r"labels must be \(60,\) integers, got \(60,\) torch\.float"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_named(changes, shown):
+    with pytest.raises(ValueError, match=shown):
+        packed_linear_cross_entropy(*make_inputs(60)._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight": torch.zeros(37, 24, dtype=torch.bfloat16)},
+        {"bias": torch.zeros(37, dtype=torch.float64)},
+        {"hidden": torch.zeros(60, 24, dtype=torch.int64)},
+    ],
+)
+def test_dtypes_that_differ_are_named(changes):
+    with pytest.raises(TypeError, match="hidden, weight and bias must share one floating-point"):
+        packed_linear_cross_entropy(*make_inputs(60)._replace(**changes))
+
+
+@pytest.mark.parametrize("label", [37, -1])
+def test_a_label_that_is_no_class_raises(label):
+    inputs = make_inputs(60)
+    inputs.labels[5] = label
+    with pytest.raises((RuntimeError, IndexError), match="index"):
+        packed_linear_cross_entropy(*inputs)

@@ -1,0 +1,619 @@
+"""Which backend a call gets and why, and that each is asked for the same attention.
+
+Other people's functions are stood in for by the reference behind their signatures, old and new,
+with the meaning that each release gives its parameters.
+"""
+
+import inspect
+import sys
+import types
+
+import pytest
+import torch
+
+from tokenpack import attention
+from tokenpack.attention import (
+    BACKENDS,
+    AttentionCall,
+    backend_report,
+    choose_backend,
+    packed_attention,
+)
+from tokenpack.kernels import varlen_attention
+
+PLAIN = AttentionCall(
+    device_type="cuda",
+    dtype=torch.bfloat16,
+    heads=8,
+    kv_heads=8,
+    head_dim=64,
+    default_scale=True,
+    causal=True,
+    window=None,
+    softcap=False,
+    relative_bias=False,
+    dropout=False,
+    flash_scratch_fits=True,
+)
+
+# ------------------------------------------------------------------------------ the stand-ins
+
+
+def torch_2_10(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+):
+    assert query.shape[1] == key.shape[1]
+    return varlen_attention(query, key, value, cu_seq_q, cu_seq_k, causal=is_causal)
+
+
+def torch_2_11(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    assert query.shape[1] == key.shape[1]
+    return varlen_attention(query, key, value, cu_seq_q, cu_seq_k, scale=scale, window=window_size)
+
+
+def torch_2_13(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return varlen_attention(query, key, value, cu_seq_q, cu_seq_k, scale=scale, window=window_size)
+
+
+def torch_with_both(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    is_causal=False,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    return varlen_attention(
+        query, key, value, cu_seq_q, cu_seq_k, causal=is_causal, scale=scale, window=window_size
+    )
+
+
+def flash_2_5(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
+    assert window_size[0] is not None
+    return varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal=causal,
+        scale=softmax_scale,
+        window=window_size,
+        dropout_p=dropout_p,
+    )
+
+
+def flash_2_8(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
+    assert not (softcap and dropout_p)
+    return varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal=causal,
+        scale=softmax_scale,
+        window=window_size,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )
+
+
+def flash_3(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    window_size=(-1, -1),
+    softcap=0.0,
+):
+    assert seqused_q is seqused_k is qv is None
+    out = flash_2_8(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+    )
+    return out, torch.zeros(())  # and the logsumexp
+
+
+def flash_4(
+    q,
+    k,
+    v,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    learnable_sink=None,
+    softcap=0.0,
+):
+    assert seqused_q is seqused_k is page_table is None
+    assert all(side is None or side >= 0 for side in window_size)
+    return flash_3(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None,
+        None,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=tuple(-1 if side is None else side for side in window_size),
+        softcap=softcap,
+    )
+
+
+FLASH_MODULES = ("flash_attn", "flash_attn_interface", "flash_attn.cute")
+FLASH = {
+    "2.5": ("flash_attn", flash_2_5),
+    "2.8": ("flash_attn", flash_2_8),
+    "3": ("flash_attn_interface", flash_3),
+    "4": ("flash_attn.cute", flash_4),
+}
+TORCH = {"2.10": torch_2_10, "2.11": torch_2_11, "2.13": torch_2_13, "both": torch_with_both}
+
+
+def forget_probes():
+    choose_backend.cache_clear()
+    attention._flash_attn.cache_clear()
+    attention._torch_varlen.cache_clear()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes this look like a machine with a GPU and those versions."""
+
+    def pretend(*, torch_version=None, flash_version=None, capability=(9, 0)):
+        for module in FLASH_MODULES:
+            monkeypatch.setitem(sys.modules, module, None)  # as if not installed
+        if flash_version is not None:
+            module, function = FLASH[flash_version]
+            stand_in = types.ModuleType(module)
+            stand_in.flash_attn_varlen_func = function
+            monkeypatch.setitem(sys.modules, module, stand_in)
+        stand_in = types.ModuleType("torch.nn.attention.varlen")
+        if torch_version is not None:
+            stand_in.varlen_attn = TORCH[torch_version]
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", stand_in)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        forget_probes()
+
+    pretend()
+    yield pretend
+    monkeypatch.undo()
+    forget_probes()
+
+
+@pytest.fixture
+def as_if_on_cuda(monkeypatch):
+    """Calls on CPU tensors choose as those on CUDA tensors would."""
+    calls = []
+
+    def choose(call, prefer="auto"):
+        calls.append(call)
+        return choose_backend(call._replace(device_type="cuda"), prefer)
+
+    monkeypatch.setattr(attention, "choose_backend", choose)
+    return calls
+
+
+# ------------------------------------------------------------------------------------- the choice
+
+
+def test_cpu_runs_the_reference_and_says_why(machine):
+    machine(torch_version="2.13", flash_version="2.8")
+    choice = choose_backend(PLAIN._replace(device_type="cpu"))
+    assert choice.backend == "reference"
+    assert choice.reason == (
+        "flash_attn: needs a CUDA device, not cpu; torch: needs a CUDA device, not cpu; "
+        "triton: its attention kernel is not part of this version"
+    )
+    assert str(choice) == f"reference ({choice.reason})"
+
+
+def test_cuda_prefers_flash_attn_then_torch_then_the_reference(machine):
+    machine(torch_version="2.13", flash_version="2.8")
+    assert choose_backend(PLAIN) == ("flash_attn", "first choice, and it lacks nothing")
+    machine(torch_version="2.13")
+    choice = choose_backend(PLAIN)
+    assert choice.backend == "torch"
+    assert (
+        choice.reason == "flash_attn: flash-attn is not installed (pip install 'tokenpack[flash]')"
+    )
+    machine()
+    choice = choose_backend(PLAIN)
+    assert choice.backend == "reference"
+    assert "this torch has no torch.nn.attention.varlen.varlen_attn" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "changes, flash_lacks, torch_lacks",
+    [
+        ({"relative_bias": True}, "has no relative bias", "has no relative bias"),
+        ({"dtype": torch.float32}, "not torch.float32", "not torch.float32"),
+        ({"dtype": torch.float16}, None, None),
+        ({"head_dim": 264}, "up to 256, not 264", "up to 256, not 264"),
+        ({"head_dim": 60}, "multiple of 8 up to 256, not 60", "multiple of 8 up to 256, not 60"),
+        ({"head_dim": 256}, None, None),
+        ({"flash_scratch_fits": False}, "past 2**31", "past 2**31"),
+        ({"softcap": True}, None, "has no softcap"),
+        ({"dropout": True}, None, "has no dropout"),
+        ({"softcap": True, "dropout": True}, "softcap together with dropout", "has no softcap"),
+        ({"window": (3, 0)}, None, None),
+        ({"kv_heads": 2}, None, None),
+        ({"default_scale": False}, None, None),
+        ({"device_type": "mps"}, "needs a CUDA device, not mps", "needs a CUDA device, not mps"),
+    ],
+    ids=str,
+)
+def test_what_the_newest_lack(machine, changes, flash_lacks, torch_lacks):
+    machine(torch_version="2.13", flash_version="2.8")
+    call = PLAIN._replace(**changes)
+    for backend, lack in (("flash_attn", flash_lacks), ("torch", torch_lacks)):
+        if lack is None:
+            assert choose_backend(call, backend) == (backend, "asked for by name")
+            continue
+        with pytest.raises(ValueError, match="cannot run this call") as error:
+            choose_backend(call, backend)
+        assert lack in str(error.value)
+        assert repr(backend) in str(error.value)
+    lacking = [flash_lacks, torch_lacks, "not part of this version"]
+    expected = ("flash_attn", "torch", "triton", "reference")[([*lacking, None]).index(None)]
+    choice = choose_backend(call)
+    assert choice.backend == expected
+    passed_over = BACKENDS[: BACKENDS.index(expected)]
+    for name, lack in zip(passed_over, lacking):
+        assert f"{name}: " in choice.reason
+        assert lack in choice.reason
+
+
+@pytest.mark.parametrize("capability", [(7, 5), None])
+def test_a_gpu_too_old_or_none(machine, capability):
+    machine(torch_version="2.13", flash_version="2.8", capability=capability)
+    for backend in ("flash_attn", "torch"):
+        with pytest.raises(ValueError, match=r"needs compute capability 8\.0 or newer"):
+            choose_backend(PLAIN, backend)
+
+
+@pytest.mark.parametrize(
+    "version, changes, lack",
+    [
+        ("2.10", {"window": (3, 0)}, "takes no window_size"),
+        ("2.10", {"default_scale": False}, "takes no scale"),
+        ("2.10", {"kv_heads": 2}, "takes no grouped-query heads"),
+        ("2.11", {"kv_heads": 2}, "takes no grouped-query heads"),
+    ],
+)
+def test_what_older_torch_lacks(machine, version, changes, lack):
+    machine(torch_version=version)
+    with pytest.raises(ValueError, match=lack):
+        choose_backend(PLAIN._replace(**changes), "torch")
+    assert choose_backend(PLAIN, "torch").backend == "torch"
+
+
+@pytest.mark.parametrize(
+    "version, changes, lack",
+    [
+        ("2.5", {"softcap": True}, "takes no softcap"),
+        ("3", {"dropout": True}, "takes no dropout_p"),
+        ("4", {"dropout": True}, "takes no dropout_p"),
+    ],
+)
+def test_what_other_flash_attn_lacks(machine, version, changes, lack):
+    machine(flash_version=version)
+    with pytest.raises(ValueError, match=lack):
+        choose_backend(PLAIN._replace(**changes), "flash_attn")
+    assert choose_backend(PLAIN, "flash_attn").backend == "flash_attn"
+
+
+def test_a_signature_without_any_causality(machine, monkeypatch):
+    monkeypatch.setitem(TORCH, "stripped", lambda query, key, value, *lengths: query)
+    machine(torch_version="stripped")
+    with pytest.raises(ValueError, match="neither is_causal nor window_size"):
+        choose_backend(PLAIN, "torch")
+    assert choose_backend(PLAIN._replace(causal=False), "torch").backend == "torch"
+
+
+def test_triton_is_not_there_yet(machine):
+    machine(torch_version="2.13")
+    with pytest.raises(ValueError, match=r"attention='triton' cannot run this call: its attention"):
+        choose_backend(PLAIN, "triton")
+
+
+def test_the_reference_runs_anything_that_is_asked_of_it(machine):
+    machine(torch_version="2.13", flash_version="2.8")
+    assert choose_backend(PLAIN, "reference") == ("reference", "asked for by name")
+
+
+@pytest.mark.parametrize("name", ["flash", "sdpa", "", None])
+def test_an_unknown_name(name):
+    with pytest.raises(ValueError, match=r"attention must be one of \('auto', 'flash_attn', 't"):
+        choose_backend(PLAIN, name)
+
+
+def test_a_package_that_does_not_import_is_not_said_to_be_missing(machine, tmp_path, monkeypatch):
+    machine(torch_version="2.13")
+    (tmp_path / "flash_attn.py").write_text("import a_compiled_part_that_is_gone")
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    monkeypatch.syspath_prepend(tmp_path)
+    choice = choose_backend(PLAIN)
+    assert choice.backend == "torch"
+    assert "flash_attn does not import: No module named 'a_compiled_part_that" in choice.reason
+
+
+def test_report_names_every_backend(machine):
+    machine(torch_version="2.13", flash_version="2.8")
+    report = backend_report()  # of the GPU that is there
+    assert [status.name for status in report] == list(BACKENDS)
+    assert [status.usable for status in report] == [True, True, False, True]
+    assert [status.reason for status in report if status.usable] == ["ready"] * 3
+    machine(torch_version="2.11")
+    flash, *_ = backend_report(torch.device("cuda"))
+    assert not flash.usable
+    assert "pip install" in flash.reason
+    report = backend_report(torch.device("cpu"))
+    assert [status.usable for status in report] == [False, False, False, True]
+    assert "needs a CUDA device, not cpu" in report[1].reason
+
+
+def test_report_of_a_machine_without_a_gpu(machine):
+    machine(torch_version="2.13", flash_version="2.8", capability=None)
+    assert [status.usable for status in backend_report()] == [False, False, False, True]
+    report = backend_report(torch.device("cuda"))
+    assert [status.usable for status in report] == [False, False, False, True]
+
+
+# ---------------------------------------------------------------------------------- the same result
+
+
+def cumulative(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+LENGTHS = [7, 1, 0, 12, 30], [9, 2, 3, 12, 25]
+
+
+def make_call(kv_heads=4, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 16, generator=generator).to(dtype)
+        for lengths, heads in zip((LENGTHS[0], *LENGTHS[1:] * 2), (4, kv_heads, kv_heads))
+    )
+    return q, k, v, *map(cumulative, LENGTHS)
+
+
+def through(backend, call, *, scale=None, **options):
+    scale = call[0].shape[-1] ** -0.5 if scale is None else scale
+    out, choice = packed_attention(
+        *call, *map(max, LENGTHS), scale=scale, backend=backend, **options
+    )
+    assert choice.backend == backend
+    return out
+
+
+WINDOWS = [None, (-1, -1), (-3, 0), (3, 0), (2, 5), (-1, 2), (4, -1)]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize(
+    "backend, version",
+    [*(("torch", version) for version in TORCH), *(("flash_attn", version) for version in FLASH)],
+)
+def test_causality_and_window_on_every_signature(
+    machine, as_if_on_cuda, backend, version, causal, window
+):
+    machine(**{"torch_version" if backend == "torch" else "flash_version": version})
+    call = make_call()
+    if version == "2.10" and window not in (None, (-1, -1)):
+        with pytest.raises(ValueError, match="takes no window_size"):
+            through(backend, call, causal=causal, window=window)
+        return
+    expected = varlen_attention(*call, causal=causal, window=window)
+    assert through(backend, call, causal=causal, window=window).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "backend, version",
+    [("torch", "2.13"), ("flash_attn", "2.5"), ("flash_attn", "2.8"), ("flash_attn", "4")],
+)
+def test_scale_and_grouped_heads_arrive(machine, as_if_on_cuda, backend, version):
+    machine(**{"torch_version" if backend == "torch" else "flash_version": version})
+    call = make_call(kv_heads=2)
+    expected = varlen_attention(*call, causal=True, scale=1.0)
+    assert through(backend, call, causal=True, scale=1.0).equal(expected)
+    assert not as_if_on_cuda[-1].default_scale
+    through(backend, call, causal=True)
+    assert as_if_on_cuda[-1].default_scale
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"dropout_p": 0.5}], ids=str)
+def test_softcap_and_dropout_arrive(machine, as_if_on_cuda, options):
+    machine(flash_version="2.8")
+    call = make_call()
+    torch.manual_seed(0)
+    expected = varlen_attention(*call, **options)
+    assert not expected.equal(varlen_attention(*call))
+    torch.manual_seed(0)
+    assert through("flash_attn", call, causal=False, **options).equal(expected)
+
+
+def test_every_option_reaches_the_reference():
+    call = make_call(kv_heads=2)
+    table = torch.randn(4, 9)
+    options = {"causal": True, "window": (6, -1), "softcap": 2.0, "relative_bias": table}
+    expected = varlen_attention(*call, scale=0.7, **options)
+    out, choice = packed_attention(*call, *map(max, LENGTHS), scale=0.7, **options)
+    assert choice.backend == "reference"
+    assert out.equal(expected)
+    torch.manual_seed(0)
+    expected = varlen_attention(*call, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert through("reference", call, causal=False, dropout_p=0.5).equal(expected)
+
+
+def test_autocast_decides_before_the_choice(machine, as_if_on_cuda):
+    machine(torch_version="2.13")
+    call = make_call(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = through("torch", call, causal=True)
+    assert as_if_on_cuda[-1].dtype == out.dtype == torch.bfloat16
+
+
+def test_flash_is_not_asked_for_more_scratch_than_it_can_address(machine, as_if_on_cuda):
+    machine(torch_version="2.13")
+
+    def attend(tokens):
+        side = torch.zeros(1, 1, 1, dtype=torch.bfloat16).expand(tokens, 32, 64)
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+        packed_attention(side, side, side, cu_seqlens, cu_seqlens, tokens, tokens, **options)
+
+    options = {"causal": True, "scale": 0.125, "backend": "torch"}
+    with pytest.raises(ValueError, match=r"past 2\*\*31 scratch elements"):
+        attend(2**20 - 256)
+    assert not as_if_on_cuda[-1].flash_scratch_fits
+    options["backend"] = "triton"  # which stops before it computes
+    with pytest.raises(ValueError, match="not part of this version"):
+        attend(2**20 - 257)
+    assert as_if_on_cuda[-1].flash_scratch_fits
+
+
+# ------------------------------------------------------------------------------ the real functions
+
+
+def test_the_installed_torch_takes_what_it_is_passed():
+    forget_probes()
+    function, accepted = attention._torch_varlen()
+    for causal in (False, True):
+        options = attention._torch_options(accepted, causal, 0.5, None, grouped=False)
+        bound = inspect.signature(function).bind(*range(7), **options)
+        if "is_causal" in accepted:
+            assert bound.arguments["is_causal"] is causal
+        if "window_size" in accepted:
+            # torch looks for this very tuple.
+            assert bound.arguments["window_size"] == ((-1, 0) if causal else (-1, -1))
+            assert isinstance(bound.arguments["window_size"], tuple)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["flash_attn", "torch"])
+@pytest.mark.parametrize("window", [None, (3, 0), (2, 5), (4, -1)], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_on_cuda_as_the_reference_in_float64(backend, causal, window):
+    forget_probes()
+    q, k, v, *cu_seqlens = (tensor.cuda() for tensor in make_call())
+    options = {"causal": causal, "window": window}
+    shape = {"head_dim": 16, "heads": 4, "kv_heads": 4}
+    try:
+        choose_backend(PLAIN._replace(**options, **shape), backend)
+    except ValueError as lack:
+        pytest.skip(str(lack))
+
+    def run(function, dtype):
+        leaves = [side.to(dtype).requires_grad_() for side in (q, k, v)]
+        out = function(*leaves)
+        out.backward(torch.ones_like(out))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    def reference(q, k, v):
+        return varlen_attention(q, k, v, *cu_seqlens, **options)
+
+    def tested(q, k, v):
+        return through(backend, (q, k, v, *cu_seqlens), **options)
+
+    exact = run(reference, torch.float64)
+    yardstick = run(reference, torch.bfloat16)
+    for ours, theirs, truth in zip(run(tested, torch.bfloat16), yardstick, exact):
+        assert ours.isfinite().all()
+        allowed = 3 * (theirs.double() - truth).norm() + 2**-8 * truth.norm()
+        assert (ours.double() - truth).norm() <= allowed

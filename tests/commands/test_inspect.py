@@ -1,0 +1,89 @@
+"""Forecasts by hand, and what is refused as a tokenizer."""
+
+import numpy as np
+import pytest
+
+from tokenpack.commands import inspect
+from tokenpack.cost import ModelCost
+from tokenpack.data.tokenizer import train_tokenizer
+
+# One multiply-add per decoder token and pair, two per encoder token, nothing across.
+COST = ModelCost(2, 1, 0, 1, 0)
+
+
+def test_sorted_batches_of_a_decoder_only_model():
+    sides = inspect.Sides(None, np.array([5, 1, 4, 2, 3]))
+    forecast = inspect.forecast(sides, 2, COST, seed=None)
+    # Batches 1 2 | 3 4 | 5: 4 + 8 + 5 slots for 15 tokens.
+    assert forecast.padding_share == pytest.approx(1 - 15 / 17)
+    assert forecast.linear_speed_up == pytest.approx(17 / 15)
+    pairs_padded = 2 * 4 + 2 * 16 + 25
+    assert forecast.speed_up == pytest.approx((17 + pairs_padded) / (15 + 55))
+
+
+def test_sorted_batches_of_an_encoder_decoder():
+    sides = inspect.Sides(np.array([3, 1, 2, 4]), np.array([1, 5, 2, 3]))
+    forecast = inspect.forecast(sides, 2, COST, seed=None)
+    # In order of the encoder's lengths: (1, 5) (2, 2) | (3, 1) (4, 3).
+    encoder_slots, decoder_slots = 2 * 2 + 2 * 4, 2 * 5 + 2 * 3
+    assert forecast.padding_share == pytest.approx(1 - 21 / (encoder_slots + decoder_slots))
+    assert forecast.linear_speed_up == pytest.approx(
+        (2 * encoder_slots + decoder_slots) / (2 * 10 + 11)
+    )
+
+
+def test_random_batches_depend_on_the_seed_and_waste_more():
+    sides = inspect.Sides(None, np.arange(1, 1001))
+    first, again, other = (inspect.forecast(sides, 16, COST, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    # The largest of 16 draws from 1 .. n is about 16 / 17 n; the mean is half of n.
+    assert first.padding_share == pytest.approx(1 - 0.5 / (16 / 17), abs=0.02)
+    assert inspect.forecast(sides, 16, COST, seed=None).padding_share < 0.02
+
+
+def test_one_batch_of_all_is_the_same_in_any_order():
+    sides = inspect.Sides(None, np.array([7, 2]))
+    shuffled, in_order = (inspect.forecast(sides, 128, COST, seed) for seed in (0, None))
+    assert shuffled.padding_share == pytest.approx(in_order.padding_share)
+
+
+def test_histogram_counts_every_text():
+    values = np.array([0, 1, 1, 2, 5000])
+    lines = inspect._histogram(values).splitlines()
+    counts = [
+        int(line.split("  ")[-2 if "#" in line else -1].strip().replace(",", "")) for line in lines
+    ]
+    assert sum(counts) == 5
+
+
+def test_a_tokenizer_file_that_truncates_does_not(tmp_path):
+    tokenizer = train_tokenizer(["a b c d"], 400)
+    texts = ["a b c d e f", "a"]
+    lengths = [len(tokenizer.encode(text).ids) for text in texts]
+    assert lengths[0] > 2
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        count = inspect.load_tokenizer(str(path))
+        assert count(texts) == lengths
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+
+    def no_network(*arguments):
+        raise OSError("no network")
+
+    monkeypatch.setattr(inspect.socket, "getaddrinfo", no_network)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for name, message in [
+        (str(tmp_path / "broken.json"), "broken.json is not a tokenizer.json"),
+        (str(tmp_path / "empty"), "no tokenizer in the folder .*empty"),
+        (str(tmp_path / "nothing.json"), "no file or folder .*nothing.json"),
+        ("./some/where", "no file or folder ./some/where"),
+        ("someone/some-model", "no file or folder here .* huggingface.co cannot be reached"),
+    ]:
+        with pytest.raises(ValueError, match=f"--tokenizer: .*{message}"):
+            inspect.load_tokenizer(name)

@@ -1,0 +1,101 @@
+"""The comparison: its statistics, its memory probe, and that both sides see the same training."""
+
+import copy
+
+import pytest
+import torch
+
+from tokenpack.commands import side_by_side
+from tokenpack.commands.models import DEMO_MODELS, SIZES
+from tokenpack.commands.side_by_side import Comparison, Side, peak_bytes, train_side_by_side
+from tokenpack.cost import Operations
+from tokenpack.data.examples import random_batches
+from tokenpack.data.text import Text
+from tokenpack.data.tokenizer import train_tokenizer
+
+CPU = torch.device("cpu")
+TEXTS = [Text("Words. " * count + "\nMore of them.") for count in (1, 1, 2, 3, 5, 8, 13)]
+
+
+def make_side(losses, seconds, operations):
+    return Side(losses, seconds, seconds, [Operations(n, n) for n in operations])
+
+
+def make_case(name):
+    tokenizer = train_tokenizer([text.source for text in TEXTS], SIZES["tiny"].vocab_size)
+    recipe = DEMO_MODELS[name]
+    torch.manual_seed(0)
+    model = recipe.build(SIZES["tiny"], tokenizer)
+    examples = recipe.make_examples(TEXTS, tokenizer, SIZES["tiny"], 0).examples
+    return model, random_batches(examples, tokenizer, 4, 3, seed=0)
+
+
+def test_statistics():
+    comparison = Comparison(
+        padded=make_side([2.0, 4.0, 1.0], [4.0, 6.0, 90.0], [40, 80, 60]),
+        packed=make_side([2.0, 3.0, 1.0], [2.0, 2.0, 2.0], [10, 20, 10]),
+        slots=[100, 100, 200],
+        tokens=[20, 40, 40],
+        packed_calls=3,
+        fallbacks={},
+    )
+    assert comparison.padding_share == 0.75
+    assert comparison.padding_shares == [0.8, 0.6, 0.8]
+    assert comparison.time_ratio == 3.0  # of 2, 3 and 45
+    assert comparison.ideal_ratio == 4.0  # of 4, 4 and 6
+    assert comparison.share_of_ideal == 0.75  # of 0.5, 0.75 and 7.5
+    assert comparison.loss_differences == [0.0, 0.25, 0.0]
+    assert comparison.tokens_per_second(comparison.padded) == 1.0
+
+
+def test_peak_memory_counts_what_lives_at_once_and_nothing_from_before():
+    before = torch.zeros(1000, 1000)
+    kilo = 1024
+
+    def run():
+        nonlocal before
+        first = torch.empty(400 * kilo, dtype=torch.uint8)
+        del first
+        second = torch.empty(300 * kilo, dtype=torch.uint8)
+        third = torch.empty(300 * kilo, dtype=torch.uint8)
+        before = None
+        return second, third
+
+    assert peak_bytes(run, CPU) == pytest.approx(600 * kilo, rel=0.01)
+
+
+@pytest.mark.parametrize("name", DEMO_MODELS)
+def test_both_sides_train_alike(name):
+    model, batches = make_case(name)
+    start = copy.deepcopy(model.state_dict())
+    losses = []
+    comparison = train_side_by_side(model, batches, CPU, losses.append)
+    assert len(losses) == 6
+    assert sorted(losses) == sorted(comparison.padded.losses + comparison.packed.losses)
+    assert max(comparison.loss_differences) < 1e-5
+    assert comparison.padded.losses[-1] < comparison.padded.losses[0]
+    assert any(not value.equal(start[key]) for key, value in model.state_dict().items())
+    assert comparison.fallbacks == {}
+    assert comparison.packed_calls == 5  # three steps, and two of the memory probe
+    assert 0 < comparison.packed.peak_bytes < comparison.padded.peak_bytes
+    for side in (comparison.padded, comparison.packed):
+        assert all(
+            0 < computed < whole
+            for computed, whole in zip(side.forward_backward_seconds, side.step_seconds)
+        )
+    assert all(ratio > 1 for ratio in comparison.ideal_ratios)
+
+
+def test_fallbacks_are_handed_on(monkeypatch):
+    model, batches = make_case("llama")
+    patch = side_by_side.patch_model
+
+    def patch_and_ask_for_what_is_not_packed(model):
+        model.set_attn_implementation("eager")
+        model.config.output_attentions = True
+        return patch(model)
+
+    monkeypatch.setattr(side_by_side, "patch_model", patch_and_ask_for_what_is_not_packed)
+    comparison = train_side_by_side(model, batches, CPU, lambda loss: None)
+    assert comparison.packed_calls == 0
+    assert sum(comparison.fallbacks.values()) == 5

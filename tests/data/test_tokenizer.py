@@ -1,0 +1,31 @@
+"""The byte-level BPE: every text comes back, special tokens stay special."""
+
+import pytest
+
+from tokenpack.data.tokenizer import PAD, SENTINELS, SPECIAL_TOKENS, train_tokenizer
+
+TEXTS = ["the cat sat on the mat\n\n  the end", "naïve café 猫 🙂", "\t\r\n\x00"]
+
+
+def test_every_text_comes_back_also_one_never_seen():
+    tokenizer = train_tokenizer(TEXTS, 400)
+    for text in [*TEXTS, "Здравствуй 🦙\x7f"]:
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_special_tokens_come_first_and_in_order():
+    tokenizer = train_tokenizer(TEXTS, 400)
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(105))
+    assert tokenizer.get_vocab_size() <= 400
+
+
+def test_a_special_token_spelled_out_in_a_text_is_text():
+    tokenizer = train_tokenizer(TEXTS, 400)
+    ids = tokenizer.encode(f"a{PAD}b{SENTINELS[0]}").ids
+    assert min(ids) >= len(SPECIAL_TOKENS)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{PAD}b{SENTINELS[0]}"
+
+
+def test_a_vocabulary_without_room_is_refused():
+    with pytest.raises(ValueError, match="vocab_size: got 360, takes 361 or more"):
+        train_tokenizer(TEXTS, 360)

@@ -1,0 +1,265 @@
+"""The command line as a user meets it: output, files, exit codes, errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tokenpack import __version__
+from tokenpack.cli import main
+from tokenpack.commands import demo, figures, side_by_side
+from tokenpack.data.tokenizer import train_tokenizer
+
+TEXTS = ["Summary.\n\n" + "Body of words. " * count for count in (1, 2, 4, 9, 15, 40)]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def one_text(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("A text alone.")
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = [{"source": text, "target": "Summary."} for text in TEXTS]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(TEXTS, 400).save(str(path))
+    return path
+
+
+def run_demo(data, out, *others):
+    arguments = ["demo", "--size", "tiny", "--device", "cpu", "--steps", "2", "--out", str(out)]
+    return main([*arguments, "--data", str(data), *others])
+
+
+# -------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["doctor"], ["inspect"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert "tokenpack demo" in text or command != ["demo"]
+    assert "example" in text or not command
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_module_and_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenpack", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"tokenpack {__version__}"
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, tokenpack.cli as cli; cli.build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# -------------------------------------------------------------------------------------------- demo
+
+
+def test_demo_prints_a_row_per_model_and_writes_everything(texts, tmp_path, capsys):
+    out = tmp_path / "a" / "b"
+    assert run_demo(texts, out) == 0
+    printed = capsys.readouterr().out
+    for title in ("T5 ", "NLLB ", "Llama "):
+        assert sum(line.startswith(title) for line in printed.splitlines()) == 1
+    assert "2 steps each" in printed
+    assert "inputs cut to 64 tokens" in printed
+    report = json.loads((out / "demo.json").read_text())
+    assert list(report["models"]) == ["t5", "nllb", "llama"]
+    for model in report["models"].values():
+        assert model["summary"]["largest_loss_difference"] <= 1e-4
+        assert model["fallbacks"] == {}
+        assert len(model["steps"]["padded"]["losses"]) == 2
+        assert model["examples"]["usable"] == len(TEXTS)
+    assert report["options"]["steps"] == 2
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("data", ["texts", "one_text"])
+def test_demo_gives_the_same_losses_for_the_same_seed(data, tmp_path, request):
+    # One text alone leaves nothing but the weights to the seed.
+    data = request.getfixturevalue(data)
+    losses = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert run_demo(data, tmp_path / name, "--model", "llama", "--seed", seed) == 0
+        report = json.loads((tmp_path / name / "demo.json").read_text())
+        losses.append(report["models"]["llama"]["steps"]["padded"]["losses"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_demo_uses_pairs_as_they_are(pairs, tmp_path, capsys):
+    assert run_demo(pairs, tmp_path / "out", "--model", "nllb") == 0
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_demo_without_matplotlib_says_so_and_goes_on(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    assert run_demo(texts, tmp_path / "out", "--model", "llama") == 0
+    captured = capsys.readouterr()
+    assert "pip install 'tokenpack[demo]'" in captured.err
+    assert "Llama" in captured.out
+    assert (tmp_path / "out" / "demo.json").exists()
+    assert not (tmp_path / "out" / "demo.png").exists()
+
+
+def test_demo_fails_when_a_step_was_not_packed(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        side_by_side, "packing_stats", lambda model: Stats(packed_calls=1, fallbacks={"why": 3})
+    )
+    assert run_demo(texts, tmp_path / "out", "--model", "llama") == 1
+    error = capsys.readouterr().err
+    assert "check failed: Llama was not packed in some steps: 3 x why" in error
+    assert "check failed: Llama was packed in 1 of 2 steps" in error
+
+
+class Stats:
+    def __init__(self, packed_calls, fallbacks):
+        self.packed_calls = packed_calls
+        self.fallbacks = fallbacks
+
+
+@pytest.mark.parametrize("wrong", [lambda loss: loss * 1.001, lambda loss: loss * float("nan")])
+def test_demo_fails_when_the_losses_differ(texts, tmp_path, capsys, monkeypatch, wrong):
+    patch = side_by_side.patch_model
+
+    def patch_wrongly(model):
+        patch(model).register_forward_hook(change_loss)
+        return model
+
+    def change_loss(module, arguments, output):
+        output.loss = wrong(output.loss)
+        return output
+
+    monkeypatch.setattr(side_by_side, "patch_model", patch_wrongly)
+    assert run_demo(texts, tmp_path / "out", "--model", "llama") == 1
+    assert "check failed: Llama: the losses differ by" in capsys.readouterr().err
+
+
+def test_demo_uses_the_physical_cores_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(demo.machine, "physical_cores", lambda: 1)
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    demo._use_physical_cores()
+    assert torch.get_num_threads() == 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    demo._use_physical_cores()
+    assert torch.get_num_threads() == 1
+
+
+# ------------------------------------------------------------------------------------------ doctor
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert __version__ in printed
+    reference = next(line for line in printed.splitlines() if "reference" in line)
+    assert reference.split()[1] == "yes"
+    assert "flash_attn" in printed
+
+
+# ----------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect(texts, tokenizer, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["inspect", "--data", str(texts), "--tokenizer", str(tokenizer)]
+    assert main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "llama-1b" in printed
+    assert "Nothing was cut" in printed
+    report = json.loads((out / "inspect.json").read_text())
+    assert report["lengths"]["text"]["texts"] == len(TEXTS)
+    assert (out / "inspect.png").read_bytes().startswith(b"\x89PNG")
+    # All six in one batch: the longest row decides.
+    percentiles = report["lengths"]["text"]["percentiles"]
+    tokens, longest = report["lengths"]["text"]["tokens"], percentiles["100"]
+    share = report["batches"]["random"]["8"]["padding_share"]
+    assert share == pytest.approx(1 - tokens / (6 * longest))
+    assert report["batches"]["random"]["8"]["speed_up"] > 1
+
+
+def test_inspect_pairs_and_cuts(pairs, tokenizer, tmp_path, capsys):
+    arguments = ["inspect", "--data", str(pairs), "--tokenizer", str(tokenizer)]
+    assert main([*arguments, "--max-length", "8", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "t5-base" in printed
+    assert "Cut to 8 tokens: 6 of 6 sources, 0 of 6 targets" in printed
+    lengths = json.loads((tmp_path / "out" / "inspect.json").read_text())["lengths"]
+    assert lengths["source"]["tokens"] == 6 * 8
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_input_is_one_line_and_exit_code_2(texts, tokenizer, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "words.txt").write_text("word\nword\n")
+    inspect = ["inspect", "--data", str(texts), "--tokenizer"]
+    tiny = ["demo", "--size", "tiny", "--steps", "1", "--out", str(tmp_path / "out")]
+    for arguments, message in [
+        ([*tiny, "--data", "missing.txt"], "cannot read missing.txt"),
+        ([*tiny, "--data", "a.csv"], "must end in .txt or .jsonl"),
+        ([*tiny, "--data", str(tmp_path / "words.txt"), "--model", "nllb"], "split into a summary"),
+        (["demo", "--out", str(tmp_path / "file")], "--out: cannot make the folder"),
+        ([*inspect, "nowhere.json"], "--tokenizer: no file or folder nowhere.json"),
+        ([*inspect, str(tokenizer), "--shape", "gpt"], "got 'gpt', takes one of t5-small"),
+        ([*inspect, str(tokenizer), "--shape", "t5-base"], "needs 'source' and 'target'"),
+    ]:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("tokenpack: error: ")
+        assert message in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(tmp_path, capsys):
+    assert main(["demo", "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "--device: got cuda, but torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["demo", "--steps", "0"], "--steps: got '0', takes an integer of 1 or more"),
+        (["demo", "--seed", "-1"], "--seed: got '-1', takes an integer of 0 or more"),
+        (["demo", "--model", "bert"], "invalid choice: 'bert'"),
+        (["inspect", "--tokenizer", "x"], "required: --data"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err

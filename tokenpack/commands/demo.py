@@ -1,0 +1,327 @@
+"""``tokenpack demo``: train T5, NLLB and Llama padded and patched, and compare the two.
+
+Same texts, same batches, same initial weights, no dropout: the losses must agree at every step, and
+the time must fall by what the operations fall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..data.examples import ExampleSet, random_batches
+from ..data.text import Text, read_texts, standard_library_texts
+from ..data.tokenizer import train_tokenizer
+from . import figures, machine
+from .models import DEMO_MODELS, SIZES, Size
+from .side_by_side import Comparison, Side, train_side_by_side
+from .table import format_table
+
+# Losses agree to rounding, which training amplifies step by step.
+_LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # fp32, bf16
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's row."""
+
+    name: str
+    title: str
+    task: str
+    model: PreTrainedModel
+    examples: ExampleSet
+    comparison: Comparison
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, print the table, write the PNG and the JSON.
+
+    Returns:
+        0, or 1 if the losses of a model differ or a step of it was not packed.
+    """
+    device = _choose_device(arguments.device)
+    size = _choose_size(arguments.size, device)
+    _make_folder(arguments.out)
+    _use_physical_cores()
+
+    texts = _load_texts(arguments.data)
+    tokenizer = train_tokenizer(_all_strings(texts), size.vocab_size)
+    _print_setting(texts, tokenizer, device, arguments)
+
+    names = list(DEMO_MODELS) if arguments.model == "all" else [arguments.model]
+    results = [
+        _train(name, texts, tokenizer, size, device, arguments.steps, arguments.seed)
+        for name in names
+    ]
+
+    print("\n" + _table(results))
+    print("\n" + _caption(device, arguments.steps))
+    report = _report(results, texts, tokenizer, size, device, arguments)
+    _write(report, results, arguments.out)
+    complaints = _complaints(results, device)
+    for complaint in complaints:
+        print(f"tokenpack: check failed: {complaint}", file=sys.stderr)
+    return 1 if complaints else 0
+
+
+# ----------------------------------------------------------------------------------------- setting
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: got cuda, but torch sees no CUDA device; takes cpu")
+    return torch.device(name)
+
+
+def _choose_size(name: str, device: torch.device) -> Size:
+    if name == "auto":
+        name = "large" if device.type == "cuda" else "small"
+    return SIZES[name]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: cannot make the folder {folder}: {error.strerror}") from None
+
+
+def _use_physical_cores() -> None:
+    # Whoever sets the variable has decided.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(machine.physical_cores())
+
+
+def _load_texts(path: Path | None) -> list[Text]:
+    return standard_library_texts() if path is None else read_texts(path)
+
+
+def _all_strings(texts: Sequence[Text]) -> list[str]:
+    return [s for text in texts for s in (text.source, text.target) if s is not None]
+
+
+def _data_name(path: Path | None) -> str:
+    return "docstrings of Python's standard library" if path is None else str(path)
+
+
+def _print_setting(
+    texts: Sequence[Text], tokenizer: Tokenizer, device: torch.device, arguments: argparse.Namespace
+) -> None:
+    print(f"data       {len(texts):,} texts: {_data_name(arguments.data)}")
+    print(f"tokenizer  byte-level BPE of {tokenizer.get_vocab_size():,} tokens, trained on them")
+    if device.type == "cuda":
+        print(f"device     {torch.cuda.get_device_name(device)}, bf16 autocast")
+    else:
+        print(f"device     {machine.cpu_name()}, {torch.get_num_threads()} threads, fp32")
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def _train(
+    name: str,
+    texts: Sequence[Text],
+    tokenizer: Tokenizer,
+    size: Size,
+    device: torch.device,
+    steps: int,
+    seed: int,
+) -> Result:
+    recipe = DEMO_MODELS[name]
+    examples = recipe.make_examples(texts, tokenizer, size, seed)
+    if not examples.examples:
+        raise ValueError(
+            f"--data: none of the {len(texts)} texts can be split into a summary and a body for "
+            f"{recipe.title}; takes 'source' and 'target', or texts of two sentences or more"
+        )
+    batches = random_batches(examples.examples, tokenizer, size.batch_size, steps, seed)
+    torch.manual_seed(seed)
+    model = recipe.build(size, tokenizer)
+    print(f"\n{recipe.title}: {_describe_examples(recipe.task, model, examples, size)}", flush=True)
+    with tqdm(total=2 * steps, desc=recipe.title, unit="step", leave=False) as bar:
+
+        def on_step(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        comparison = train_side_by_side(model, batches, device, on_step)
+    return Result(name, recipe.title, recipe.task, model, examples, comparison)
+
+
+def _describe_examples(task: str, model: PreTrainedModel, examples: ExampleSet, size: Size) -> str:
+    parts = [
+        f"{task}, {model.num_parameters() / 1e6:.1f} M weights, {len(examples.examples):,} examples"
+    ]
+    if examples.unusable:
+        parts.append(f"{examples.unusable:,} texts of one sentence left out: they have no summary")
+    if examples.cut_inputs:
+        parts.append(f"{examples.cut_inputs:,} inputs cut to {size.max_length} tokens")
+    if examples.cut_labels:
+        parts.append(f"{examples.cut_labels:,} targets cut to {size.max_label_length} tokens")
+    return "\n  ".join(parts)
+
+
+def _complaints(results: Sequence[Result], device: torch.device) -> list[str]:
+    """What makes the comparison void: steps that were not packed, losses that differ."""
+    complaints = []
+    for result in results:
+        if result.comparison.fallbacks:
+            reasons = ", ".join(f"{n} x {r}" for r, n in result.comparison.fallbacks.items())
+            complaints.append(f"{result.title} was not packed in some steps: {reasons}")
+        if result.comparison.packed_calls < len(result.comparison.tokens):
+            complaints.append(
+                f"{result.title} was packed in {result.comparison.packed_calls} of "
+                f"{len(result.comparison.tokens)} steps"
+            )
+        worst = max(result.comparison.loss_differences)
+        # Written so that a NaN fails.
+        if not worst <= _LOSS_TOLERANCE[device.type]:
+            complaints.append(
+                f"{result.title}: the losses differ by {worst:.1e}, "
+                f"more than {_LOSS_TOLERANCE[device.type]:.0e}"
+            )
+    return complaints
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def _table(results: Sequence[Result]) -> str:
+    headers = [
+        "model",
+        "padding",
+        "tokens/s\npadded",
+        "tokens/s\npacked",
+        "step-time\nratio",
+        "ideal\nratio",
+        "of\nideal",
+        "largest\nloss diff",
+        "peak MiB\npadded",
+        "peak MiB\npacked",
+    ]
+    return format_table(headers, [_row(result.title, result.comparison) for result in results])
+
+
+def _row(title: str, comparison: Comparison) -> list[str]:
+    padded, packed = comparison.padded, comparison.packed
+    return [
+        title,
+        f"{comparison.padding_share:.1%}",
+        f"{comparison.tokens_per_second(padded):,.0f}",
+        f"{comparison.tokens_per_second(packed):,.0f}",
+        f"{comparison.time_ratio:.2f}",
+        f"{comparison.ideal_ratio:.2f}",
+        f"{comparison.share_of_ideal:.2f}",
+        f"{max(comparison.loss_differences):.1e}",
+        f"{padded.peak_bytes / 2**20:,.0f}",
+        f"{packed.peak_bytes / 2**20:,.0f}",
+    ]
+
+
+def _caption(device: torch.device, steps: int) -> str:
+    statistic = "CUDA allocator" if device.type == "cuda" else "CPU allocator, by torch's profiler"
+    return (
+        f"{steps} steps each, timed over forward and backward (with the optimizer: in the JSON).\n"
+        "tokens/s: real tokens. ratios: padded / packed, of time, of operations counted (ideal),\n"
+        "and the first by the second, each a median over the steps. peak: memory of the tensors\n"
+        "that one forward and backward adds to the weights, on the batch with the most slots\n"
+        f"({statistic})."
+    )
+
+
+def _report(
+    results: Sequence[Result],
+    texts: Sequence[Text],
+    tokenizer: Tokenizer,
+    size: Size,
+    device: torch.device,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    return {
+        "versions": machine.versions(),
+        "machine": machine.describe_machine(),
+        "device": device.type,
+        "dtype": "bf16 autocast" if device.type == "cuda" else "fp32",
+        "torch_threads": torch.get_num_threads(),
+        "options": {
+            "model": arguments.model,
+            "steps": arguments.steps,
+            "seed": arguments.seed,
+            "size": asdict(size),
+        },
+        "data": {
+            "name": _data_name(arguments.data),
+            "texts": len(texts),
+            "vocab_size": tokenizer.get_vocab_size(),
+        },
+        "models": {result.name: _report_model(result) for result in results},
+    }
+
+
+def _report_model(result: Result) -> dict[str, Any]:
+    comparison = result.comparison
+    return {
+        "task": result.task,
+        "weights": result.model.num_parameters(),
+        "config": result.model.config.to_diff_dict(),
+        "examples": {
+            "usable": len(result.examples.examples),
+            "unusable": result.examples.unusable,
+            "cut_inputs": result.examples.cut_inputs,
+            "cut_labels": result.examples.cut_labels,
+        },
+        "summary": {
+            "padding_share": comparison.padding_share,
+            "smallest_padding_share_of_a_step": min(comparison.padding_shares),
+            "tokens_per_second_padded": comparison.tokens_per_second(comparison.padded),
+            "tokens_per_second_packed": comparison.tokens_per_second(comparison.packed),
+            "step_time_ratio": comparison.time_ratio,
+            "ideal_ratio": comparison.ideal_ratio,
+            "share_of_ideal": comparison.share_of_ideal,
+            "largest_loss_difference": max(comparison.loss_differences),
+            "peak_bytes_padded": comparison.padded.peak_bytes,
+            "peak_bytes_packed": comparison.packed.peak_bytes,
+        },
+        "fallbacks": comparison.fallbacks,
+        "steps": {
+            "slots": comparison.slots,
+            "tokens": comparison.tokens,
+            "loss_differences": comparison.loss_differences,
+            "time_ratios": comparison.time_ratios,
+            "ideal_ratios": comparison.ideal_ratios,
+            "padded": _report_side(comparison.padded),
+            "packed": _report_side(comparison.packed),
+        },
+    }
+
+
+def _report_side(side: Side) -> dict[str, Any]:
+    return {
+        "losses": side.losses,
+        "forward_backward_seconds": side.forward_backward_seconds,
+        "step_seconds": side.step_seconds,
+        "linear_operations": [operations.linear for operations in side.operations],
+        "attention_operations": [operations.attention for operations in side.operations],
+    }
+
+
+def _write(report: dict[str, Any], results: Sequence[Result], folder: Path) -> None:
+    written = [folder / "demo.json"]
+    written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if figures.available():
+        written.append(folder / "demo.png")
+        figures.draw_demo([(r.title, r.comparison) for r in results], written[-1])
+    print("\nwritten: " + ", ".join(map(str, written)))

@@ -1,0 +1,88 @@
+"""Facts about this machine and what is installed on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokenpack
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what tokenpack does here."""
+    found = {"python": platform.python_version(), "tokenpack": tokenpack.__version__}
+    for package in ("torch", "triton", "transformers", "tokenizers", "numpy", "flash-attn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    # The version of the package lacks the build (+cpu, +cu128), which is what matters.
+    found["torch"] = torch.__version__
+    return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures of a run depend on: processor, cores, memory, GPUs. No names, no paths."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "physical_cores": physical_cores(),
+        "memory_gib": memory_gib(),
+        "gpus": [
+            torch.cuda.get_device_properties(i).name for i in range(torch.cuda.device_count())
+        ],
+        "cuda": torch.version.cuda,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name, where the system tells it."""
+    for line in _read_lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_gib() -> float | None:
+    """Memory of the machine in GiB, where the system tells it."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use.
+
+    Two hardware threads of one core share its multipliers, so matrix products gain nothing from the
+    second. Honours the affinity mask, and a container's share of the processors.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        usable = os.sched_getaffinity(0)
+    else:
+        usable = set(range(os.cpu_count() or 1))
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    # Where the topology is not told, each processor counts as a core.
+    siblings = {"".join(_read_lines(topology.format(cpu))) or str(cpu) for cpu in usable}
+    return max(1, min(len(siblings), _container_processors() or len(siblings)))
+
+
+def _container_processors() -> int | None:
+    """Processors that a cgroup (version 2) grants, ``None`` if it does not limit them."""
+    for line in _read_lines("/sys/fs/cgroup/cpu.max"):
+        quota, period = line.split()
+        if quota != "max":
+            return max(1, int(quota) // int(period))
+    return None
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,1 @@
+"""Texts, and the batches made of them."""

@@ -55,7 +55,7 @@ SIZES = {
     "tiny": Size(32, 64, 2, 1, 512, 4, 64, 32),
     # Two CPU cores, minutes. Wide and shallow: what a step does once per sequence and layer weighs
     # little beside its matrix products, as in a model of practical size.
-    "small": Size(512, 3072, 8, 2, 4096, 24, 256, 128),
+    "small": Size(512, 3072, 8, 2, 4096, 20, 256, 128),
     # A data-centre GPU.
     "large": Size(1024, 4096, 16, 12, 8192, 64, 1024, 256),
 }

@@ -3,6 +3,8 @@
 import copy
 import os
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,12 +88,14 @@ def worker(rank, port, name, how, queue):
 
 @pytest.mark.parametrize("case", [T5, NLLB, LLAMA], ids=lambda case: case.model)
 @pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 with the head by itself"])
-def test_two_processes_train_as_one(case, how):
+def test_two_processes_train_as_one(case, how, monkeypatch):
     if "head" in how and case is not LLAMA:
         pytest.skip("its head is tied to the embedding and is sharded with it")
     alone = patch_model(case.build())
     expected = train(case, alone, alone.parameters())
     assert expected == pytest.approx(train_padded(case), abs=1e-5)
+    # The processes import this file by its name, and are given this process's path.
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -192,14 +192,9 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 def _find_patched(model: PreTrainedModel) -> Any:
     """The module of ``model`` whose forward packs, or None."""
     for candidate in (model, model.base_model):
-        if is_swapped_model(candidate):
+        if is_swapped(candidate, packed_forward):
             return candidate
     return None
-
-
-def is_swapped_model(module: nn.Module) -> bool:
-    """Whether ``module`` is the one whose forward packs, below ``fully_shard`` or not."""
-    return is_swapped(module, packed_forward)
 
 
 def _family_of(model: PreTrainedModel) -> Family | None:

@@ -41,6 +41,7 @@ class Result:
     task: str
     model: PreTrainedModel
     examples: ExampleSet
+    batch_size: int
     comparison: Comparison
 
 
@@ -147,10 +148,12 @@ def _train(
             f"--data: none of the {len(texts)} texts can be split into a summary and a body for "
             f"{recipe.title}; takes 'source' and 'target', or texts of two sentences or more"
         )
-    batches = random_batches(examples.examples, tokenizer, size.batch_size, steps, seed)
+    batch_size = recipe.batch_size(size)
+    batches = random_batches(examples.examples, tokenizer, batch_size, steps, seed)
     torch.manual_seed(seed)
     model = recipe.build(size, tokenizer)
-    print(f"\n{recipe.title}: {_describe_examples(recipe.task, model, examples, size)}", flush=True)
+    print(f"\n{recipe.title}: {_describe_examples(recipe.task, model, examples, size)}")
+    print(f"  batches of {batch_size} rows", flush=True)
     with tqdm(total=2 * steps, desc=recipe.title, unit="step", leave=False) as bar:
 
         def on_step(loss: float) -> None:
@@ -158,7 +161,7 @@ def _train(
             bar.update()
 
         comparison = train_side_by_side(model, batches, device, on_step)
-    return Result(name, recipe.title, recipe.task, model, examples, comparison)
+    return Result(name, recipe.title, recipe.task, model, examples, batch_size, comparison)
 
 
 def _describe_examples(task: str, model: PreTrainedModel, examples: ExampleSet, size: Size) -> str:
@@ -277,6 +280,7 @@ def _report_model(result: Result) -> dict[str, Any]:
         "task": result.task,
         "weights": result.model.num_parameters(),
         "config": result.model.config.to_diff_dict(),
+        "batch_size": result.batch_size,
         "examples": {
             "usable": len(result.examples.examples),
             "unusable": result.examples.unusable,

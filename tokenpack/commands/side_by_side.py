@@ -215,16 +215,14 @@ def _probe_memory(
 ) -> None:
     """Measure both on the batch with the most slots, the one that would run out of memory.
 
-    Doubles as the warm-up of the timing. Before it each model runs on the smallest batch, so that
-    what is allocated once and for all is not counted.
+    Doubles as the warm-up of the timing. Before it each model runs on a single row, so that what is
+    allocated once and for all is not counted.
     """
-    by_slots = sorted(batches, key=lambda batch: batch["input_ids"].numel())
-    smallest, largest = (
-        {key: value.to(device) for key, value in batch.items()}
-        for batch in (by_slots[0], by_slots[-1])
-    )
+    largest = max(batches, key=lambda batch: batch["input_ids"].numel())
+    largest = {key: value.to(device) for key, value in largest.items()}
+    row = {key: value[:1] for key, value in largest.items()}
     for name, model in models.items():
-        _forward_backward(model, smallest, device)
+        _forward_backward(model, row, device)
         model.zero_grad(set_to_none=True)
         run = functools.partial(_forward_backward, model, largest, device)
         sides[name].peak_bytes = peak_bytes(run, device)

@@ -35,8 +35,9 @@ help: ## this list
 demo: $(READY) ## train T5, NLLB and Llama padded and packed, and compare
 	$(PY) -m tokenpack demo $(ARGS)
 
-test: $(READY) ## the test suite, on WORKERS=2 processes
+test: $(READY) ## the test suite, on WORKERS=2 processes, then the kernels in Triton's interpreter
 	HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format, mypy on the public API
 	@$(PY) -c '$(call MISSING,ruff mypy)'
@@ -87,6 +88,9 @@ python-ready:
 	@$(PY) -c '$(call MISSING,pip setuptools torch transformers numpy)'
 	@$(PY) -m pip install -q --no-deps --no-build-isolation --no-index -e . || { \
 		echo 'could not install tokenpack into $(PYTHON): it takes setuptools 77 or newer and a writable environment' >&2; exit 1; }
+
+# Those whose ops have kernels.
+INTERPRETED_TESTS = $(addprefix tests/kernels/test_,layout.py padding.py loss.py)
 
 # Exits with a message when the interpreter lacks one of the packages $(1).
 MISSING = import sys; from importlib.util import find_spec; \

@@ -17,14 +17,18 @@ if __name__ != "kernels":
         layout_from_position_ids,
     )
     from .linear_loss import packed_linear_cross_entropy
+    from .loss import packed_cross_entropy
     from .padding import repad, unpad
+    from .reduction import TokenStats
 
 __all__ = [
     "PackedLayout",
+    "TokenStats",
     "layout_from_cu_seqlens",
     "layout_from_lengths",
     "layout_from_mask",
     "layout_from_position_ids",
+    "packed_cross_entropy",
     "packed_linear_cross_entropy",
     "repad",
     "unpad",

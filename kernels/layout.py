@@ -6,6 +6,11 @@
 
 A layout is built once per batch, from whatever the caller has (a mask, lengths, position ids or
 ``cu_seqlens``), and validated there. Everything below trusts it and looks at no value again.
+
+On a GPU that takes one launch (two for large batches: `layout_ops`) and one copy of 8 bytes to the
+host: how many tokens there are and how long the longest sequence is, or in their place a negative
+number where the input is wrong. A caller who knows the numbers is spared the copy, and with it the
+check of values that it carries.
 """
 
 from __future__ import annotations
@@ -16,7 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_INT32_MAX = 2**31 - 1
+from .layout_ops import (
+    INT32_MAX,
+    boundary_layout_reference,
+    refuse_boundaries,
+    refuse_mask,
+    refuse_position_ids,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +40,8 @@ class PackedLayout:
             to ``(rows * columns, ...)``.
         position_ids: ``(total_tokens,)`` int32, each token's place in its own sequence, from 0.
         total_tokens: how many real tokens there are.
-        max_seqlen: length of the longest sequence.
+        max_seqlen: length of the longest sequence; no less than it where the builder was told
+            ``total_tokens`` and copied nothing.
         padded_shape: ``(rows, columns)`` of the padded batch. Row ``s`` is sequence ``s``. A layout
             that was not built from a padded batch has the smallest right-padded one here.
     """
@@ -78,19 +90,23 @@ class PackedLayout:
         )
 
 
-def layout_from_mask(attention_mask: Tensor) -> PackedLayout:
+def layout_from_mask(attention_mask: Tensor, *, total_tokens: int | None = None) -> PackedLayout:
     """Lay out the real tokens of a padded batch.
 
     Args:
         attention_mask: ``(rows, columns)`` bool, integer or floating point; 1 marks a real token,
             0 padding. Left and right padding, holes and rows of padding alone are all welcome.
+        total_tokens: how many real tokens there are, if known: then nothing is copied from a GPU,
+            ``max_seqlen`` is ``columns``, and neither the number nor the mask's values are checked
+            there. A wrong number gives a wrong layout, but never one that points outside.
 
     Returns:
         A layout whose sequence ``s`` holds the real tokens of row ``s`` in order.
 
     Raises:
         TypeError: if ``attention_mask`` is no tensor or has complex values.
-        ValueError: if it is not two-dimensional, is empty, or holds anything but 0 and 1.
+        ValueError: if it is not two-dimensional, is empty, holds anything but 0 and 1, or
+            ``total_tokens`` is not the number of its ones.
     """
     _require_tensor("attention_mask", attention_mask)
     if attention_mask.dim() != 2 or attention_mask.numel() == 0:
@@ -100,34 +116,40 @@ def layout_from_mask(attention_mask: Tensor) -> PackedLayout:
         )
     if attention_mask.is_complex():
         raise TypeError(f"attention_mask must be bool, int or float, got {attention_mask.dtype}")
-    _require_int32_rows(attention_mask.numel())
-
-    real = attention_mask != 0
-    if attention_mask.dtype != torch.bool and bool((real & (attention_mask != 1)).any()):
-        wrong = attention_mask[real & (attention_mask != 1)][0].item()
-        raise ValueError(f"attention_mask must hold only 0 and 1, got {wrong}")
-    lengths = real.sum(dim=1, dtype=torch.int32)
-    indices = real.flatten().nonzero().squeeze(1).to(torch.int32)
-    positions = real.cumsum(dim=1, dtype=torch.int32).sub_(1)[real]
     rows, columns = attention_mask.shape
+    _require_int32_rows(rows * columns)
+    _require_total(total_tokens, rows * columns)
+    cu_seqlens, indices, position_ids, sizes = torch.ops.tokenpack.mask_layout(
+        attention_mask, total_tokens
+    )
+    if total_tokens is None:
+        total, longest = sizes.tolist()
+        if total < 0:
+            refuse_mask(attention_mask)
+    else:
+        total, longest = total_tokens, columns
     return PackedLayout(
-        _cumulative(lengths),
-        indices,
-        positions,
-        indices.numel(),
-        int(lengths.max()),
-        (rows, columns),
+        cu_seqlens, indices[:total], position_ids[:total], total, longest, (rows, columns)
     )
 
 
 def layout_from_lengths(
-    lengths: Tensor | Sequence[int], *, device: torch.device | str | None = None
+    lengths: Tensor | Sequence[int],
+    *,
+    total_tokens: int | None = None,
+    max_seqlen: int | None = None,
+    device: torch.device | str | None = None,
 ) -> PackedLayout:
     """Lay out sequences of known lengths, one after the other.
 
     Args:
         lengths: ``(num_seqs,)`` integers, a tensor or any sequence of them; 0 is a sequence
-            without tokens.
+            without tokens. On the host, everything is known there: a layout on a GPU then takes one
+            launch and waits for nothing.
+        total_tokens: their sum, and
+        max_seqlen: their maximum, if known. Both together spare lengths on a GPU the copy to the
+            host, and with it the check of their values. Wrong numbers give a wrong layout then, but
+            never more than ``total_tokens`` tokens.
         device: where the layout goes; by default where ``lengths`` is.
 
     Returns:
@@ -135,32 +157,29 @@ def layout_from_lengths(
 
     Raises:
         TypeError: if a length is not an integer.
-        ValueError: if there is no length, one is negative, or they sum past int32.
+        ValueError: if there is no length, one is negative, they sum past int32, or
+            ``total_tokens`` or ``max_seqlen`` is not what they say.
     """
-    on_host = _host_integers("lengths", lengths)
-    if on_host.numel() == 0:
+    given = _integers("lengths", lengths)
+    if given.numel() == 0:
         raise ValueError("lengths must name at least one sequence, got none")
-    if int(on_host.min()) < 0:
-        at = int(on_host.argmin())
-        raise ValueError(f"lengths must not be negative, got {int(on_host[at])} at index {at}")
-    if device is None:
-        device = lengths.device if isinstance(lengths, Tensor) else "cpu"
-    longest = int(on_host.max())
-    _require_int32_rows(on_host.numel() * longest)
-    return _right_padded(_cumulative(on_host.to(torch.int32)), longest).to(device)
+    return _from_boundaries(given, False, total_tokens, max_seqlen, device)
 
 
 def layout_from_cu_seqlens(
     cu_seqlens: Tensor | Sequence[int],
     total_tokens: int | None = None,
     *,
+    max_seqlen: int | None = None,
     device: torch.device | str | None = None,
 ) -> PackedLayout:
     """Lay out sequences whose boundaries are known.
 
     Args:
         cu_seqlens: ``(num_seqs + 1,)`` integers that start at 0 and never fall.
-        total_tokens: length of the token stream they must end at; unchecked if None.
+        total_tokens: length of the token stream they must end at, if known.
+        max_seqlen: length of the longest sequence, if known. Together with ``total_tokens`` it
+            spares a GPU's ``cu_seqlens`` the copy to the host, and with it the check of values.
         device: where the layout goes; by default where ``cu_seqlens`` is.
 
     Returns:
@@ -168,30 +187,13 @@ def layout_from_cu_seqlens(
 
     Raises:
         TypeError: if ``cu_seqlens`` are not integers.
-        ValueError: if they are fewer than two, do not start at 0, fall, or do not end at
-            ``total_tokens``.
+        ValueError: if they are fewer than two, do not start at 0, fall, do not end at
+            ``total_tokens``, or ``max_seqlen`` is not the longest of them.
     """
-    on_host = _host_integers("cu_seqlens", cu_seqlens)
-    if on_host.numel() < 2:
-        raise ValueError(f"cu_seqlens must be (num_seqs + 1,), got {on_host.numel()} value(s)")
-    steps = on_host.diff()
-    if int(on_host[0]) != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {int(on_host[0])}")
-    if int(steps.min()) < 0:
-        at = int(steps.argmin())
-        raise ValueError(
-            f"cu_seqlens must not fall, got {int(on_host[at])} then {int(on_host[at + 1])} "
-            f"at index {at + 1}"
-        )
-    if total_tokens is not None and int(on_host[-1]) != total_tokens:
-        raise ValueError(
-            f"cu_seqlens must end at total_tokens = {total_tokens}, got {int(on_host[-1])}"
-        )
-    if device is None:
-        device = cu_seqlens.device if isinstance(cu_seqlens, Tensor) else "cpu"
-    longest = int(steps.max())
-    _require_int32_rows(steps.numel() * longest)
-    return _right_padded(on_host.to(torch.int32), longest).to(device)
+    given = _integers("cu_seqlens", cu_seqlens)
+    if given.numel() < 2:
+        raise ValueError(f"cu_seqlens must be (num_seqs + 1,), got {given.numel()} value(s)")
+    return _from_boundaries(given, True, total_tokens, max_seqlen, device)
 
 
 def layout_from_position_ids(position_ids: Tensor) -> PackedLayout:
@@ -217,44 +219,63 @@ def layout_from_position_ids(position_ids: Tensor) -> PackedLayout:
             "position_ids must be (total_tokens,) or (rows, columns) and not empty, "
             f"got shape {tuple(position_ids.shape)}"
         )
-    if bool((position_ids.reshape(-1, position_ids.shape[-1])[:, 0] != 0).any()):
-        raise ValueError("position_ids must begin at 0 in every row")
-    flat = position_ids.flatten().to(torch.int64)
-    starts = flat == 0
-    rises = flat[1:] == flat[:-1] + 1
-    if not bool((rises | starts[1:]).all()):
-        at = int((rises | starts[1:]).logical_not().nonzero()[0]) + 1
-        raise ValueError(
-            "position_ids must rise by one or restart at 0, "
-            f"got {int(flat[at - 1])} then {int(flat[at])} at index {at}"
-        )
-    first = starts.nonzero().squeeze(1)
-    cu_seqlens = torch.cat([first, first.new_tensor([flat.numel()])]).to(torch.int32)
-    return _right_padded(cu_seqlens, int(flat.max()) + 1)
+    _require_int32_rows(position_ids.numel())
+    cu_seqlens, indices, positions, sizes = torch.ops.tokenpack.position_layout(position_ids)
+    num_seqs, longest = sizes.tolist()
+    if num_seqs < 0:
+        refuse_position_ids(position_ids)
+    _require_int32_rows(num_seqs * longest)
+    return PackedLayout(
+        cu_seqlens[: num_seqs + 1],
+        indices,
+        positions,
+        positions.numel(),
+        longest,
+        (num_seqs, longest),
+    )
+
+
+def _from_boundaries(
+    given: Tensor,
+    cumulative: bool,
+    total_tokens: int | None,
+    max_seqlen: int | None,
+    device: torch.device | str | None,
+) -> PackedLayout:
+    """From lengths or, if ``cumulative``, from ``cu_seqlens``."""
+    target = given.device if device is None else torch.device(device)
+    num_seqs = given.numel() - cumulative
+    boundaries, boundaries_cumulative = given, cumulative
+    if not given.is_cpu and total_tokens is not None and max_seqlen is not None:
+        total, longest = total_tokens, max_seqlen
+    else:
+        # Where looking at them is free, values are checked whatever the caller knows.
+        find = boundary_layout_reference if given.is_cpu else torch.ops.tokenpack.boundary_layout
+        boundaries, _, _, sizes = find(given, cumulative, None, None)
+        boundaries_cumulative = True
+        total, longest = sizes.tolist()
+        if total < 0:
+            refuse_boundaries(given, cumulative)
+        if total_tokens not in (None, total):
+            what = "cu_seqlens must end at" if cumulative else "lengths must sum to"
+            raise ValueError(f"{what} total_tokens = {total_tokens}, got {total}")
+        if max_seqlen not in (None, longest):
+            raise ValueError(f"max_seqlen must be the longest length {longest}, got {max_seqlen}")
+    _require_int32_rows(num_seqs * longest)
+    cu_seqlens, indices, position_ids, _ = torch.ops.tokenpack.boundary_layout(
+        _move(boundaries, target), boundaries_cumulative, total, longest
+    )
+    return PackedLayout(cu_seqlens, indices, position_ids, total, longest, (num_seqs, longest))
 
 
 # --------------------------------------------------------------------------------------- helpers
 
 
-def _right_padded(cu_seqlens: Tensor, max_seqlen: int) -> PackedLayout:
-    lengths = cu_seqlens.diff()
-    num_seqs = lengths.numel()
-    sequence = torch.arange(num_seqs, dtype=torch.int32, device=cu_seqlens.device)
-    sequence = sequence.repeat_interleave(lengths)  # [total_tokens]
-    tokens = torch.arange(sequence.numel(), dtype=torch.int32, device=cu_seqlens.device)
-    positions = tokens - cu_seqlens[sequence]
-    return PackedLayout(
-        cu_seqlens,
-        sequence * max_seqlen + positions,
-        positions,
-        sequence.numel(),
-        max_seqlen,
-        (num_seqs, max_seqlen),
-    )
-
-
-def _cumulative(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.is_cpu and device.type == "cuda":
+        # From pageable memory the copy would wait for the device.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -268,12 +289,17 @@ def _require_integers(name: str, value: Tensor) -> None:
 
 
 def _require_int32_rows(rows: int) -> None:
-    if rows > _INT32_MAX:
+    if rows > INT32_MAX:
         raise ValueError(f"a padded batch may have at most 2**31 - 1 slots, got {rows}")
 
 
-def _host_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
-    """``values`` as a one-dimensional int64 tensor on the host, where looking at them is free."""
+def _require_total(total_tokens: int | None, slots: int) -> None:
+    if total_tokens is not None and not 0 <= total_tokens <= slots:
+        raise ValueError(f"total_tokens must be from 0 to the batch's {slots}, got {total_tokens}")
+
+
+def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
+    """``values`` as a one-dimensional tensor of integers."""
     try:
         tensor = torch.as_tensor(values)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -283,4 +309,4 @@ def _host_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     _require_integers(name, tensor)
     if tensor.dim() != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {tuple(tensor.shape)}")
-    return tensor.to("cpu", torch.int64)
+    return tensor

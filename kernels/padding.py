@@ -5,16 +5,23 @@
 
 Each is the other's backward. ``unpad`` reads and writes each real row once; ``repad`` reads each
 real row once and writes each padded row once.
+
+On a GPU all tensors of a call go in one launch, in tiles of words of up to 8 bytes whatever their
+dtypes: a copy does not care. A program of ``repad`` owns slots of the padded batch, and finds out
+which token stands in each, if any, by searching ``indices``, which rise. So nothing is cleared
+beforehand, no slot is written twice, and no inverse of ``indices`` is kept.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from ._triton import next_power_of_2, on_triton, tl, triton
 from .layout import PackedLayout
 
 
@@ -65,8 +72,8 @@ def repad(
         tensors: ``(total_tokens, ...)`` of any dtype, or several such tensors whose dtypes and
             trailing shapes may differ.
         layout: which slots are real, on the same device.
-        fill: what the other slots hold; one value for all tensors or one for each. Each tensor's
-            dtype must be able to hold its own exactly, unless it is floating point.
+        fill: what the other slots hold; one value for all tensors or one for each. An integer or
+            bool dtype must be able to hold its own exactly; a complex one takes 0.
 
     Returns:
         ``(rows, columns, ...)`` for each tensor, in the order it came; one tensor for one tensor,
@@ -120,6 +127,211 @@ def _fill_value(fill: float, dtype: torch.dtype) -> float | int | bool:
     return fill if dtype.is_floating_point or dtype.is_complex else int(fill)
 
 
+# ------------------------------------------------------------------------------------------ Triton
+
+
+@triton.jit(do_not_specialize=["total_tokens"])
+def _unpad_kernel(
+    streams,
+    paddeds,
+    indices,
+    row_words,
+    row_strides,
+    total_tokens,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
+    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)  # [BW]
+    is_token = token < total_tokens
+    slot = tl.load(indices + token, mask=is_token, other=0).to(tl.int64)
+    for i in tl.static_range(len(streams)):
+        mask = is_token[:, None] & (word < row_words[i])[None, :]  # [BR, BW]
+        row = tl.load(paddeds[i] + slot[:, None] * row_strides[i] + word[None, :], mask=mask)
+        tl.store(streams[i] + token[:, None] * row_words[i] + word[None, :], row, mask=mask)
+
+
+@triton.jit(do_not_specialize=["total_tokens", "num_slots", "search_steps"])
+def _repad_kernel(
+    paddeds,
+    streams,
+    indices,
+    row_words,
+    row_strides,
+    fills,
+    total_tokens,
+    num_slots,
+    search_steps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
+    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)  # [BW]
+    # The first token at this slot or behind it: halve the tokens [token, end) that it may be.
+    token = tl.zeros([BLOCK_ROWS], tl.int64)
+    end = token + total_tokens
+    for _ in range(search_steps):
+        middle = (token + end) // 2
+        searching = middle < end
+        before = tl.load(indices + middle, mask=searching, other=num_slots).to(tl.int64) < slot
+        token = tl.where(searching & before, middle + 1, token)
+        end = tl.where(searching & ~before, middle, end)
+    behind_all = token >= total_tokens
+    found = tl.load(indices + token, mask=~behind_all, other=-1).to(tl.int64) == slot
+    is_slot = slot < num_slots
+    for i in tl.static_range(len(paddeds)):
+        in_row = (word < row_words[i])[None, :]
+        row = tl.load(
+            streams[i] + token[:, None] * row_strides[i] + word[None, :],
+            mask=found[:, None] & in_row,
+            other=fills[i],
+        )  # [BR, BW]
+        tl.store(
+            paddeds[i] + slot[:, None] * row_words[i] + word[None, :],
+            row,
+            mask=is_slot[:, None] & in_row,
+        )
+
+
+@on_triton(_unpad)
+def unpad_triton(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
+    """The op ``unpad`` in one launch."""
+    total_tokens = indices.numel()
+    streams = [tensor.new_empty((total_tokens, *tensor.shape[2:])) for tensor in tensors]
+    moves = [
+        _as_words(_flat_rows(tensor), stream)
+        for tensor, stream in zip(tensors, streams, strict=True)
+        if stream.numel()
+    ]
+    if moves:
+        tile = _tile(moves)
+        grid = (triton.cdiv(total_tokens, tile.rows), _column_blocks(moves, tile))
+        _unpad_kernel[grid](
+            streams=tuple(move.target for move in moves),
+            paddeds=tuple(move.source for move in moves),
+            indices=indices,
+            row_words=tuple(move.row_words for move in moves),
+            row_strides=tuple(move.source_stride for move in moves),
+            total_tokens=total_tokens,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_WORDS=tile.words,
+            num_warps=4,
+        )
+    return streams
+
+
+@on_triton(_repad)
+def repad_triton(
+    tensors: Sequence[Tensor], indices: Tensor, num_slots: int, fills: Sequence[float]
+) -> list[Tensor]:
+    """The op ``repad`` in one launch."""
+    total_tokens = indices.numel()
+    paddeds = [tensor.new_empty((num_slots, *tensor.shape[1:])) for tensor in tensors]
+    moves, patterns = [], []
+    for tensor, padded, fill in zip(tensors, paddeds, fills, strict=True):
+        if padded.numel():
+            moves.append(_as_words(_rows(tensor), padded))
+            patterns.append(_fill_pattern(fill, tensor.dtype, moves[-1].target.dtype))
+    if moves:
+        tile = _tile(moves)
+        grid = (triton.cdiv(num_slots, tile.rows), _column_blocks(moves, tile))
+        _repad_kernel[grid](
+            paddeds=tuple(move.target for move in moves),
+            streams=tuple(move.source for move in moves),
+            indices=indices,
+            row_words=tuple(move.row_words for move in moves),
+            row_strides=tuple(move.source_stride for move in moves),
+            fills=tuple(patterns),
+            total_tokens=total_tokens,
+            num_slots=num_slots,
+            search_steps=total_tokens.bit_length(),
+            BLOCK_ROWS=tile.rows,
+            BLOCK_WORDS=tile.words,
+            num_warps=4,
+        )
+    return paddeds
+
+
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+_TILE_WORDS = (
+    1024  # 8 KiB in words of 8 bytes: 4 loads of 16 bytes in flight in each of 128 threads
+)
+_WIDEST_TILE = 512  # words; leaves a program two rows, whose places in memory it finds out at once
+
+
+class _Move(NamedTuple):
+    """Rows to copy, seen as words of one size. The rows of the target lie close together."""
+
+    source: Tensor
+    target: Tensor
+    row_words: int
+    source_stride: int  # words
+
+
+class _Tile(NamedTuple):
+    rows: int
+    words: int
+
+
+def _tile(moves: Sequence[_Move]) -> _Tile:
+    widest = max(move.row_words for move in moves)
+    words = min(next_power_of_2(widest), _WIDEST_TILE)
+    return _Tile(_TILE_WORDS // words, words)
+
+
+def _column_blocks(moves: Sequence[_Move], tile: _Tile) -> int:
+    return max(triton.cdiv(move.row_words, tile.words) for move in moves)
+
+
+def _as_words(source: Tensor, target: Tensor) -> _Move:
+    """Both as the widest words that rows, strides and addresses are multiples of."""
+    size = source.element_size()
+    row_bytes = target.stride(0) * size
+    stride_bytes = source.stride(0) * size
+    everything = row_bytes | stride_bytes | source.data_ptr() | target.data_ptr()
+    word = next(width for width in _WORDS if everything % width == 0)
+    return _Move(
+        _view_as_words(source, word),
+        _view_as_words(target, word),
+        row_bytes // word,
+        stride_bytes // word,
+    )
+
+
+def _view_as_words(rows: Tensor, word: int) -> Tensor:
+    """A flat tensor of the word's dtype that begins where ``rows`` does; only that matters."""
+    storage = rows.untyped_storage()
+    first = rows.storage_offset() * rows.element_size()
+    words = torch.empty(0, dtype=_WORDS[word], device=rows.device)
+    # Not .view(dtype): it wants a last dimension that is a multiple of the word.
+    return words.set_(storage, first // word, ((storage.nbytes() - first) // word,), (1,))
+
+
+def _flat_rows(tensor: Tensor) -> Tensor:
+    """``(rows, columns, ...)`` as rows that one stride tells apart; a copy where none does."""
+    rows, columns = tensor.shape[:2]
+    evenly = rows == 1 or tensor.stride(0) == columns * tensor.stride(1)
+    if not evenly:
+        tensor = tensor.contiguous()
+    return _rows(tensor.flatten(0, 1))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``(rows, ...)`` with each row in one piece; a copy where it is not."""
+    one_piece = tensor[:1].is_contiguous()
+    return tensor if one_piece else tensor.contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _fill_pattern(fill: float, dtype: torch.dtype, word: torch.dtype) -> int:
+    """The word that is ``fill`` over and over."""
+    if fill == 0:
+        return 0
+    count = max(word.itemsize // dtype.itemsize, 1)
+    filled = torch.full((count,), _fill_value(fill, dtype), dtype=dtype, device="cpu")
+    return int(filled.view(word)[0])
+
+
 # ------------------------------------------------------------- what torch.compile and autograd need
 
 
@@ -143,14 +355,16 @@ def _save_unpad(ctx, inputs, output) -> None:
 
 def _unpad_backward(ctx, grads: list[Tensor | None]):
     (indices,) = ctx.saved_tensors
-
-    def to_padded(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
-        if grad is None:
-            return None
-        (flat,) = torch.ops.tokenpack.repad([grad], indices, shape[0] * shape[1], [0.0])
-        return flat.unflatten(0, shape)
-
-    return list(map(to_padded, grads, ctx.padded_shapes)), None
+    results: list[Tensor | None] = [None] * len(grads)
+    present = {i: grad for i, grad in enumerate(grads) if grad is not None}
+    if present:
+        shape = ctx.padded_shapes[0]  # the same for all
+        flat = torch.ops.tokenpack.repad(
+            list(present.values()), indices, shape[0] * shape[1], [0.0] * len(present)
+        )
+        for i, padded in zip(present, flat, strict=True):
+            results[i] = padded.unflatten(0, shape)
+    return results, None
 
 
 def _save_repad(ctx, inputs, output) -> None:
@@ -159,11 +373,13 @@ def _save_repad(ctx, inputs, output) -> None:
 
 def _repad_backward(ctx, grads: list[Tensor | None]):
     (indices,) = ctx.saved_tensors
-    streams = [
-        None if grad is None else torch.ops.tokenpack.unpad([grad.unsqueeze(0)], indices)[0]
-        for grad in grads
-    ]
-    return streams, None, None, None
+    results: list[Tensor | None] = [None] * len(grads)
+    present = {i: grad.unsqueeze(0) for i, grad in enumerate(grads) if grad is not None}
+    if present:
+        streams = torch.ops.tokenpack.unpad(list(present.values()), indices)
+        for i, stream in zip(present, streams, strict=True):
+            results[i] = stream
+    return results, None, None, None
 
 
 _unpad.register_autograd(_unpad_backward, setup_context=_save_unpad)
@@ -199,8 +415,10 @@ def _require_leading(
 
 
 def _require_fill(value: float, dtype: torch.dtype) -> None:
-    if dtype.is_floating_point or dtype.is_complex:
+    if dtype.is_floating_point or (dtype.is_complex and value == 0):
         return
+    if dtype.is_complex:
+        raise ValueError(f"fill must be 0 for {dtype}, got {value}")
     bounds = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     # The op takes fills as float, which not every int64 survives.
     if not (bounds[0] <= value <= bounds[1] and int(value) == value == float(value)):

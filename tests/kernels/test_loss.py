@@ -1,0 +1,270 @@
+"""Packed cross entropy against float64, sequence by sequence; under TRITON_INTERPRET=1 its kernels.
+
+The error allowed is 1.5 times PyTorch's own in the same dtype, and a floor of two roundings. In
+float64, the oracle's own dtype, PyTorch makes no error: there the floor is 64 roundings.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokenpack.kernels import packed_cross_entropy
+from tokenpack.kernels._triton import INTERPRETED
+
+IGNORED = -100
+LENGTHS = [3, 0, 7, 1, 29]  # an empty sequence, one of a single token
+
+# In Triton's interpreter bf16 arithmetic works on raw bits and its stores truncate: fp16 stands in.
+DTYPES = [torch.float32, torch.float64, torch.float16 if INTERPRETED else torch.bfloat16]
+
+OPTIONS = [
+    {},
+    {"shift": True},
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2, "shift": True},
+    {"softcap": 5.0},
+    {"softcap": 30.0, "label_smoothing": 0.2, "z_loss": 1e-3, "shift": True},
+]
+
+needs_reference = pytest.mark.skipif(
+    INTERPRETED, reason="a kernel's check of values is an assertion of the device"
+)
+
+
+def make_inputs(classes=37, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(classes)
+    tokens = sum(LENGTHS)
+    logits = (torch.randn(tokens, classes, generator=generator) * 3).to(dtype)
+    labels = torch.randint(classes, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < 0.3] = IGNORED
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    return logits, labels, cu_seqlens
+
+
+def token_losses(
+    logits, labels, cu_seqlens, *, shift=False, label_smoothing=0.0, z_loss=0.0, softcap=None
+):
+    """Loss and target of each token by PyTorch, in the dtype of the logits but at least float32."""
+    targets = labels
+    if shift:
+        targets = torch.full_like(labels, IGNORED)
+        for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+            targets[start : max(end - 1, start)] = labels[start + 1 : max(end, start + 1)]
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    loss = F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing)
+    return loss + z_loss * z.logsumexp(1).square() * (targets != IGNORED), targets
+
+
+def reduced(loss, targets, cu_seqlens, reduction, weights):
+    """By a loop over sequences."""
+    valid = targets != IGNORED
+    parts = [
+        (loss[start:end] * weights[s], valid[start:end])
+        for s, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()))
+    ]
+    if reduction == "none":
+        return torch.cat([part for part, _ in parts])
+    total = sum(part.sum() for part, _ in parts)
+    if reduction == "sum":
+        return total
+    if reduction == "mean":
+        return total / sum(weights[s] * real.sum() for s, (_, real) in enumerate(parts))
+    means = torch.stack([part.sum() / real.sum().clamp(min=1) for part, real in parts])
+    if reduction == "sequence":
+        return means
+    return means.sum() / sum(weights[s] for s, (_, real) in enumerate(parts) if real.any())
+
+
+def assert_as_exact(ours, theirs, exact):
+    assert ours.isfinite().all()
+    error = (ours.double() - exact).norm()
+    roundings = 64 if ours.dtype == torch.float64 else 2
+    floor = roundings * torch.finfo(ours.dtype).eps * exact.norm()
+    assert error <= 1.5 * (theirs.double() - exact).norm() + floor
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 37, 4097])
+def test_as_exact_as_pytorch(classes, dtype, options):
+    logits, labels, cu_seqlens = make_inputs(classes, dtype)
+    results = []
+    for function, given in [("ours", logits), ("theirs", logits), ("exact", logits.double())]:
+        leaf = given.clone().requires_grad_()
+        if function == "ours":
+            loss = packed_cross_entropy(leaf, labels, cu_seqlens, reduction="sum", **options)
+        else:
+            loss = token_losses(leaf, labels, cu_seqlens, **options)[0].sum()
+        (loss * 1.7).backward()
+        results.append((loss.detach(), leaf.grad))
+    for ours, theirs, exact in zip(*results):
+        assert_as_exact(ours, theirs, exact)
+    assert results[0][0].dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sequence_mean", "sequence"])
+def test_reductions_give_the_gradients_of_a_loop_over_sequences(reduction, shift, weighted):
+    logits, labels, cu_seqlens = make_inputs()
+    weights = torch.rand(len(LENGTHS)) + 0.5 if weighted else torch.ones(len(LENGTHS))
+    ours, loop = (logits.clone().requires_grad_() for _ in range(2))
+    loss = packed_cross_entropy(
+        ours,
+        labels,
+        cu_seqlens,
+        shift=shift,
+        reduction=reduction,
+        sequence_weights=weights if weighted else None,
+    )
+    expected = reduced(
+        *token_losses(loop, labels, cu_seqlens, shift=shift), cu_seqlens, reduction, weights
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    incoming = torch.rand_like(expected)
+    loss.backward(incoming)
+    expected.backward(incoming)
+    assert (ours.grad - loop.grad).abs().max() <= 1e-6
+
+
+def test_num_items_is_the_denominator():
+    logits, labels, cu_seqlens = make_inputs()
+    total = packed_cross_entropy(logits, labels, reduction="sum")
+    for reduction in ("mean", "sequence_mean"):
+        once = packed_cross_entropy(logits, labels, cu_seqlens, reduction=reduction, num_items=1)
+        by_seven = packed_cross_entropy(
+            logits, labels, cu_seqlens, reduction=reduction, num_items=torch.tensor(7)
+        )
+        torch.testing.assert_close(by_seven, once / 7)
+    torch.testing.assert_close(packed_cross_entropy(logits, labels, num_items=11), total / 11)
+
+
+def test_the_gradient_in_place_is_the_same_and_takes_the_place_of_the_logits():
+    logits, labels, _ = make_inputs()
+    leaf, other = (logits.clone().requires_grad_() for _ in range(2))
+    in_place = leaf * 1
+    packed_cross_entropy(in_place, labels, inplace_backward=True).backward()
+    outside = other * 1
+    packed_cross_entropy(outside, labels).backward()
+    assert leaf.grad.equal(other.grad)
+    assert in_place.detach().equal(leaf.grad)
+    assert outside.detach().equal(logits)
+
+
+def test_stats():
+    logits, labels, cu_seqlens = make_inputs()
+    loss, stats = packed_cross_entropy(logits, labels, cu_seqlens, shift=True, return_stats=True)
+    expected, targets = token_losses(logits, labels, cu_seqlens, shift=True)
+    torch.testing.assert_close(stats.loss, expected)
+    assert stats.valid.equal(targets != IGNORED)
+    assert stats.correct.equal((logits.argmax(1) == targets) & stats.valid)
+    torch.testing.assert_close(stats.loss.sum() / stats.valid.sum(), loss)
+
+
+def test_rows_without_a_target_are_not_read():
+    logits, labels, _ = make_inputs()
+    logits[labels == IGNORED] = float("nan")
+    logits.requires_grad_()
+    loss = packed_cross_entropy(logits, labels)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[labels == IGNORED].any()
+
+
+def test_no_target_at_all():
+    logits, labels, cu_seqlens = make_inputs()
+    labels.fill_(IGNORED)
+    leaf = logits.requires_grad_()
+    loss = packed_cross_entropy(leaf, labels)
+    loss.backward()
+    assert loss.isnan()
+    assert not leaf.grad.any()
+    per_sequence = packed_cross_entropy(leaf, labels, cu_seqlens, reduction="sequence")
+    assert per_sequence.equal(torch.zeros(len(LENGTHS)))
+
+
+def test_registered_correctly_for_compile_and_autograd():
+    logits, labels, cu_seqlens = make_inputs()
+    ops = torch.ops.tokenpack
+    weights = torch.rand(len(LENGTHS))
+    plan = (labels, cu_seqlens, weights, 37, True, True, IGNORED, torch.float32)
+    torch.library.opcheck(ops.token_targets, plan)
+    targets, _ = ops.token_targets(*plan)
+    options = (0.1, 1e-3, 5.0, 2.0)
+    torch.library.opcheck(ops.cross_entropy, (logits.requires_grad_(), targets, *options, False))
+    with torch.no_grad():
+        loss, lse, _ = ops.cross_entropy(logits, targets, *options, False)
+    arguments = (loss, logits.detach(), lse, targets, *options)
+    torch.library.opcheck(ops.cross_entropy_backward, arguments)
+    torch.library.opcheck(ops.cross_entropy_backward_, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "sequence_mean", "sequence"])
+def test_traces_without_a_graph_break(reduction):
+    logits, labels, cu_seqlens = make_inputs()
+
+    def loss_of(logits):
+        return packed_cross_entropy(
+            logits * 2, labels, cu_seqlens, shift=True, reduction=reduction
+        ).sum()
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+    for function, leaf in zip((loss_of, compiled), leaves):
+        function(leaf).backward()
+    assert leaves[0].grad.equal(leaves[1].grad)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "changes, error, shown",
+    [
+        ({"logits": torch.zeros(40)}, ValueError, r"logits must be .* got \(40,\)"),
+        ({"logits": torch.zeros(40, 0)}, ValueError, r"got \(40, 0\)"),
+        ({"logits": torch.zeros(40, 37).long()}, TypeError, "logits must be floating point"),
+        ({"labels": torch.zeros(39).long()}, ValueError, r"labels must be \(40,\), got \(39,\)"),
+        ({"labels": torch.zeros(40)}, TypeError, "labels must be integers, got torch.float32"),
+        ({"labels": torch.zeros(40, device="meta").long()}, ValueError, "labels must be on cpu"),
+        ({"cu_seqlens": None, "shift": True}, ValueError, "cu_seqlens must say .* got None"),
+        (
+            {"cu_seqlens": torch.zeros(1).int()},
+            ValueError,
+            r"must be \(num_seqs \+ 1,\), got \(1,\)",
+        ),
+        ({"cu_seqlens": torch.tensor([0.0, 40.0])}, TypeError, "must be int32, got torch.float32"),
+        ({"sequence_weights": torch.ones(4)}, ValueError, r"must be \(5,\), .* got \(4,\)"),
+        ({"sequence_weights": torch.ones(5).int()}, TypeError, "sequence_weights must be floating"),
+        ({"sequence_weights": torch.ones(5, requires_grad=True)}, ValueError, "detach"),
+        ({"reduction": "average"}, ValueError, "reduction must be one of .* got 'average'"),
+        ({"reduction": "sum", "num_items": 3}, ValueError, "num_items is the denominator"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be from 0 to 1, got 1.5"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive or None, got 0.0"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, error, shown):
+    logits, labels, cu_seqlens = make_inputs()
+    arguments = {"logits": logits, "labels": labels, "cu_seqlens": cu_seqlens, **changes}
+    with pytest.raises(error, match=shown):
+        packed_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("label", [37, -1])
+def test_a_label_that_is_no_class(label):
+    logits, labels, cu_seqlens = make_inputs()
+    labels[5] = label
+    # The device's assertion is an error of the host where the "device" is the interpreter.
+    with pytest.raises((ValueError, RuntimeError), match="labels must be from 0 to 36 or ignore"):
+        packed_cross_entropy(logits, labels, cu_seqlens)
+
+
+@pytest.mark.parametrize("bounds", [[0, 39], [1, 40], [0, 30, 20, 40], [0, 41]])
+@needs_reference
+def test_cu_seqlens_that_do_not_fit(bounds):
+    logits, labels, _ = make_inputs()
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 40 tokens"):
+        packed_cross_entropy(logits, labels, torch.tensor(bounds, dtype=torch.int32))

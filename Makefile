@@ -26,10 +26,10 @@ PY := .venv/bin/python
 READY := .venv/.installed
 endif
 
-.PHONY: help demo test lint bench gpu clean python-ready
+.PHONY: help demo test lint compile bench gpu clean python-ready
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 	@echo 'With PYTHON=python3 a target uses that interpreter and what it has. ARGS="..." goes to the tool.'
 
 demo: $(READY) ## train T5, NLLB and Llama padded and packed, and compare
@@ -47,6 +47,10 @@ lint: $(READY) ## ruff check, ruff format, mypy on the public API
 	@rm -rf build/mypy && mkdir -p build/mypy/tokenpack && ln -s ../../../kernels build/mypy/tokenpack/kernels
 	@echo '$(PY) -m mypy'
 	@set -o pipefail; $(PY) -m mypy | sed 's,^build/mypy/tokenpack/,,'
+
+compile: $(READY) ## every kernel for four GPU targets, without a GPU; writes bench/results/compile.md
+	@mkdir -p $(RESULTS)
+	COMPILE_TABLE=$(RESULTS)/compile.md $(PY) -m pytest tests/kernels/test_compile_gate.py $(ARGS)
 
 bench: $(READY) ## the benchmarks, written to bench/results/DEVICE-DATE/
 	@out="$$($(PY) -c "$$RESULTS_FOLDER")" && $(call BENCHMARKS,$$out)

@@ -1,0 +1,267 @@
+"""Every kernel, as its launcher launches it, compiled for GPUs that are not here.
+
+The launchers run on CPU tensors with a driver that only names a target, and stop before the launch:
+what is compiled is what a GPU would be given, with its signature, alignment and options. A kernel
+that no case reaches fails the gate. For NVIDIA the machine code is read with the disassemblers that
+come with Triton. It takes minutes and one process: ``make compile`` runs it, for
+``COMPILE_TABLE=FILE``, where it writes its table.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tokenpack.kernels import layout_from_lengths, layout_ops, loss, padding, reduction
+from tokenpack.kernels._triton import AVAILABLE, INTERPRETED
+
+TABLE = os.environ.get("COMPILE_TABLE")
+
+pytestmark = [
+    pytest.mark.skipif(not TABLE, reason="compiles for minutes: make compile runs it"),
+    pytest.mark.skipif(
+        not AVAILABLE or INTERPRETED, reason="needs Triton, and not its interpreter"
+    ),
+]
+
+MODULES = [layout_ops, padding, reduction, loss]
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Kernels whose rows are wide enough for 16-byte loads in the cases below.
+WIDE = {
+    "_unpad_kernel",
+    "_repad_kernel",
+    "_cross_entropy_kernel",
+    "_cross_entropy_backward_kernel",
+}
+
+
+class Row(NamedTuple):
+    """One kernel in one configuration for one target."""
+
+    kernel: str
+    case: str
+    target: str
+    registers: int | None
+    stack: int | None
+    spills: int | None
+    shared: int
+    wide_loads: int | None
+
+
+def layouts(dtype):
+    small, large = torch.ones(8, 64), torch.ones(2048, 64)
+    for mask in (small, small.to(dtype), small.long(), small.bool(), large.long()):
+        layout_ops.mask_layout_triton(mask, None)
+    lengths = torch.full((8,), 3)
+    layout_ops.boundary_layout_triton(lengths, False, None, None)
+    layout_ops.boundary_layout_triton(lengths, False, 24, 3)
+    cu_seqlens = torch.arange(0, 27, 3, dtype=torch.int32)
+    layout_ops.boundary_layout_triton(cu_seqlens, True, None, None)
+    layout_ops.boundary_layout_triton(cu_seqlens, True, 24, 3)
+    layout_ops.position_layout_triton(torch.zeros(64, dtype=torch.int64))
+    layout_ops.position_layout_triton(torch.zeros(2**16 + 1, dtype=torch.int64))
+
+
+def rows(dtype):
+    layout = layout_from_lengths([16, 16])
+    hidden, ids = torch.zeros(2, 16, 1024, dtype=dtype), torch.zeros(2, 16, dtype=torch.int64)
+    for tensors in ([hidden, ids], [ids], [hidden], [hidden[..., :3]]):
+        streams = padding.unpad_triton(tensors, layout.indices)
+        fills = [0.0] * len(streams)
+        padding.repad_triton(streams, layout.indices, 32, fills)
+
+
+def targets(dtype):
+    labels, bounds = torch.zeros(64, dtype=torch.int64), torch.tensor([0, 64], dtype=torch.int32)
+    for cu_seqlens, weights in ((None, None), (bounds, None), (bounds, torch.ones(1, dtype=dtype))):
+        for shift in {cu_seqlens is not None, False}:
+            for per_sequence in {cu_seqlens is not None, False}:
+                reduction.token_targets_triton(
+                    labels, cu_seqlens, weights, 32, shift, per_sequence, -100, torch.float32
+                )
+
+
+def losses(dtype):
+    for classes in (1024, 8192):
+        logits = torch.zeros(4, classes, dtype=dtype)
+        target = torch.zeros(4, dtype=torch.int32)
+        for smoothing, softcap, scale in ((0.0, 0.0, 1.0), (0.1, 30.0, 0.5)):
+            options = (smoothing, 0.0, softcap, scale)
+            token_loss, lse, _ = loss.cross_entropy_triton(logits, target, *options, False)
+            arguments = (token_loss, logits, lse, target, *options)
+            loss.cross_entropy_backward_triton(*arguments)
+            loss.cross_entropy_backward_inplace_triton(*arguments)
+
+
+CASES = [layouts, rows, targets, losses]
+
+
+class NamedTarget:
+    """Stands in for Triton's driver: it says what the GPU is, and has none."""
+
+    def __init__(self, target):
+        self._target = target
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return f"{self._target.backend}:{self._target.arch}"  # keeps each target's kernels apart
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(target):
+    """Compile instead of launching; yields the list of what was compiled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled, run = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[kernel.hash] = kernel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(torch, "_assert_async", lambda *_: None)  # outputs were never written
+        driver.set_active(NamedTarget(GPUTarget(*target)))
+        try:
+            yield compiled
+        finally:
+            driver.set_active(None)
+
+
+def read_cubin(cubin: bytes) -> tuple[int, int, int, int]:
+    """Registers, bytes of stack, spill instructions and 16-byte loads."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+
+        def tool(name, *arguments):
+            program = getattr(triton.knobs.nvidia, name).path
+            done = subprocess.run(
+                [program, *arguments, str(path)], capture_output=True, text=True, check=True
+            )
+            return done.stdout
+
+        usage = tool("cuobjdump", "--dump-resource-usage")
+        code = tool("nvdisasm", "-c")
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    return registers, stack, spills, len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", code))
+
+
+def describe(kernel, case, target) -> Row:
+    registers = stack = spills = wide = None
+    if "cubin" in kernel.asm:
+        registers, stack, spills, wide = read_cubin(kernel.asm["cubin"])
+    shared = kernel.metadata.shared
+    return Row(kernel.metadata.name, case, target, registers, stack, spills, shared, wide)
+
+
+def table(rows: list[Row]) -> str:
+    header = list(Row._fields)
+    body = [["-" if value is None else str(value) for value in row] for row in rows]
+    return "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body]
+    )
+
+
+@pytest.fixture(scope="module")
+def gate():
+    gathered = []
+    for target, description in TARGETS.items():
+        for name, dtype in DTYPES.items():
+            for case in CASES:
+                with compiling_for(description) as compiled:
+                    case(dtype)
+                label = f"{case.__name__}, {name}"
+                gathered += [describe(kernel, label, target) for kernel in compiled.values()]
+    gathered = sorted(set(gathered), key=lambda row: tuple(map(str, row)))
+    if TABLE:
+        import triton
+
+        title = f"# What the kernels compile to\n\nTriton {triton.__version__}, no GPU needed. "
+        text = f"{title}`make compile` writes this.\n\n{table(gathered)}\n"
+        Path(TABLE).write_text(text)
+    return gathered
+
+
+def test_every_kernel_is_in_the_gate(gate):
+    kernels = {
+        name
+        for module in MODULES
+        for name, value in vars(module).items()
+        if type(value).__name__ == "JITFunction" and name.endswith("_kernel")
+    }
+    for target in TARGETS:
+        assert {row.kernel for row in gate if row.target == target} == kernels
+
+
+def test_every_module_with_kernels_is_in_the_gate():
+    folder = Path(layout_ops.__file__).parent
+    with_kernels = {p.stem for p in folder.rglob("*.py") if "@triton.jit" in p.read_text()}
+    assert with_kernels == {module.__name__.rsplit(".", 1)[1] for module in MODULES}
+
+
+def test_nothing_spills(gate):
+    assert [row for row in gate if row.spills or row.stack] == []
+
+
+def test_shared_memory_fits(gate):
+    assert [row for row in gate if row.shared > SHARED_LIMIT[row.target]] == []
+
+
+def test_wide_rows_are_read_16_bytes_at_a_time(gate):
+    for target in ("sm_80", "sm_90", "sm_100"):
+        found = {row.kernel for row in gate if row.target == target and row.wide_loads}
+        assert found >= WIDE
+
+
+def test_no_new_shape_compiles_anything(gate):
+    generator = torch.Generator().manual_seed(0)
+
+    def one_batch():
+        rows, columns = torch.randint(1, 200, (2,), generator=generator).tolist()
+        mask = torch.ones(rows, columns, dtype=torch.int64)
+        layout_ops.mask_layout_triton(mask, None)
+        layout = layout_from_lengths([columns] * rows)
+        hidden = torch.zeros(rows, columns, 64, dtype=torch.bfloat16)
+        streams = padding.unpad_triton([hidden, mask], layout.indices)
+        padding.repad_triton(streams, layout.indices, rows * columns, [0.0, -100.0])
+        labels = mask.flatten()
+        target, _ = reduction.token_targets_triton(
+            labels, layout.cu_seqlens, None, 32, True, False, -100, torch.float32
+        )
+        logits = torch.zeros(rows * columns, 32, dtype=torch.bfloat16)
+        options = (0.0, 0.0, 0.0, 1.0)
+        token_loss, lse, _ = loss.cross_entropy_triton(logits, target, *options, False)
+        loss.cross_entropy_backward_triton(token_loss, logits, lse, target, *options)
+
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        one_batch()
+        kernels = set(compiled)
+        assert len(kernels) == 6
+        for _ in range(50):
+            one_batch()
+        assert set(compiled) == kernels

@@ -15,6 +15,7 @@ from tokenpack.kernels import (
     layout_from_mask,
     layout_from_position_ids,
 )
+from tokenpack.kernels._triton import INTERPRETED
 
 MASK_DTYPES = [torch.bool, torch.int32, torch.int64, torch.uint8, torch.float32, torch.bfloat16]
 
@@ -299,3 +300,78 @@ def test_position_ids_of_the_wrong_type(position_ids):
 def test_what_is_no_array_at_all(builder, value):
     with pytest.raises(TypeError, match="must be integers"):
         builder(value)
+
+
+# --------------------------------------------------- numbers that the caller knows; registration
+
+
+def test_known_totals_give_the_same_layout():
+    mask = torch.tensor(MASK)
+    known, found = layout_from_mask(mask, total_tokens=13), layout_from_mask(mask)
+    assert known.indices.equal(found.indices)
+    assert known.position_ids.equal(found.position_ids)
+    assert known.cu_seqlens.equal(found.cu_seqlens)
+    assert known.max_seqlen == mask.shape[1]  # an upper bound: nothing was copied
+    lengths = torch.tensor([3, 0, 5])
+    assert_same(
+        layout_from_lengths(lengths, total_tokens=8, max_seqlen=5), layout_from_lengths(lengths)
+    )
+    cu_seqlens = torch.tensor([0, 3, 3, 8])
+    assert_same(
+        layout_from_cu_seqlens(cu_seqlens, 8, max_seqlen=5), layout_from_cu_seqlens(cu_seqlens)
+    )
+
+
+def test_totals_that_are_wrong_are_named():
+    lengths = torch.tensor([3, 0, 5])
+    with pytest.raises(ValueError, match=r"lengths must sum to total_tokens = 9, got 8"):
+        layout_from_lengths(lengths, total_tokens=9)
+    with pytest.raises(ValueError, match=r"max_seqlen must be the longest length 5, got 4"):
+        layout_from_lengths(lengths, total_tokens=8, max_seqlen=4)
+    for total in (-1, 26):
+        with pytest.raises(ValueError, match=f"total_tokens must be from 0 to .* got {total}"):
+            layout_from_mask(torch.tensor(MASK), total_tokens=total)
+
+
+@pytest.mark.parametrize("total", [11, 15])
+def test_a_wrong_total_never_points_outside(total):
+    mask = torch.tensor(MASK)
+    if not INTERPRETED:
+        with pytest.raises(ValueError, match=f"must be the mask's 13, got {total}"):
+            layout_from_mask(mask, total_tokens=total)
+        return
+    indices = layout_from_mask(mask, total_tokens=total).indices  # a GPU looks at no value
+    assert indices.numel() == total
+    assert indices[:11].equal(layout_from_mask(mask).indices[:11])
+    assert not indices[13:].any()
+
+
+@pytest.mark.parametrize("rows, columns", [(3, 70_000), (2100, 3), (2100, 130)])
+def test_large_batches(rows, columns):
+    """Beyond what one launch counts, and with so many rows that programs take several."""
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < 0.5
+    layout = layout_from_mask(mask)
+    assert layout.indices.equal(mask.flatten().nonzero().squeeze(1).int())
+    assert layout.lengths.equal(mask.sum(1, dtype=torch.int32))
+    assert layout.position_ids.equal((mask.cumsum(1, dtype=torch.int32) - 1)[mask])
+
+
+def test_long_streams():
+    lengths = [1, 70_000, 3, 2000]
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    assert_same(layout_from_position_ids(position_ids), layout_from_lengths(lengths))
+
+
+@pytest.mark.parametrize("total_tokens", [None, 13])
+def test_registered_correctly_for_compile(total_tokens):
+    """Behind ``indices``, where nothing is known of the total, outputs hold whatever was there."""
+    checks = ("test_schema", "test_faketensor")
+    ops = torch.ops.tokenpack
+    mask = torch.tensor(MASK)
+    torch.library.opcheck(ops.mask_layout, (mask, total_tokens), test_utils=checks)
+    lengths = torch.tensor([3, 0, 10])
+    longest = None if total_tokens is None else 10
+    arguments = (lengths, False, total_tokens, longest)
+    torch.library.opcheck(ops.boundary_layout, arguments, test_utils=checks)
+    positions = torch.tensor([0, 1, 2, 0, 1])
+    torch.library.opcheck(ops.position_layout, (positions,), test_utils=checks)

@@ -12,7 +12,7 @@ first launch counts.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -456,8 +456,9 @@ def position_layout_triton(position_ids: Tensor) -> Layout:
     return cu_seqlens, indices, positions, sizes
 
 
-def _new_int32(like: Tensor, *lengths: int) -> list[Tensor]:
-    return [like.new_empty(length, dtype=torch.int32) for length in lengths]
+def _new_int32(like: Tensor, *lengths: int) -> Any:
+    """As many int32 tensors, with whatever memory holds."""
+    return tuple(like.new_empty(length, dtype=torch.int32) for length in lengths)
 
 
 # ------------------------------------------------------------------------ what torch.compile needs
@@ -466,19 +467,19 @@ def _new_int32(like: Tensor, *lengths: int) -> list[Tensor]:
 @_mask_layout.register_fake
 def _(mask: Tensor, total_tokens: int | None) -> Layout:
     capacity = mask.numel() if total_tokens is None else total_tokens
-    return tuple(_new_int32(mask, mask.shape[0] + 1, capacity, capacity, 2))  # type: ignore
+    return _new_int32(mask, mask.shape[0] + 1, capacity, capacity, 2)
 
 
 @_boundary_layout.register_fake
 def _(given: Tensor, cumulative: bool, total_tokens: int | None, max_seqlen: int | None) -> Layout:
     total = 0 if total_tokens is None or max_seqlen is None else total_tokens
-    return tuple(_new_int32(given, given.numel() + 1 - cumulative, total, total, 2))  # type: ignore
+    return _new_int32(given, given.numel() + 1 - cumulative, total, total, 2)
 
 
 @_position_layout.register_fake
 def _(position_ids: Tensor) -> Layout:
     total = position_ids.numel()
-    return tuple(_new_int32(position_ids, total + 1, total, total, 2))  # type: ignore
+    return _new_int32(position_ids, total + 1, total, total, 2)
 
 
 # ---------------------------------------------------------------- what is wrong, said on the host

@@ -14,6 +14,8 @@ logits stand. Rows without a target are not read at all. What becomes of the tok
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -107,6 +109,16 @@ def check_options(label_smoothing: float, softcap: float | None) -> None:
 
 # ------------------------------------------------------------------ reference: CPU path and oracle
 
+
+class Options(NamedTuple):
+    """The numbers of the formulas, as the ops take them one by one. softcap 0.0: none."""
+
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    scale: float
+
+
 _BLOCK_ELEMENTS = 2**20  # logits in higher precision at a time: no second tensor of their size
 
 
@@ -122,7 +134,7 @@ def _cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     token_loss, lse, correct = _new_rows(logits)
     for rows in _row_blocks(logits):
-        z = _shaped(logits[rows], softcap, scale)
+        z = _shaped(logits[rows], Options(label_smoothing, z_loss, softcap, scale))
         target = targets[rows].long()
         largest = z.amax(dim=1)
         of_target = z.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
@@ -152,7 +164,8 @@ def _cross_entropy_backward(
     scale: float,
 ) -> Tensor:
     dlogits = torch.empty_like(logits)
-    _write_gradient(dlogits, dloss, logits, lse, targets, label_smoothing, z_loss, softcap, scale)
+    options = Options(label_smoothing, z_loss, softcap, scale)
+    _write_gradient(dlogits, dloss, logits, lse, targets, options)
     return dlogits
 
 
@@ -167,7 +180,8 @@ def _cross_entropy_backward_(
     softcap: float,
     scale: float,
 ) -> None:
-    _write_gradient(logits, dloss, logits, lse, targets, label_smoothing, z_loss, softcap, scale)
+    options = Options(label_smoothing, z_loss, softcap, scale)
+    _write_gradient(logits, dloss, logits, lse, targets, options)
 
 
 def _write_gradient(
@@ -176,25 +190,22 @@ def _write_gradient(
     logits: Tensor,
     lse: Tensor,
     targets: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    scale: float,
+    options: Options,
 ) -> None:
     for rows in _row_blocks(logits):
-        z = _shaped(logits[rows], softcap, scale)
+        z = _shaped(logits[rows], options)
         target = targets[rows].long()[:, None]
         row_lse = lse[rows, None]
-        slope = 1.0 - (z / softcap).square_() if softcap else None
+        slope = 1.0 - (z / options.softcap).square_() if options.softcap else None
         dz = z.sub_(row_lse) if out is logits or z.dtype != logits.dtype else z - row_lse
         dz.exp_()
-        if z_loss:
-            dz.mul_(1.0 + 2.0 * z_loss * row_lse)
-        if label_smoothing:
-            dz.sub_(label_smoothing / logits.shape[1])
-        hit = torch.full_like(target, -(1.0 - label_smoothing), dtype=dz.dtype)
+        if options.z_loss:
+            dz.mul_(1.0 + 2.0 * options.z_loss * row_lse)
+        if options.label_smoothing:
+            dz.sub_(options.label_smoothing / logits.shape[1])
+        hit = torch.full_like(target, -(1.0 - options.label_smoothing), dtype=dz.dtype)
         dz.scatter_add_(1, target.clamp(min=0), hit)
-        factor = dloss[rows, None].to(dz.dtype) * scale
+        factor = dloss[rows, None].to(dz.dtype) * options.scale
         dz.mul_(factor if slope is None else slope.mul_(factor))
         if bool((target < 0).any()):
             dz.masked_fill_(target < 0, 0.0)
@@ -202,12 +213,13 @@ def _write_gradient(
             out[rows] = dz
 
 
-def _shaped(logits: Tensor, softcap: float, scale: float) -> Tensor:
+def _shaped(logits: Tensor, options: Options) -> Tensor:
     """z of the formulas, at least in float32; the logits themselves where nothing is to do."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if scale != 1.0:
-        z = z * scale
-    return (z / softcap).tanh_().mul_(softcap) if softcap else z
+    if options.scale != 1.0:
+        z = z * options.scale
+    cap = options.softcap
+    return (z / cap).tanh_().mul_(cap) if cap else z
 
 
 def _row_blocks(logits: Tensor) -> list[slice]:
@@ -403,15 +415,12 @@ def cross_entropy_backward_triton(
     logits: Tensor,
     lse: Tensor,
     targets: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    scale: float,
+    *options: float,
 ) -> Tensor:
     """The op ``cross_entropy_backward`` in one launch."""
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     logits = _with_close_columns(logits)
-    _launch_backward(dlogits, dloss, logits, lse, targets, label_smoothing, z_loss, softcap, scale)
+    _launch_backward(dlogits, dloss, logits, lse, targets, Options(*options))
     return dlogits
 
 
@@ -421,14 +430,11 @@ def cross_entropy_backward_inplace_triton(
     logits: Tensor,
     lse: Tensor,
     targets: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    scale: float,
+    *options: float,
 ) -> None:
     """The op ``cross_entropy_backward_`` in one launch."""
     close = _with_close_columns(logits)
-    _launch_backward(close, dloss, close, lse, targets, label_smoothing, z_loss, softcap, scale)
+    _launch_backward(close, dloss, close, lse, targets, Options(*options))
     if close is not logits:
         logits.copy_(close)
 
@@ -439,10 +445,7 @@ def _launch_backward(
     logits: Tensor,
     lse: Tensor,
     targets: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    scale: float,
+    options: Options,
 ) -> None:
     if not logits.shape[0]:
         return
@@ -456,12 +459,9 @@ def _launch_backward(
         num_classes=logits.shape[1],
         row_stride=logits.stride(0),
         drow_stride=dlogits.stride(0),
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        scale=scale,
-        SOFTCAP=softcap != 0.0,
-        SCALED=scale != 1.0,
+        **options._asdict(),
+        SOFTCAP=options.softcap != 0.0,
+        SCALED=options.scale != 1.0,
         BLOCK=block,
         num_warps=num_warps,
     )
@@ -485,12 +485,12 @@ def _(logits, targets, label_smoothing, z_loss, softcap, scale, inplace_backward
 
 
 @_cross_entropy_backward.register_fake
-def _(dloss, logits, lse, targets, label_smoothing, z_loss, softcap, scale) -> Tensor:
+def _(dloss, logits, lse, targets, *options) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @_cross_entropy_backward_.register_fake
-def _(dloss, logits, lse, targets, label_smoothing, z_loss, softcap, scale) -> None:
+def _(dloss, logits, lse, targets, *options) -> None:
     return None
 
 

@@ -25,8 +25,6 @@ from ._triton import on_triton, tl, triton
 
 REDUCTIONS = ("mean", "sum", "none", "sequence_mean", "sequence")
 
-_IGNORED, _WRONG = -1, -2  # targets that are no class
-
 
 class TokenStats(NamedTuple):
     """What the loss knows of each token, from the same pass over the logits. Without gradient.
@@ -47,7 +45,7 @@ class Reduction(NamedTuple):
     """How to reduce: see the formulas above.
 
     Attributes:
-        targets: ``(total_tokens,)`` int32, a class, or negative for tokens without one.
+        targets: ``(total_tokens,)`` int32, a class, or -1 for tokens without one.
         weights: ``(total_tokens,)`` float32 or float64, 0 for tokens without a target.
     """
 
@@ -211,7 +209,7 @@ def _token_targets(
         counts = torch.zeros_like(lengths).index_add_(0, sequence, valid.long())
         unit = unit / counts.clamp(min=1)
     weights = torch.where(valid, unit[sequence], 0.0)
-    return own.masked_fill(~valid, _IGNORED).to(torch.int32), weights
+    return own.masked_fill(~valid, -1).to(torch.int32), weights
 
 
 # ------------------------------------------------------------------------------------------ Triton
@@ -224,14 +222,14 @@ def _load_label(labels, token, end, ignore_index, SHIFT: tl.constexpr):
     return tl.load(labels + source, mask=source < end, other=ignore_index).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "total_tokens", "num_classes", "ignore_index"])
+@triton.jit(do_not_specialize=["total_tokens", "num_classes", "ignore_index"])
 def _token_targets_kernel(
     labels,
     cu_seqlens,
     sequence_weights,
     targets,
     weights,
-    num_seqs,
+    wrongs,
     total_tokens,
     num_classes,
     ignore_index,
@@ -241,20 +239,23 @@ def _token_targets_kernel(
     PER_SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A program for each sequence, and one more for what lies behind the last: nothing should.
+    # A program for each sequence. What is wrong with it goes to wrongs[seq], for the device to see.
     seq = tl.program_id(0)
     if BOUNDED:
         start = tl.load(cu_seqlens + seq).to(tl.int64)
-        end = tl.load(cu_seqlens + seq + 1, mask=seq < num_seqs, other=total_tokens).to(tl.int64)
+        end = tl.load(cu_seqlens + seq + 1).to(tl.int64)
+        is_first, is_last = seq == 0, seq == tl.num_programs(0) - 1
+        misplaced = (start < 0) | (end < start) | (end > total_tokens)
+        misplaced |= (is_first & (start != 0)) | (is_last & (end != total_tokens))
+        start = tl.maximum(start, 0)
+        end = tl.minimum(end, total_tokens)
     else:
-        start = tl.where(seq < num_seqs, 0, total_tokens).to(tl.int64)
-        end = tl.zeros([], tl.int64) + total_tokens
-    start = tl.maximum(start, 0)
-    end = tl.minimum(end, total_tokens)
+        start = tl.zeros([], tl.int64)
+        end = start + total_tokens
+        misplaced = end < start
     unit = tl.full([], 1.0, weights.dtype.element_ty)
     if WEIGHTED:
-        unit = tl.load(sequence_weights + seq, mask=seq < num_seqs, other=0.0)
-        unit = unit.to(weights.dtype.element_ty)
+        unit = tl.load(sequence_weights + seq).to(weights.dtype.element_ty)
     if PER_SEQUENCE:
         valid = tl.zeros([BLOCK], tl.int32)
         for first in range(start, end, BLOCK):
@@ -262,15 +263,16 @@ def _token_targets_kernel(
             label = _load_label(labels, token, end, ignore_index, SHIFT)
             valid += (label != ignore_index).to(tl.int32)
         unit = unit / tl.maximum(tl.sum(valid), 1).to(unit.dtype)
+    wrong = tl.zeros([BLOCK], tl.int32)
     for first in range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
         label = _load_label(labels, token, end, ignore_index, SHIFT)
         is_valid = label != ignore_index
-        is_wrong = is_valid & ((label < 0) | (label >= num_classes)) | (seq == num_seqs)
-        target = tl.where(is_valid, label, -1)
-        target = tl.where(is_wrong, -2, target)
-        tl.store(targets + token, target.to(tl.int32), mask=token < end)
+        wrong |= (is_valid & ((label < 0) | (label >= num_classes))).to(tl.int32)
+        target = tl.where(is_valid, label, -1).to(tl.int32)
+        tl.store(targets + token, target, mask=token < end)
         tl.store(weights + token, tl.where(is_valid, unit, 0.0), mask=token < end)
+    tl.store(wrongs + seq, misplaced.to(tl.int32) + tl.sum(wrong))
 
 
 @on_triton(_token_targets)
@@ -288,13 +290,14 @@ def token_targets_triton(
     targets = torch.empty_like(labels, dtype=torch.int32)
     weights = torch.empty_like(labels, dtype=dtype)
     num_seqs = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
-    _token_targets_kernel[(num_seqs + 1,)](
+    wrongs = torch.empty(num_seqs, dtype=torch.int32, device=labels.device)
+    _token_targets_kernel[(num_seqs,)](
         labels=labels.contiguous(),
         cu_seqlens=labels if cu_seqlens is None else cu_seqlens.contiguous(),
         sequence_weights=weights if sequence_weights is None else sequence_weights.contiguous(),
         targets=targets,
         weights=weights,
-        num_seqs=num_seqs,
+        wrongs=wrongs,
         total_tokens=labels.numel(),
         num_classes=num_classes,
         ignore_index=ignore_index,
@@ -306,9 +309,9 @@ def token_targets_triton(
         num_warps=4,
     )
     torch._assert_async(
-        (targets != _WRONG).all(),
-        f"labels must be from 0 to {num_classes - 1} or ignore_index = {ignore_index}, "
-        "and cu_seqlens end at their number",
+        (wrongs == 0).all(),
+        f"labels must be from 0 to {num_classes - 1} or ignore_index = {ignore_index}, and "
+        f"cu_seqlens must rise from 0 to the {labels.numel()} tokens",
     )
     return targets, weights
 

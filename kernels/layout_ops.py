@@ -254,7 +254,8 @@ def _boundary_layout_kernel(
     tl.store(cu_seqlens + seq + 1, (start + length).to(tl.int32))
     if seq == 0:
         tl.store(cu_seqlens, 0)
-    for first in range(0, length, BLOCK):
+    # Nonsense shall not keep the device busy: no sequence is longer than all of them.
+    for first in range(0, tl.minimum(length, total_tokens), BLOCK):
         position = first + tl.arange(0, BLOCK)
         token = start + position
         inside = (position < length) & (token >= 0) & (token < total_tokens)

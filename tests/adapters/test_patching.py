@@ -167,17 +167,25 @@ def test_lora_on_the_head_itself_keeps_the_loss_right():
 
 @parametrize_models
 def test_autocast_is_as_near_to_float32_as_the_padded_model(case, reference):
-    model = patch_model(copy.deepcopy(reference))
-    exact = copy.deepcopy(reference)
+    """On the mean of some models: roundings of one alone may meet or miss one another."""
     batch = case.batch("right")
-    exact(**batch).loss.backward()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = model(**batch).loss, reference(**batch).loss
-    assert ours.dtype == torch.float32
-    ours.backward()
-    theirs.backward()
-    assert gradient_distance(model, exact) <= 1.5 * gradient_distance(reference, exact) + 1e-3
-    assert_packed(model)
+    ours, theirs = [], []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in reference.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        exact, padded = copy.deepcopy(reference), copy.deepcopy(reference)
+        model = patch_model(copy.deepcopy(reference))
+        exact(**batch).loss.backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = model(**batch).loss, padded(**batch).loss
+        assert losses[0].dtype == torch.float32
+        for loss in losses:
+            loss.backward()
+        ours.append(gradient_distance(model, exact))
+        theirs.append(gradient_distance(padded, exact))
+        assert_packed(model)
+    assert sum(ours) <= 1.3 * sum(theirs)
 
 
 @parametrize_models

@@ -6,16 +6,12 @@ float64, the oracle's own dtype, PyTorch makes no error: there the floor is 64 r
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tokenpack.kernels import packed_cross_entropy
-from tokenpack.kernels._triton import INTERPRETED
 
-IGNORED = -100
+from .losses import DTYPES, IGNORED, assert_as_exact, reduced, token_losses
+
 LENGTHS = [3, 0, 7, 1, 29]  # an empty sequence, one of a single token
-
-# In Triton's interpreter bf16 arithmetic works on raw bits and its stores truncate: fp16 stands in.
-DTYPES = [torch.float32, torch.float64, torch.float16 if INTERPRETED else torch.bfloat16]
 
 OPTIONS = [
     {},
@@ -35,50 +31,6 @@ def make_inputs(classes=37, dtype=torch.float32):
     labels[torch.rand(tokens, generator=generator) < 0.3] = IGNORED
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     return logits, labels, cu_seqlens
-
-
-def token_losses(
-    logits, labels, cu_seqlens, *, shift=False, label_smoothing=0.0, z_loss=0.0, softcap=None
-):
-    """Loss and target of each token by PyTorch, in the dtype of the logits but at least float32."""
-    targets = labels
-    if shift:
-        targets = torch.full_like(labels, IGNORED)
-        for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
-            targets[start : max(end - 1, start)] = labels[start + 1 : max(end, start + 1)]
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    loss = F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing)
-    return loss + z_loss * z.logsumexp(1).square() * (targets != IGNORED), targets
-
-
-def reduced(loss, targets, cu_seqlens, reduction, weights):
-    """By a loop over sequences."""
-    valid = targets != IGNORED
-    parts = [
-        (loss[start:end] * weights[s], valid[start:end])
-        for s, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()))
-    ]
-    if reduction == "none":
-        return torch.cat([part for part, _ in parts])
-    total = sum(part.sum() for part, _ in parts)
-    if reduction == "sum":
-        return total
-    if reduction == "mean":
-        return total / sum(weights[s] * real.sum() for s, (_, real) in enumerate(parts))
-    means = torch.stack([part.sum() / real.sum().clamp(min=1) for part, real in parts])
-    if reduction == "sequence":
-        return means
-    return means.sum() / sum(weights[s] for s, (_, real) in enumerate(parts) if real.any())
-
-
-def assert_as_exact(ours, theirs, exact):
-    assert ours.isfinite().all()
-    error = (ours.double() - exact).norm()
-    roundings = 64 if ours.dtype == torch.float64 else 2
-    floor = roundings * torch.finfo(ours.dtype).eps * exact.norm()
-    assert error <= 1.5 * (theirs.double() - exact).norm() + floor
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -149,6 +101,23 @@ def test_the_gradient_in_place_is_the_same_and_takes_the_place_of_the_logits():
     assert outside.detach().equal(logits)
 
 
+def test_logits_whose_classes_are_apart():
+    logits, labels, _ = make_inputs()
+    results = []
+    for in_place in (False, True):
+        apart = logits.mT.contiguous().mT
+        assert not apart.is_contiguous()
+        leaf = apart.requires_grad_()
+        middle = leaf.mul(1)
+        assert middle.stride() == apart.stride()
+        packed_cross_entropy(middle, labels, inplace_backward=in_place).backward()
+        results += [leaf.grad, middle.detach() if in_place else leaf.grad]
+    expected = logits.clone().requires_grad_()
+    packed_cross_entropy(expected, labels).backward()
+    for result in results:
+        torch.testing.assert_close(result, expected.grad)
+
+
 def test_stats():
     logits, labels, cu_seqlens = make_inputs()
     loss, stats = packed_cross_entropy(logits, labels, cu_seqlens, shift=True, return_stats=True)
@@ -157,6 +126,13 @@ def test_stats():
     assert stats.valid.equal(targets != IGNORED)
     assert stats.correct.equal((logits.argmax(1) == targets) & stats.valid)
     torch.testing.assert_close(stats.loss.sum() / stats.valid.sum(), loss)
+
+
+@pytest.mark.usefixtures("fenced")
+@pytest.mark.parametrize("classes", [1, 37, 4097])
+def test_nothing_is_written_beside_the_outputs(classes):
+    logits, labels, cu_seqlens = make_inputs(classes)
+    packed_cross_entropy(logits.requires_grad_(), labels, cu_seqlens, shift=True).backward()
 
 
 def test_rows_without_a_target_are_not_read():

@@ -100,6 +100,42 @@ def test_each_tensor_has_its_own_fill():
     assert scores[MASK == 0].eq(float("-inf")).all()
 
 
+@pytest.mark.usefixtures("fenced")
+@pytest.mark.parametrize("trailing", TRAILING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16], ids=str)
+def test_nothing_is_written_beside_the_outputs(dtype, trailing):
+    mask = torch.cat([MASK, MASK[:1]])  # 20 slots: no tile ends there
+    layout = layout_from_mask(mask)
+    others = values_of(torch.uint8, *mask.shape, 33)  # rows of another length in the same launch
+    streams = unpad([values_of(dtype, *mask.shape, *trailing), others], layout)
+    repad(streams, layout)
+
+
+def test_slices_of_fused_projections():
+    """q, k and v as views into one tensor, whose rows are far apart."""
+    layout = layout_from_mask(MASK)
+    fused = torch.randn(*MASK.shape, 3 * 32)
+    views = fused.chunk(3, dim=-1)
+    for view, stream in zip(views, unpad(views, layout)):
+        assert stream.equal(view[MASK == 1])
+        assert stream.is_contiguous()
+    streams = unpad(fused, layout).chunk(3, dim=-1)
+    for stream, padded in zip(streams, repad(streams, layout)):
+        assert padded[MASK == 1].equal(stream)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_rows_that_begin_at_any_byte(offset):
+    """Views whose first element no 16 bytes divide, as after a slice of columns."""
+    layout = layout_from_mask(MASK)
+    wide = torch.randn(*MASK.shape, 40).half()[..., offset : offset + 32]
+    assert wide.data_ptr() % 16
+    assert unpad(wide, layout).equal(wide[MASK == 1])
+    buffer = torch.randn(layout.total_tokens * 32 + offset).half()[offset:]
+    stream = buffer.view(layout.total_tokens, 32)
+    assert repad(stream, layout)[MASK == 1].equal(stream)
+
+
 def test_strides_do_not_matter():
     layout = layout_from_mask(MASK)
     wide = torch.randn(4, 6, 4).transpose(1, 2)  # [rows, columns, 6]

@@ -17,6 +17,7 @@ from ..kernels import PackedLayout
 if TYPE_CHECKING:
     from .family import Family
     from .head import AfterHead
+    from .inputs import Targets
 
 # The one keyword under which a `PackedCall` travels from the model's forward to its attention.
 KEYWORD = "packing"
@@ -50,7 +51,7 @@ class PackedCall:
         self.backend = state.attention
         # The fused head reads the next three and leaves the loss.
         self.after_head: AfterHead | None = None
-        self.targets: Tensor | None = None  # (total_tokens,), shifted already
+        self.targets: Targets | None = None  # shifted already
         self.num_items: Tensor | float | None = None
         self.loss: Tensor | None = None
         self.head_logits: Tensor | None = None  # (1, 1, classes): the first token's, as a probe

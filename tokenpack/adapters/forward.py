@@ -124,7 +124,7 @@ def _results(outputs: Any, state: PatchState, packed: PackedInputs, keep_logits:
         fields["loss"] = call.loss
         state.stats.loss = "fused with the head, without logits"
     elif targets is not None:
-        fields["loss"] = loss_from_logits(outputs.logits[0], targets, call.num_items)
+        fields["loss"] = loss_from_logits(outputs.logits[0], targets.labels, call.num_items)
         state.stats.loss = _why_not_fused(state, keep_logits)
     if not keep_logits:
         fields.pop("logits", None)

@@ -59,15 +59,18 @@ def fused_forward(original: Replacement, module: Any, input: Tensor) -> Tensor:
     bias: Tensor | None = module.bias
     if after.bias is not None:
         bias = after.bias if bias is None else bias + after.bias
-    call.loss = packed_linear_cross_entropy(
+    loss = packed_linear_cross_entropy(
         input[0],
         module.weight,
         None if bias is None else bias.to(input.dtype),
-        call.targets.to(input.device),
+        call.targets.labels.to(input.device),
         num_items=on_device(call.num_items, input.device),
         softcap=after.softcap,
         scale=after.scale,
+        num_valid=call.targets.num_valid,
     )
+    assert isinstance(loss, Tensor)
+    call.loss = loss
     with torch.no_grad():
         call.head_logits = original(module, input[:, :1])
     return call.head_logits

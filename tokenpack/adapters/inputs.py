@@ -8,7 +8,7 @@ can cross a boundary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,25 @@ class CannotPackError(Exception):
     """This call takes the model's own path; the message is the reason, as it is counted."""
 
 
+class Targets(NamedTuple):
+    """What the tokens of the head's side are asked for.
+
+    Attributes:
+        labels: ``(total_tokens,)`` each token's own class, or -100.
+        num_valid: how many have one.
+    """
+
+    labels: Tensor
+    num_valid: int
+
+
 @dataclass
 class PackedInputs:
     """What a packed forward is called with, and how its results come back."""
 
     call: PackedCall
     arguments: dict[str, Any]
-    targets: Tensor | None  # (total_tokens,) of the side that the head sees
+    targets: Targets | None
     came_packed: bool
     padded_slots: int
 
@@ -321,20 +333,23 @@ def _positions(model: Any, state: PatchState, name: str, side: _Side) -> Tensor:
     return unpad(rule(model, name, side.padded), side.layout)
 
 
-def _targets(labels: Tensor, side: _Side) -> Tensor:
-    """``(total_tokens,)`` labels of the real tokens, once no other token is asked for one."""
+def _targets(labels: Tensor, side: _Side) -> Targets:
+    """The labels of the real tokens, once no other slot is asked for one."""
     if labels.shape != side.layout.padded_shape:
         raise ValueError(
             f"labels must have the shape of their inputs, {side.layout.padded_shape}, "
             f"got {tuple(labels.shape)}"
         )
-    targets = unpad(labels.to(side.layout.device), side.layout)
-    if int((labels != IGNORE_INDEX).sum()) != int((targets != IGNORE_INDEX).sum()):
+    labels = labels.to(side.layout.device)
+    targets = unpad(labels, side.layout)
+    counts = [(values != IGNORE_INDEX).sum() for values in (labels, targets)]
+    asked, num_valid = torch.stack(counts).tolist()
+    if asked != num_valid:
         raise CannotPackError(
             "labels ask something of padding (set labels to -100 there and, for a causal model, "
             "at the first token behind padding)"
         )
-    return targets
+    return Targets(targets, num_valid)
 
 
 def _input_name(prefix: str, side: _Side) -> str:

@@ -1,0 +1,42 @@
+"""Fixtures for tests of ops that write into memory they were not handed."""
+
+import math
+
+import pytest
+import torch
+
+from tokenpack.kernels._triton import INTERPRETED
+
+FENCE = 256  # bytes before and behind
+UNTOUCHED = 0xA5
+
+
+@pytest.fixture
+def fenced(monkeypatch):
+    """Outputs that ops allocate lie between fences, and whoever writes beyond them fails the test.
+
+    In Triton's interpreter a store outside a tensor lands somewhere in this process without a word.
+    """
+    buffers = []
+
+    def allocate(shape, dtype, device):
+        size = math.prod(shape) * dtype.itemsize
+        buffer = torch.full((size + 2 * FENCE,), UNTOUCHED, dtype=torch.uint8, device=device)
+        buffers.append(buffer)
+        return buffer[FENCE : FENCE + size].view(dtype).view(shape)
+
+    def new_empty(like, *shape, dtype=None, device=None):
+        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
+        return allocate(tuple(shape), dtype or like.dtype, device or like.device)
+
+    def empty_like(like, *, dtype=None, **_):
+        return allocate(tuple(like.shape), dtype or like.dtype, like.device)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    yield
+    monkeypatch.undo()
+    assert buffers or not INTERPRETED, "nothing was allocated in a way that this fixture sees"
+    for buffer in buffers:
+        assert buffer[:FENCE].eq(UNTOUCHED).all()
+        assert buffer[-FENCE:].eq(UNTOUCHED).all()

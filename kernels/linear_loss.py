@@ -231,9 +231,16 @@ def _chunks(
     correct.zero_()
     matrix = weight.to(compute)
     offset = None if bias is None else bias.to(compute)
+    memory = None  # of all chunks: while one is in use, there is none for the next
     for rows in _split(targets, num_valid, _rows_per_chunk(hidden, weight)):
         inputs = hidden[rows].to(compute)
-        logits = torch.nn.functional.linear(inputs, matrix, offset)  # [rows, num_classes]
+        if memory is None:  # the first chunk is the longest
+            memory = inputs.new_empty(inputs.shape[0], weight.shape[0])
+        logits = memory[: inputs.shape[0]]
+        if offset is None:
+            torch.mm(inputs, matrix.mT, out=logits)
+        else:
+            torch.addmm(offset, inputs, matrix.mT, out=logits)
         token_loss[rows], lse, correct[rows] = torch.ops.tokenpack.cross_entropy(
             logits, targets[rows], *options, False
         )

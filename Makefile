@@ -55,6 +55,7 @@ compile: $(READY) ## every kernel for four GPU targets, without a GPU; writes be
 bench: $(READY) ## the benchmarks, written to bench/results/DEVICE-DATE/
 	@out="$$($(PY) -c "$$RESULTS_FOLDER")" && $(call BENCHMARKS,$$out)
 
+gpu: WORKERS := 0# one GPU, one process
 gpu: $(READY) ## the tests marked gpu and the benchmarks, written to bench/results/DEVICE-DATE/
 	@out="$$($(PY) -c "$$RESULTS_FOLDER")" || exit; \
 	if [[ "$$out" == $(RESULTS)/cpu-* ]]; then \
@@ -67,7 +68,7 @@ gpu: $(READY) ## the tests marked gpu and the benchmarks, written to bench/resul
 	mkdir -p "$$out" || exit; \
 	$(PY) -m tokenpack doctor > "$$out/environment.txt" || exit; \
 	set -o pipefail; \
-	HF_HUB_OFFLINE=1 $(PYTEST) --no-header -m gpu $(ARGS) | tee "$$out/tests.txt"; status=$$?; \
+	HF_HUB_OFFLINE=1 ERRORS_TABLE="$$out/errors.md" $(PYTEST) --no-header -m gpu $(ARGS) | tee "$$out/tests.txt"; status=$$?; \
 	if [[ $$status == 5 ]]; then echo 'no test is marked gpu'; elif [[ $$status != 0 ]]; then exit $$status; fi; \
 	$(call BENCHMARKS,$$out)
 

@@ -1,10 +1,13 @@
 """Batches of uneven lengths, and how a call is timed on either kind of device."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
+
+from tokenpack.metrics import allocations
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -33,17 +36,55 @@ def make_batch(rows: int, longest: int) -> Batch:
     return Batch(lengths, torch.arange(longest, device=DEVICE) < lengths[:, None])
 
 
-def measure(benchmark, batch: Batch, function: Callable[[], object]) -> None:
-    """Time ``function`` until the device is done with it."""
+def measure(
+    benchmark,
+    function: Callable[[], object],
+    *,
+    batch: Batch | None = None,
+    moved: int | None = None,
+    rounds: int | None = None,
+) -> None:
+    """Time ``function`` until the device is done with it.
+
+    Args:
+        batch: whose real tokens and padding are noted.
+        moved: bytes that it must read and write at the least, noted as GB/s.
+        rounds: where it takes so long that they are counted rather than timed.
+    """
 
     def until_done() -> None:
         function()
         if ON_GPU:
             torch.cuda.synchronize()
 
-    until_done()  # compiles, and fills caches
-    benchmark.extra_info["device"] = torch.cuda.get_device_name() if ON_GPU else "cpu"
-    benchmark.extra_info["dtype"] = str(DTYPE)
-    benchmark.extra_info["real tokens"] = int(batch.lengths.sum())
-    benchmark.extra_info["padding share"] = round(batch.padding_share, 3)
-    benchmark(until_done)
+    notes = benchmark.extra_info
+    notes["device"] = torch.cuda.get_device_name() if ON_GPU else "cpu"
+    notes["dtype"] = str(DTYPE)
+    if batch is not None:
+        notes["real tokens"] = int(batch.lengths.sum())
+        notes["padding share"] = round(batch.padding_share, 3)
+    if rounds is None:
+        until_done()  # compiles, and fills caches
+        benchmark(until_done)
+    else:
+        benchmark.pedantic(until_done, rounds=rounds)
+    if moved is not None and benchmark.stats is not None:
+        notes["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 1)
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Most bytes that were allocated during ``function`` beside what was there before."""
+    if not ON_GPU:
+        return allocations(function).peak
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def liger(name: str) -> Any:
+    """A function of Liger Kernel, whose kernels need a GPU; skips where it cannot run."""
+    if not ON_GPU:
+        pytest.skip("Liger Kernel needs a GPU")
+    return getattr(pytest.importorskip("liger_kernel.transformers.functional"), name)

@@ -98,4 +98,4 @@ def test_attention(benchmark, passes, direction, bias, contender):
         torch.autograd.grad(forward(), inputs, incoming)
 
     both = passes == "forward and backward"
-    measure(benchmark, BATCH, forward_and_backward if both else forward_alone)
+    measure(benchmark, forward_and_backward if both else forward_alone, batch=BATCH)

@@ -34,7 +34,11 @@ def test_layout(benchmark, from_what):
         "lengths on the host": lambda: layout_from_lengths(lengths, device=DEVICE),
         "plain torch from a mask": lambda: _plain_layout(BATCH.mask),
     }
-    measure(benchmark, BATCH, functions[from_what])
+    measure(benchmark, functions[from_what], batch=BATCH)
+
+
+def _bytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _padded_tensors(kind):
@@ -59,7 +63,7 @@ def test_unpad(benchmark, by, kind):
         "plain indexing": lambda: [tensor.flatten(0, 1)[indices] for tensor in padded],
         "copy of the same bytes": lambda: [stream.clone() for stream in streams],
     }
-    measure(benchmark, BATCH, functions[by])
+    measure(benchmark, functions[by], batch=BATCH, moved=2 * _bytes(streams))
 
 
 @pytest.mark.parametrize("kind", ["hidden states", "hidden states and three of ids"])
@@ -82,7 +86,9 @@ def test_repad(benchmark, by, kind):
         "plain indexing": lambda: [plain(stream) for stream in streams],
         "copy of the same bytes": lambda: [tensor.clone() for tensor in padded],
     }
-    measure(benchmark, BATCH, functions[by])
+    read = padded if by == "copy of the same bytes" else streams
+    moved = _bytes(read) + _bytes(padded)
+    measure(benchmark, functions[by], batch=BATCH, moved=moved)
 
 
 @pytest.mark.benchmark(group="unpad and repad, forward and backward")
@@ -104,4 +110,4 @@ def test_there_and_back_with_gradients(benchmark, by):
         "unpad and repad": lambda: repad(unpad(hidden, layout), layout),
         "plain indexing": plain,
     }[by]
-    measure(benchmark, BATCH, lambda: torch.autograd.grad(forward(), hidden, incoming))
+    measure(benchmark, lambda: torch.autograd.grad(forward(), hidden, incoming), batch=BATCH)

@@ -95,7 +95,9 @@ python-ready:
 		echo 'could not install tokenpack into $(PYTHON): it takes setuptools 77 or newer and a writable environment' >&2; exit 1; }
 
 # Those whose ops have kernels.
-INTERPRETED_TESTS = $(addprefix tests/kernels/test_,layout.py layout_ops.py padding.py loss.py linear_loss.py counts.py)
+INTERPRETED_TESTS = \
+	$(addprefix tests/kernels/test_,layout.py layout_ops.py padding.py loss.py linear_loss.py counts.py) \
+	tests/kernels/attention/test_kernels.py tests/adapters/test_on_triton.py
 
 # Exits with a message when the interpreter lacks one of the packages $(1).
 MISSING = import sys; from importlib.util import find_spec; \

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tokenpack.attention import packed_attention
-from tokenpack.kernels import layout_from_mask, unpad, varlen_attention
+from tokenpack.kernels import layout_from_mask, unpad
 
 from .common import DEVICE, DTYPE, ON_GPU, make_batch, measure
 
@@ -20,7 +20,7 @@ BATCH = make_batch(ROWS, LONGEST)
 LAYOUT = layout_from_mask(BATCH.mask)
 
 # On a CPU "auto" is the reference.
-CONTENDERS = ["padded", "packed, reference"] + ["packed, auto"] * ON_GPU
+CONTENDERS = ["padded", "packed, reference"] + ["packed, auto", "packed, triton"] * ON_GPU
 
 pytestmark = pytest.mark.benchmark(max_time=0.5)
 
@@ -57,14 +57,13 @@ def _packed(causal, table, backend):
     offsets = (LAYOUT.cu_seqlens, LAYOUT.cu_seqlens)
     options = {"causal": causal, "relative_bias": table}
 
-    def by_reference():
-        return varlen_attention(*sides, *offsets, **options)
+    longest = (LAYOUT.max_seqlen, LAYOUT.max_seqlen)
 
-    def by_choice():
-        longest = (LAYOUT.max_seqlen, LAYOUT.max_seqlen)
-        return packed_attention(*sides, *offsets, *longest, scale=HEAD_DIM**-0.5, **options)[0]
+    def forward():
+        return packed_attention(
+            *sides, *offsets, *longest, scale=HEAD_DIM**-0.5, backend=backend, **options
+        )[0]
 
-    forward = by_reference if backend == "reference" else by_choice
     return forward, sides + [table] * (table is not None)
 
 

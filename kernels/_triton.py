@@ -7,8 +7,11 @@ then take their kernels there too, which is how the tests run them without a GPU
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
 
 __all__ = ["AVAILABLE", "INTERPRETED", "next_power_of_2", "on_triton", "tl", "triton"]
 
@@ -37,11 +40,23 @@ def on_triton(op: Any) -> Callable[[Callable], Callable]:
     """Decorator: the function is what ``op`` runs where Triton does."""
 
     def register(launcher: Callable) -> Callable:
+        @functools.wraps(launcher)
+        def on_device_of_tensors(*args: Any, **kwargs: Any) -> Any:
+            # Triton launches on the current device, which need not be the tensors'.
+            with torch.cuda.device(_first_tensor(args).device):
+                return launcher(*args, **kwargs)
+
         for device in DEVICES:
-            op.register_kernel(device)(launcher)
+            op.register_kernel(device)(on_device_of_tensors if device == "cuda" else launcher)
         return launcher
 
     return register
+
+
+def _first_tensor(args: Iterable[Any]) -> torch.Tensor:
+    """The first tensor among arguments of an op, which are tensors or begin with a list of them."""
+    first = next(iter(args))
+    return first if isinstance(first, torch.Tensor) else first[0]
 
 
 def next_power_of_2(number: int) -> int:

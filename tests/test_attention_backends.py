@@ -295,12 +295,12 @@ def test_cpu_runs_the_reference_and_says_why(machine):
     assert choice.backend == "reference"
     assert choice.reason == (
         "flash_attn: needs a CUDA device, not cpu; torch: needs a CUDA device, not cpu; "
-        "triton: its attention kernel is not part of this version"
+        "triton: needs a CUDA device and Triton, not cpu"
     )
     assert str(choice) == f"reference ({choice.reason})"
 
 
-def test_cuda_prefers_flash_attn_then_torch_then_the_reference(machine):
+def test_cuda_prefers_flash_attn_then_torch_then_triton(machine):
     machine(torch_version="2.13", flash_version="2.8")
     assert choose_backend(PLAIN) == ("flash_attn", "first choice, and it lacks nothing")
     machine(torch_version="2.13")
@@ -311,34 +311,50 @@ def test_cuda_prefers_flash_attn_then_torch_then_the_reference(machine):
     )
     machine()
     choice = choose_backend(PLAIN)
-    assert choice.backend == "reference"
+    assert choice.backend == "triton"
     assert "this torch has no torch.nn.attention.varlen.varlen_attn" in choice.reason
 
 
 @pytest.mark.parametrize(
-    "changes, flash_lacks, torch_lacks",
+    "changes, flash_lacks, torch_lacks, triton_lacks",
     [
-        ({"relative_bias": True}, "has no relative bias", "has no relative bias"),
-        ({"dtype": torch.float32}, "not torch.float32", "not torch.float32"),
-        ({"dtype": torch.float16}, None, None),
-        ({"head_dim": 264}, "up to 256, not 264", "up to 256, not 264"),
-        ({"head_dim": 60}, "multiple of 8 up to 256, not 60", "multiple of 8 up to 256, not 60"),
-        ({"head_dim": 256}, None, None),
-        ({"flash_scratch_fits": False}, "past 2**31", "past 2**31"),
-        ({"softcap": True}, None, "has no softcap"),
-        ({"dropout": True}, None, "has no dropout"),
-        ({"softcap": True, "dropout": True}, "softcap together with dropout", "has no softcap"),
-        ({"window": (3, 0)}, None, None),
-        ({"kv_heads": 2}, None, None),
-        ({"default_scale": False}, None, None),
-        ({"device_type": "mps"}, "needs a CUDA device, not mps", "needs a CUDA device, not mps"),
+        ({"relative_bias": True}, "has no relative bias", "has no relative bias", None),
+        ({"dtype": torch.float32}, "not torch.float32", "not torch.float32", None),
+        ({"dtype": torch.float16}, None, None, None),
+        ({"head_dim": 264}, "up to 256, not 264", "up to 256, not 264", "16 to 256, not 264"),
+        (
+            {"head_dim": 60},
+            "multiple of 8 up to 256, not 60",
+            "multiple of 8 up to 256, not 60",
+            None,
+        ),
+        ({"head_dim": 256}, None, None, None),
+        ({"flash_scratch_fits": False}, "past 2**31", "past 2**31", None),
+        ({"softcap": True}, None, "has no softcap", None),
+        ({"dropout": True}, None, "has no dropout", None),
+        (
+            {"softcap": True, "dropout": True},
+            "softcap together with dropout",
+            "has no softcap",
+            None,
+        ),
+        ({"window": (3, 0)}, None, None, None),
+        ({"kv_heads": 2}, None, None, None),
+        ({"default_scale": False}, None, None, None),
+        (
+            {"device_type": "mps"},
+            "needs a CUDA device, not mps",
+            "needs a CUDA device, not mps",
+            "and Triton, not mps",
+        ),
     ],
     ids=str,
 )
-def test_what_the_newest_lack(machine, changes, flash_lacks, torch_lacks):
+def test_what_the_newest_lack(machine, changes, flash_lacks, torch_lacks, triton_lacks):
     machine(torch_version="2.13", flash_version="2.8")
     call = PLAIN._replace(**changes)
-    for backend, lack in (("flash_attn", flash_lacks), ("torch", torch_lacks)):
+    lacking = {"flash_attn": flash_lacks, "torch": torch_lacks, "triton": triton_lacks}
+    for backend, lack in lacking.items():
         if lack is None:
             assert choose_backend(call, backend) == (backend, "asked for by name")
             continue
@@ -346,20 +362,19 @@ def test_what_the_newest_lack(machine, changes, flash_lacks, torch_lacks):
             choose_backend(call, backend)
         assert lack in str(error.value)
         assert repr(backend) in str(error.value)
-    lacking = [flash_lacks, torch_lacks, "not part of this version"]
-    expected = ("flash_attn", "torch", "triton", "reference")[([*lacking, None]).index(None)]
+    expected = next((name for name, lack in lacking.items() if lack is None), "reference")
     choice = choose_backend(call)
     assert choice.backend == expected
     passed_over = BACKENDS[: BACKENDS.index(expected)]
-    for name, lack in zip(passed_over, lacking):
+    for name in passed_over:
         assert f"{name}: " in choice.reason
-        assert lack in choice.reason
+        assert lacking[name] in choice.reason
 
 
 @pytest.mark.parametrize("capability", [(7, 5), None])
 def test_a_gpu_too_old_or_none(machine, capability):
     machine(torch_version="2.13", flash_version="2.8", capability=capability)
-    for backend in ("flash_attn", "torch"):
+    for backend in ("flash_attn", "torch", "triton"):
         with pytest.raises(ValueError, match=r"needs compute capability 8\.0 or newer"):
             choose_backend(PLAIN, backend)
 
@@ -403,10 +418,20 @@ def test_a_signature_without_any_causality(machine, monkeypatch):
     assert choose_backend(PLAIN._replace(causal=False), "torch").backend == "torch"
 
 
-def test_triton_is_not_there_yet(machine):
+@pytest.mark.parametrize(
+    "changes, lack",
+    [
+        ({"dtype": torch.float64}, "float16, bfloat16 or float32, not torch.float64"),
+        ({"head_dim": 8}, "a head_dim from 16 to 256, not 8"),
+        ({"device_type": "cpu"}, "a CUDA device and Triton, not cpu"),
+    ],
+)
+def test_what_triton_lacks(machine, changes, lack):
     machine(torch_version="2.13")
-    with pytest.raises(ValueError, match=r"attention='triton' cannot run this call: its attention"):
-        choose_backend(PLAIN, "triton")
+    with pytest.raises(ValueError, match=f"attention='triton' cannot run this call: needs {lack}"):
+        choose_backend(PLAIN._replace(**changes), "triton")
+    everything = {"relative_bias": True, "softcap": True, "dropout": True, "window": (3, 5)}
+    assert choose_backend(PLAIN._replace(**everything), "triton").backend == "triton"
 
 
 def test_the_reference_runs_anything_that_is_asked_of_it(machine):
@@ -434,8 +459,8 @@ def test_report_names_every_backend(machine):
     machine(torch_version="2.13", flash_version="2.8")
     report = backend_report()  # of the GPU that is there
     assert [status.name for status in report] == list(BACKENDS)
-    assert [status.usable for status in report] == [True, True, False, True]
-    assert [status.reason for status in report if status.usable] == ["ready"] * 3
+    assert [status.usable for status in report] == [True] * 4
+    assert [status.reason for status in report] == ["ready"] * 4
     machine(torch_version="2.11")
     flash, *_ = backend_report(torch.device("cuda"))
     assert not flash.usable
@@ -561,8 +586,8 @@ def test_flash_is_not_asked_for_more_scratch_than_it_can_address(machine, as_if_
     with pytest.raises(ValueError, match=r"past 2\*\*31 scratch elements"):
         attend(2**20 - 256)
     assert not as_if_on_cuda[-1].flash_scratch_fits
-    options["backend"] = "triton"  # which stops before it computes
-    with pytest.raises(ValueError, match="not part of this version"):
+    options["backend"] = "flash_attn"  # which is not installed, and so stops before it computes
+    with pytest.raises(ValueError, match="not installed"):
         attend(2**20 - 257)
     assert as_if_on_cuda[-1].flash_scratch_fits
 

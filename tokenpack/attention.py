@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.attention import cast_for_autocast, normal_window, varlen_attention
+from .kernels.attention import (
+    cast_for_autocast,
+    kernel_devices,
+    kernel_lacks,
+    normal_window,
+    varlen_attention,
+    varlen_attention_reference,
+)
 
 BACKENDS = ("flash_attn", "torch", "triton", "reference")
 _HALF = (torch.float16, torch.bfloat16)
@@ -120,7 +127,8 @@ def packed_attention(
         options = _torch_options(accepted, causal, scale, window, q.shape[1] != k.shape[1])
         out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
     else:
-        out = varlen_attention(
+        attend = varlen_attention if choice.backend == "triton" else varlen_attention_reference
+        out = attend(
             q,
             k,
             v,
@@ -299,15 +307,23 @@ def _flash_kernels_lack(call: AttentionCall) -> str | None:
         return f"needs float16 or bfloat16, not {call.dtype}"
     if call.head_dim > 256 or call.head_dim % 8:
         return f"needs a head_dim that is a multiple of 8 up to 256, not {call.head_dim}"
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+    if not _is_ampere_or_newer():
         return "needs compute capability 8.0 or newer"
     if not call.flash_scratch_fits:
         return "its backward fails past 2**31 scratch elements"
     return None
 
 
+def _is_ampere_or_newer() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def _triton_lacks(call: AttentionCall) -> str | None:
-    return "its attention kernel is not part of this version"
+    if call.device_type not in kernel_devices():
+        return f"needs a CUDA device and Triton, not {call.device_type}"
+    if call.device_type == "cuda" and not _is_ampere_or_newer():
+        return "needs compute capability 8.0 or newer"
+    return kernel_lacks(call.dtype, call.head_dim)
 
 
 def _reference_lacks(call: AttentionCall) -> str | None:

@@ -1,12 +1,21 @@
 """Attention over packed sequences: the public op, its reference, and relative-bias tables."""
 
-from .api import cast_for_autocast, normal_window, varlen_attention
+from .api import (
+    cast_for_autocast,
+    normal_window,
+    varlen_attention,
+    varlen_attention_reference,
+)
+from .op import kernel_devices, kernel_lacks
 from .relative_bias import alibi_bias_table, t5_bias_table
 
 __all__ = [
     "alibi_bias_table",
     "cast_for_autocast",
+    "kernel_devices",
+    "kernel_lacks",
     "normal_window",
     "t5_bias_table",
     "varlen_attention",
+    "varlen_attention_reference",
 ]

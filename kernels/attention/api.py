@@ -9,10 +9,14 @@ attention does), so that the last query stands at the last key.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from .reference import AttentionSpec, attend_by_sequence
+from .op import kernel_devices, kernel_lacks
+from .reference import attend_by_sequence
+from .spec import NO_LIMIT, AttentionSpec
 
 
 def varlen_attention(
@@ -28,11 +32,19 @@ def varlen_attention(
     softcap: float | None = None,
     relative_bias: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> Tensor:
+    dropout_seed: Tensor | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend within each sequence of a packed batch.
 
+    On a GPU of compute capability 8.0 or newer a Triton kernel runs, in float16, bfloat16 and
+    float32 and for a head_dim from 16 to 256 (`docs/attention.md`); it waits for nothing and takes
+    the boundaries as they are. What `kernel_lacks` names, and every other device, runs in plain
+    PyTorch: `varlen_attention_reference`.
+
     Args:
-        q: ``(total_q, heads, head_dim)``, floating point; any strides with the last one 1.
+        q: ``(total_q, heads, head_dim)``, floating point, of any strides.
         k: ``(total_k, kv_heads, head_dim)``; ``heads`` is a multiple of ``kv_heads``.
         v: ``(total_k, kv_heads, head_dim)``.
         cu_seqlens_q: ``(num_seqs + 1,)`` int32, rising from 0 to ``total_q``.
@@ -46,10 +58,17 @@ def varlen_attention(
             key at distance ``d = n - m`` from its query, at index ``d + reach``. Beyond the reach
             the outermost value holds. Differentiable. See ``t5_bias_table``, ``alibi_bias_table``.
         dropout_p: chance that an attention weight is dropped; the others are scaled up.
+        dropout_seed: ``(1,)`` int64 where q is; drawn from PyTorch's generator if not given. In
+            the kernel the weights dropped depend on it, the sequence's number in the batch, the
+            head, the query and the key alone: not on the other sequences, nor on padding.
+        deterministic: here to be found by those who look for it. Two runs of the kernel give the
+            same bits, gradients included, whatever it is.
+        return_lse: return the logarithm of the sum of exponentials too, without gradient.
 
     Returns:
         ``(total_q, heads, head_dim)`` in q's dtype, under autocast in autocast's. A query that
-        sees no key gives 0, and its gradient is 0.
+        sees no key gives 0, and its gradient is 0. With ``return_lse`` also ``(heads, total_q)``
+        float32 (float64 for float64 inputs), -inf where no key is seen.
 
     Raises:
         TypeError: if q, k and v differ in dtype, or they or the bias are not floating point.
@@ -57,18 +76,94 @@ def varlen_attention(
     """
     q, k, v = cast_for_autocast(q, k, v)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias)
+    spec = _spec(q, causal, scale, window, softcap, dropout_p)
+    _check_seed(dropout_seed, q)
+    on_kernel = (
+        q.device.type in kernel_devices()
+        and kernel_lacks(q.dtype, q.shape[2]) is None
+        and _is_new_enough(q.device)
+    )
+    if not (on_kernel or return_lse or dropout_seed is not None or torch.compiler.is_compiling()):
+        return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
+    if spec.dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = torch.randint(2**62, (1,), device=q.device)
+    out, lse = torch.ops.tokenpack.varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        relative_bias,
+        dropout_seed,
+        spec.scale,
+        *spec.limits,
+        spec.softcap or 0.0,
+        spec.dropout_p,
+    )
+    return (out, lse) if return_lse else out
+
+
+@lru_cache(maxsize=64)
+def _is_new_enough(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _check_seed(seed: Tensor | None, q: Tensor) -> None:
+    if seed is None:
+        return
+    if seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != q.device:
+        raise ValueError(
+            f"dropout_seed must be (1,) int64 on {q.device}, "
+            f"got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+        )
+
+
+def varlen_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    relative_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`varlen_attention` in plain PyTorch, on any device: the CPU path, and an oracle.
+
+    It looks at the boundaries on the host, and checks them.
+
+    Raises:
+        ValueError: also if ``cu_seqlens`` do not rise from 0 to the length of their tensor.
+    """
+    q, k, v = cast_for_autocast(q, k, v)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias)
+    spec = _spec(q, causal, scale, window, softcap, dropout_p)
+    return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
+
+
+def _spec(
+    q: Tensor,
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> AttentionSpec:
     if softcap is not None and not softcap >= 0.0:
         raise ValueError(f"softcap must be positive, 0 or None, got {softcap}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    spec = AttentionSpec(
+    return AttentionSpec(
         causal=causal,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         window=normal_window(window),
         softcap=softcap or None,
         dropout_p=dropout_p,
     )
-    return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -81,12 +176,15 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def normal_window(window: tuple[int, int] | None) -> tuple[int, int] | None:
-    """``(left, right)`` with -1 for no limit, or None where neither side has one."""
+    """``(left, right)`` with -1 for no limit, or None where neither side has one.
+
+    A side beyond any sequence's length is no limit either.
+    """
     if window is None:
         return None
     if len(window) != 2:
         raise ValueError(f"window must be (left, right), got {window}")
-    left, right = (max(-1, int(side)) for side in window)
+    left, right = (int(side) if 0 <= side < NO_LIMIT else -1 for side in window)
     return None if left < 0 and right < 0 else (left, right)
 
 

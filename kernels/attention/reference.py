@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .grouping import Group, plan_groups
 from .relative_bias import bias_line, line_distances
+from .spec import AttentionSpec
 
 _FAR_BELOW = -1e30  # a score that softmax takes for -inf, but that no 0 turns into NaN
-
-
-class AttentionSpec(NamedTuple):
-    """The options of one attention call that are no tensors."""
-
-    causal: bool
-    scale: float
-    window: tuple[int, int] | None  # (left, right), -1 for no limit
-    softcap: float | None
-    dropout_p: float
 
 
 # Host lists and loops per sequence: nothing that torch.compile could make faster.

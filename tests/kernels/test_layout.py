@@ -21,6 +21,10 @@ EXAMPLES = 15 if INTERPRETED else 60  # an interpreted launch takes as long as m
 
 MASK_DTYPES = [torch.bool, torch.int32, torch.int64, torch.uint8, torch.float32, torch.bfloat16]
 
+# Beyond what one launch counts, and with so many rows that programs take several. Of the last, many
+# rows and one launch, test_layout_ops.py has a small one: interpreted it would take a minute.
+LARGE = [(3, 70_000), (2100, 130)] + [(2100, 3)] * (not INTERPRETED)
+
 # A hole, left padding, right padding, nothing but padding, no padding.
 MASK = [
     [1, 0, 1, 1, 0],
@@ -348,9 +352,8 @@ def test_a_wrong_total_never_points_outside(total):
     assert not indices[13:].any()
 
 
-@pytest.mark.parametrize("rows, columns", [(3, 70_000), (2100, 3), (2100, 130)])
+@pytest.mark.parametrize("rows, columns", LARGE)
 def test_large_batches(rows, columns):
-    """Beyond what one launch counts, and with so many rows that programs take several."""
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < 0.5
     layout = layout_from_mask(mask)
     assert layout.indices.equal(mask.flatten().nonzero().squeeze(1).int())

@@ -90,7 +90,9 @@ def test_a_wrong_total_of_a_mask_writes_no_further(total, fenced):
 @pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize("columns", [1, 7, 1000])
 @pytest.mark.parametrize("know_total", [False, True])
-def test_masks(rows, columns, know_total, fenced):
+@pytest.mark.parametrize("many_rows", [40, 2048])  # from where on programs take several
+def test_masks(rows, columns, know_total, many_rows, monkeypatch, fenced):
+    monkeypatch.setattr(layout_ops, "_MANY_ROWS", many_rows)
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows)) < 0.4
     mask[rows // 2] = False
     total = int(mask.sum())

@@ -52,6 +52,16 @@ def test_as_exact_as_pytorch(classes, dtype, options):
     assert results[0][0].dtype == torch.promote_types(dtype, torch.float32)
 
 
+def test_rows_of_2_to_the_18_classes():
+    logits, labels, cu_seqlens = make_inputs(2**18)
+    logits, labels = logits[:3].requires_grad_(), torch.tensor([2**18 - 1, IGNORED, 0])
+    loss = packed_cross_entropy(logits, labels, reduction="sum")
+    expected = token_losses(logits.double(), labels, cu_seqlens)[0].sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    slopes = [torch.autograd.grad(side, logits)[0] for side in (loss, expected)]
+    assert (slopes[0] - slopes[1]).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sequence_mean", "sequence"])

@@ -56,7 +56,16 @@ def cumulative(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def make_inputs(lengths, *, head_dim=16, kv_heads=HEADS, bias=False, dtype=torch.float32, seed=0):
+def make_inputs(
+    lengths,
+    *,
+    heads=HEADS,
+    head_dim=16,
+    kv_heads=HEADS,
+    bias=False,
+    dtype=torch.float32,
+    seed=0,
+):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -64,11 +73,11 @@ def make_inputs(lengths, *, head_dim=16, kv_heads=HEADS, bias=False, dtype=torch
 
     rows, keys = map(sum, lengths)
     return Inputs(
-        random(rows, HEADS, head_dim),
+        random(rows, heads, head_dim),
         random(keys, kv_heads, head_dim),
         random(keys, kv_heads, head_dim),
-        random(HEADS, 2 * 11 + 1) if bias else None,  # sequences are longer than its reach
-        random(rows, HEADS, head_dim),
+        random(heads, 2 * 11 + 1) if bias else None,  # sequences are longer than its reach
+        random(rows, heads, head_dim),
         lengths,
     )
 
@@ -411,10 +420,10 @@ def test_compiled_around_it():
     def layer(q, k, v, *cu_seqlens, relative_bias):
         return varlen_attention(q * 2, k, v, *cu_seqlens, relative_bias=relative_bias).tanh()
 
-    compiled = torch.compile(layer, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     eager, traced = run(layer, inputs), run(compiled, inputs)
-    for name, result in eager.items():
-        torch.testing.assert_close(traced[name], result)
+    for name, result in eager.items():  # sums in another order where a plain loop is traced
+        torch.testing.assert_close(traced[name], result, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- dropout

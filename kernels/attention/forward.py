@@ -1,0 +1,242 @@
+"""The forward kernel: flash attention over packed sequences, with a bias by distance inside it.
+
+One program for a tile of queries and one head goes through the keys in sight, tile by tile, with
+the softmax rescaled as its maximum grows (Dao, 2023). Key tiles whose distances are all beyond the
+table's reach add one number, the few in between read the table at ``n - m``: neither a logarithm
+nor anything of size queries x keys. docs/attention.md has the whole algorithm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._triton import tl, triton
+from .primitives import bend, biased, find_tile, in_sight, kept, key_ranges, load_rows, store_rows
+from .spec import AttentionSpec
+from .tiles import num_tiles, padded_head_dim, precision, tile_for
+
+
+@triton.jit
+def _attend(
+    total,
+    peak,
+    norm,
+    q,
+    keys,
+    values,
+    table,
+    constant,
+    seed,
+    place,
+    query,
+    first,
+    last,
+    num_keys,
+    seq,
+    head,
+    key_stride,
+    value_stride,
+    scale,
+    softcap,
+    reach,
+    left,
+    right,
+    dropout_p,
+    MASKED: tl.constexpr,
+    TABLE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Take the key tiles from ``first`` up to ``last`` into the sums of a tile of queries."""
+    for start in range(first, last, KEYS):
+        k = load_rows(keys, start, num_keys, key_stride, KEYS, WIDTH, COLUMNS, MASKED)
+        v = load_rows(values, start, num_keys, value_stride, KEYS, WIDTH, COLUMNS, MASKED)
+        key = start + tl.arange(0, KEYS)
+        distance = key[None, :] - place[:, None]  # [BM, BN]
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores, _ = bend(product, scale, softcap, SOFTCAP)
+        scores = biased(scores, distance, table, reach, constant, TABLE)
+        if MASKED:
+            seen = in_sight(distance, key[None, :], num_keys, left, right, LEFT, RIGHT)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        level = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key in sight so far
+        weights = tl.exp2(scores - level[:, None])
+        shrunk = tl.exp2(peak - level)
+        norm = norm * shrunk + tl.sum(weights, 1)
+        if DROPOUT:
+            keep = kept(seed, seq, head, query[:, None], key[None, :], dropout_p)
+            weights = tl.where(keep, weights, 0.0)
+        total = total * shrunk[:, None]
+        total = tl.dot(weights.to(v.dtype), v, total, input_precision=PRECISION)
+        peak = new_peak
+    return total, peak, norm
+
+
+@triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
+def _attention_forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    table,
+    seed,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    num_seqs,
+    total_q,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    scale: tl.float32,
+    softcap: tl.float32,
+    dropout_p: tl.float32,
+    left,
+    right,
+    reach,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(1)
+    num_heads = tl.num_programs(1)
+    seq, first_query = find_tile(tl.program_id(0), cu_seqlens_q, num_seqs, QUERIES)
+    start_q = tl.load(cu_seqlens_q + seq).to(tl.int64)
+    num_queries = (tl.load(cu_seqlens_q + seq + 1) - start_q).to(tl.int32)
+    if first_query >= num_queries:
+        return
+    start_k = tl.load(cu_seqlens_k + seq).to(tl.int64)
+    num_keys = (tl.load(cu_seqlens_k + seq + 1) - start_k).to(tl.int32)
+    kv_head = (head // GROUP).to(tl.int64)
+    q += start_q * q_stride + head.to(tl.int64) * q_head_stride
+    k += start_k * k_stride + kv_head * k_head_stride
+    v += start_k * v_stride + kv_head * v_head_stride
+    out += (start_q * num_heads + head) * WIDTH
+    queries = load_rows(q, first_query, num_queries, q_stride, QUERIES, WIDTH, COLUMNS, True)
+    query = first_query + tl.arange(0, QUERIES)
+    place = query + (num_keys - num_queries)
+    first_place = first_query + (num_keys - num_queries)
+    last_place = tl.minimum(first_query + QUERIES, num_queries) - 1 + (num_keys - num_queries)
+    seed_value = tl.load(seed) if DROPOUT else 0
+    before = 0.0
+    after = 0.0
+    if BIAS:
+        table += head * (2 * reach + 1)
+        before = tl.load(table)
+        after = tl.load(table + 2 * reach)
+    first, near, far, whole, end = key_ranges(
+        first_place, last_place, num_keys, left, right, reach, LEFT, RIGHT, BIAS, KEYS
+    )
+    total = tl.zeros([QUERIES, COLUMNS], tl.float32)
+    peak = tl.full([QUERIES], float("-inf"), tl.float32)
+    norm = tl.zeros([QUERIES], tl.float32)
+    # fmt: off
+    total, peak, norm = _attend(
+        total, peak, norm, queries, k, v, table, before, seed_value, place, query, first, near,
+        num_keys, seq, head, k_stride, v_stride, scale, softcap, reach, left, right, dropout_p,
+        LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, KEYS, PRECISION,
+    )
+    if BIAS:
+        total, peak, norm = _attend(
+            total, peak, norm, queries, k, v, table, before, seed_value, place, query, near,
+            tl.minimum(far, end), num_keys, seq, head, k_stride, v_stride, scale, softcap, reach,
+            left, right, dropout_p,
+            True, True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, KEYS, PRECISION,
+        )
+        if not RIGHT and not LEFT:
+            total, peak, norm = _attend(
+                total, peak, norm, queries, k, v, table, after, seed_value, place, query, far,
+                whole, num_keys, seq, head, k_stride, v_stride, scale, softcap, reach, left, right,
+                dropout_p,
+                False, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, KEYS, PRECISION,
+            )
+            far = whole
+    total, peak, norm = _attend(
+        total, peak, norm, queries, k, v, table, after, seed_value, place, query, far, end,
+        num_keys, seq, head, k_stride, v_stride, scale, softcap, reach, left, right, dropout_p,
+        True, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, KEYS, PRECISION,
+    )
+    # fmt: on
+    sees_any = norm > 0.0
+    total = total / tl.where(sees_any, norm * (1.0 - dropout_p), 1.0)[:, None]
+    store_rows(out, total, first_query, num_queries, num_heads * WIDTH, QUERIES, WIDTH, COLUMNS)
+    row_lse = (tl.where(sees_any, peak, 0.0) + tl.log2(norm)) * 0.6931471805599453
+    tl.store(lse + head.to(tl.int64) * total_q + start_q + query, row_lse, mask=query < num_queries)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    table: Tensor | None,
+    seed: Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor]:
+    """``(total_q, heads, head_dim)`` out, and ``(heads, total_q)`` float32 logsumexp."""
+    total_q, heads, head_dim = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(heads, total_q, dtype=torch.float32)
+    num_seqs = cu_seqlens_q.numel() - 1
+    left, right = spec.limits
+    tile = tile_for("forward", q, bias=table is not None, dropout=spec.dropout_p > 0.0)
+    if out.numel():
+        _attention_forward_kernel[(num_tiles(total_q, num_seqs, tile.queries), heads)](
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            lse=lse,
+            table=lse if table is None else table,
+            seed=lse if seed is None else seed,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            num_seqs=num_seqs,
+            total_q=total_q,
+            q_stride=q.stride(0),
+            q_head_stride=q.stride(1),
+            k_stride=k.stride(0),
+            k_head_stride=k.stride(1),
+            v_stride=v.stride(0),
+            v_head_stride=v.stride(1),
+            scale=spec.scale,
+            softcap=spec.softcap or 1.0,
+            dropout_p=spec.dropout_p,
+            left=left,
+            right=right,
+            reach=0 if table is None else table.shape[1] // 2,
+            LEFT=left >= 0,
+            RIGHT=right >= 0,
+            SOFTCAP=spec.softcap is not None,
+            BIAS=table is not None,
+            DROPOUT=spec.dropout_p > 0.0,
+            GROUP=heads // k.shape[1],
+            WIDTH=head_dim,
+            COLUMNS=padded_head_dim(q),
+            QUERIES=tile.queries,
+            KEYS=tile.keys,
+            PRECISION=precision(q),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out, lse

@@ -1,0 +1,197 @@
+"""What the attention kernels compute alike: where tiles lie, sight, scores, bias and dropout.
+
+Query m of a sequence stands at place ``m + num_keys - num_queries`` among its keys, and everything
+depends on the distance ``d = n - place`` of key n from it: causality and window are limits
+``-left <= d <= right``, the bias is ``table[d + reach]`` and constant beyond the reach.
+
+Scores are in units of log 2, since exp2 is what the hardware has:
+
+    score = log2(e) * (softcap(scale * q . k) + bias)
+"""
+
+from __future__ import annotations
+
+from .._triton import tl, triton
+from ..loss import _tanh
+
+
+@triton.jit
+def find_tile(tile, cu_seqlens, num_seqs, SIZE: tl.constexpr):
+    """The sequence that a tile is of (see `tiles`), and the tile's first row in it."""
+    seq = tile * 0
+    end = seq + num_seqs  # the sequence is in [seq, end)
+    while end - seq > 1:
+        middle = (seq + end) // 2
+        is_behind = tl.load(cu_seqlens + middle) // SIZE + middle <= tile
+        seq = tl.where(is_behind, middle, seq)
+        end = tl.where(is_behind, end, middle)
+    return seq, (tile - tl.load(cu_seqlens + seq) // SIZE - seq) * SIZE
+
+
+@triton.jit
+def key_ranges(
+    place,
+    last_place,
+    num_keys,
+    left,
+    right,
+    reach,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Tiles of keys for queries at ``place`` to ``last_place``: four bounds, multiples of SIZE.
+
+    Up to the first the bias is constant, then it is in the table's reach up to the second, then
+    constant again, up to the third with every key in sight of every query; at the fourth, which is
+    no multiple, sight ends. Without a bias the middle two ranges are empty.
+    """
+    first = place * 0
+    end = first + num_keys
+    if LEFT:
+        first = tl.maximum(place - left, 0) // SIZE * SIZE
+    whole = end
+    if RIGHT:
+        end = tl.minimum(end, last_place + right + 1)
+        whole = tl.minimum(whole, place + right + 1)
+    whole = tl.maximum(tl.maximum(whole, 0) // SIZE * SIZE, first)
+    if BIAS:
+        near = tl.maximum(tl.maximum(place - reach + 1, 0) // SIZE * SIZE, first)
+        far = (tl.maximum(last_place + reach, 0) + SIZE - 1) // SIZE * SIZE
+        far = tl.maximum(tl.minimum(far, (tl.maximum(end, 0) + SIZE - 1) // SIZE * SIZE), near)
+        whole = tl.maximum(whole, far)
+    else:
+        near = whole
+        far = whole
+    return first, near, far, whole, end
+
+
+@triton.jit
+def query_ranges(
+    first_key,
+    last_key,
+    offset,
+    num_queries,
+    left,
+    right,
+    reach,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Tiles of queries that see keys ``first_key`` to ``last_key``; ``offset`` leads to places.
+
+    Distances fall as queries go on. Up to the first bound the bias is constant, then in the table's
+    reach up to the second, then constant again to the end of sight. Without a bias both bounds are
+    where every query stands far enough to see every key.
+    """
+    first = first_key * 0
+    end = first + num_queries
+    near = first
+    if RIGHT:
+        first = tl.maximum(first_key - right - offset, 0) // SIZE * SIZE
+        near = (tl.maximum(last_key - right - offset, 0) + SIZE - 1) // SIZE * SIZE
+    if LEFT:
+        end = tl.minimum(end, last_key + left - offset + 1)
+    ceiling = (tl.maximum(end, 0) + SIZE - 1) // SIZE * SIZE
+    if BIAS:
+        near = tl.maximum(first_key - reach - offset + 1, 0) // SIZE * SIZE
+        far = (tl.maximum(last_key + reach - offset, 0) + SIZE - 1) // SIZE * SIZE
+        near = tl.maximum(tl.minimum(near, ceiling), first)
+        far = tl.maximum(tl.minimum(far, ceiling), near)
+    else:
+        near = tl.maximum(tl.minimum(near, ceiling), first)
+        far = near
+    return first, near, far, end
+
+
+@triton.jit
+def load_rows(
+    base,
+    first,
+    num_rows,
+    stride,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """[SIZE, COLUMNS] rows from ``first`` on, 0 behind the last row and column."""
+    row = tl.arange(0, SIZE)
+    column = tl.arange(0, COLUMNS)
+    tile = base + tl.full([], first, tl.int64) * stride + row[:, None] * stride + column[None, :]
+    if EDGE:
+        if WIDTH == COLUMNS:
+            return tl.load(tile, mask=(first + row < num_rows)[:, None], other=0.0)
+        inside = (first + row < num_rows)[:, None] & (column < WIDTH)[None, :]
+        return tl.load(tile, mask=inside, other=0.0)
+    if WIDTH == COLUMNS:
+        return tl.load(tile)
+    return tl.load(tile, mask=(column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    base,
+    values,
+    first,
+    num_rows,
+    stride,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The opposite of `load_rows`, rounding to what is stored."""
+    row = tl.arange(0, SIZE)
+    column = tl.arange(0, COLUMNS)
+    tile = base + tl.full([], first, tl.int64) * stride + row[:, None] * stride + column[None, :]
+    inside = (first + row < num_rows)[:, None] & (column < WIDTH)[None, :]
+    tl.store(tile, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bend(product, scale, softcap, SOFTCAP: tl.constexpr):
+    """``softcap(scale * product)`` in units of log 2, and its slope by ``scale * product``."""
+    if SOFTCAP:
+        bent = _tanh(product * (scale / softcap))
+        scores = bent * (softcap * 1.4426950408889634)
+        slope = 1.0 - bent * bent
+    else:
+        scores = product * (scale * 1.4426950408889634)
+        slope = 1.0
+    return scores, slope
+
+
+@triton.jit
+def biased(scores, distance, table, reach, constant, TABLE: tl.constexpr):
+    """Scores with the bias: from the table at each distance, or the same for all."""
+    if TABLE:
+        index = tl.minimum(tl.maximum(distance + reach, 0), 2 * reach)
+        return scores + tl.load(table + index)
+    return scores + constant
+
+
+@triton.jit
+def in_sight(distance, key, num_keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which scores count: of keys that are there, within the limits."""
+    seen = key < num_keys
+    if LEFT:
+        seen = seen & (distance >= -left)
+    if RIGHT:
+        seen = seen & (distance <= right)
+    return seen
+
+
+@triton.jit
+def kept(seed, seq, head, query, key, dropout_p):
+    """Which weights dropout keeps: a function of the seed and of whose weight it is alone.
+
+    So the backward finds the same ones, whatever its tiles, and so does a batch that is packed in
+    another way as long as its sequences come in the same order. Philox, 10 rounds (Salmon et al.,
+    "Parallel random numbers: as easy as 1, 2, 3", 2011).
+    """
+    none = query * 0 + key * 0
+    bits, _, _, _ = tl.philox(seed, key + none, query + none, head + none, seq + none)
+    return tl.uint_to_uniform_float(bits) >= dropout_p

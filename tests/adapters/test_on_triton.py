@@ -1,0 +1,77 @@
+"""T5 and its kin, and Llama, on Triton's interpreter: the loss and gradients of the padded model.
+
+Tiny models with heads of 16, the kernels' least. TRITON_INTERPRET=1 runs these.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tokenpack import packing_stats, patch_model
+from tokenpack.kernels._triton import INTERPRETED
+
+from .models import BY_NAME, LLAMA, gradient_distance
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs the kernels in Triton's interpreter")
+
+T5S = ["T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration"]
+
+
+def build(name):
+    case = BY_NAME[name]
+    if not case.available:
+        pytest.skip(f"refused before transformers {case.since}")
+    wider = replace(case, options={**case.options, "d_kv": 16, "num_layers": 2})
+    return wider, wider.build()
+
+
+def assert_same_step(case, reference, model, run=None):
+    batch = case.batch("right")
+    ours, theirs = (model if run is None else run)(**batch).loss, reference(**batch).loss
+    ours.backward()
+    theirs.backward()
+    assert abs(ours - theirs).item() <= 1e-5
+    assert gradient_distance(model, reference) <= 1e-5
+    stats = packing_stats(model)
+    assert not stats.fallbacks
+    assert all(choice.startswith("triton (") for choice in stats.attention.values())
+
+
+@pytest.mark.parametrize("name", T5S)
+def test_every_gradient_of_t5_and_its_kin(name):
+    case, reference = build(name)
+    model = patch_model(copy.deepcopy(reference))
+    assert_same_step(case, reference, model)
+    biases = [p for n, p in model.named_parameters() if "relative_attention_bias" in n]
+    assert biases
+    assert all(bias.grad.abs().max() > 0 for bias in biases)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_gradient_checkpointing(reentrant):
+    case, reference = build(T5S[0])
+    model = patch_model(copy.deepcopy(reference))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_step(case, reference, model)
+
+
+def test_under_autocast():
+    case, reference = build(T5S[0])
+    model = patch_model(copy.deepcopy(reference))
+    batch = case.batch("right")
+    exact = reference(**batch).loss
+    with torch.autocast("cpu", torch.float16):
+        loss = model(**batch).loss
+    loss.backward()
+    exact.backward()
+    assert abs(loss - exact).item() < 2e-3 * exact.item()
+    assert gradient_distance(model, reference) < 0.02
+    assert all(c.startswith("triton (") for c in packing_stats(model).attention.values())
+
+
+def test_llama():
+    case = replace(LLAMA, options={**LLAMA.options, "hidden_size": 64})
+    reference = case.build()
+    assert_same_step(case, reference, patch_model(copy.deepcopy(reference)))

@@ -1,0 +1,356 @@
+"""The attention kernels in Triton's interpreter, against float64 and PyTorch's own attention.
+
+What `varlen_attention` promises on any path is in test_varlen_attention.py, with the oracle; this
+is what only the kernels do. bf16, which the interpreter computes wrongly, is left to GPUs.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from tokenpack.kernels import varlen_attention
+from tokenpack.kernels._triton import INTERPRETED
+from tokenpack.kernels.attention import op, tiles, varlen_attention_reference
+
+from .test_varlen_attention import (
+    HEADS,
+    assert_as_exact_as_pytorch,
+    cumulative,
+    make_inputs,
+    run,
+)
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs the kernels in Triton's interpreter")
+
+# Around the tiles' sizes of 64 and 128, empty and single ones, queries without keys.
+ROWS = [1, 0, 65, 128, 7]
+KEYS = [4, 3, 130, 0, 64]
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+@interpreted
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("cross", [False, True], ids=["", "cross"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "softcap"])
+@pytest.mark.parametrize("window", [None, (20, 9)], ids=["", "window"])
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_every_option_with_every_other(causal, window, softcap, grouped, bias, cross, head_dim):
+    options = {"causal": causal, "window": window}
+    if softcap is not None:
+        options["softcap"] = softcap
+    rows, keys = (ROWS, KEYS) if cross else ([5, 0, 1, 130], [5, 0, 1, 130])
+    inputs = make_inputs(
+        (rows, keys),
+        heads=2,
+        head_dim=head_dim,
+        kv_heads=1 if grouped else 2,
+        bias=bias,
+        dtype=torch.float16,
+    )
+    assert_as_exact_as_pytorch(inputs, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("head_dim", [16, 40, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}], ids=str)
+def test_head_dims_and_float32(options, dtype, head_dim):
+    inputs = make_inputs(
+        (ROWS, KEYS), heads=2, head_dim=head_dim, kv_heads=2, bias=True, dtype=dtype
+    )
+    assert_as_exact_as_pytorch(inputs, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("reach", [1, 31, 64, 200])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (-1, 40)}], ids=str)
+def test_any_reach(reach, options):
+    """Tables that no tile, some or all of them lie beyond."""
+    inputs = make_inputs(([3, 200], [3, 200]), heads=1, kv_heads=1, bias=True, dtype=torch.float16)
+    table = torch.randn(1, 2 * reach + 1, generator=torch.Generator().manual_seed(reach))
+    assert_as_exact_as_pytorch(inputs._replace(table=table.half()), **options)
+
+
+@interpreted
+def test_one_bias_for_every_distance_changes_nothing():
+    inputs = make_inputs(([3, 70], [3, 70]), bias=True)._replace(table=torch.full((HEADS, 1), 5.0))
+    results = run(varlen_attention, inputs)
+    for name, expected in run(varlen_attention, inputs._replace(table=None)).items():
+        torch.testing.assert_close(results[name], expected, rtol=1e-4, atol=1e-5)
+    assert results["dtable"].abs().max() < 1e-4
+
+
+@interpreted
+def test_many_sequences():
+    lengths = [n % 4 for n in range(100)]
+    inputs = make_inputs((lengths, lengths[::-1]), heads=1, kv_heads=1, bias=True)
+    expected = run(varlen_attention_reference, inputs)
+    for name, result in run(varlen_attention, inputs).items():
+        torch.testing.assert_close(result, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.usefixtures("fenced")
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_nothing_is_written_beside_the_outputs(options):
+    inputs = make_inputs((ROWS, KEYS), head_dim=24, kv_heads=2, bias=True)
+    run(varlen_attention, inputs, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("poisoned", ["q", "k", "v"])
+def test_nan_stays_in_its_sequence(poisoned):
+    lengths = ([4, 5, 90, 3], [4, 5, 90, 3])
+    inputs = make_inputs(lengths, bias=True)
+    clean = run(varlen_attention, inputs)
+    sick = getattr(inputs, poisoned).clone()
+    sick[4:9] = float("nan")
+    results = run(varlen_attention, inputs._replace(**{poisoned: sick}))
+    others = torch.ones(102, dtype=torch.bool)
+    others[4:9] = False
+    for name in ("out", "dq", "dk", "dv"):
+        assert results[name][others].equal(clean[name][others]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (2, 1)}], ids=str)
+def test_logsumexp(options):
+    inputs = make_inputs((ROWS, KEYS), head_dim=16, kv_heads=2, bias=True)
+    out, lse = varlen_attention(
+        *inputs[:3], *inputs.cu_seqlens, relative_bias=inputs.table, return_lse=True, **options
+    )
+    doubles = inputs.to(torch.float64)
+    exact, exact_lse = op._varlen_attention._init_fn(
+        *doubles[:3], *inputs.cu_seqlens, doubles.table, None, 0.25, *limits(**options), 0.0, 0.0
+    )
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    assert lse.isneginf().any()
+    assert not lse.requires_grad
+
+
+def limits(causal=False, window=(-1, -1)):
+    return window[0], 0 if causal else window[1]
+
+
+# ---------------------------------------------------------------------- the same bits, and dropout
+
+
+@interpreted
+def test_two_runs_give_the_same_bits():
+    inputs = make_inputs((ROWS, KEYS), kv_heads=2, bias=True, dtype=torch.float16)
+    seed = torch.tensor([7])
+    one, two = (run(varlen_attention, inputs, dropout_p=0.2, dropout_seed=seed) for _ in range(2))
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+def weights_of(lengths, seed, dropout_p, head_dim=128):
+    """``(rows, HEADS, keys)`` attention weights of each sequence: values are unit vectors."""
+    inputs = make_inputs((lengths, lengths), head_dim=head_dim, bias=True)
+    units = torch.cat([torch.eye(head_dim)[:length] for length in lengths])
+    v = units[:, None].expand(-1, HEADS, -1).contiguous()
+    # The same queries and keys for a sequence wherever it lies.
+    q, k = (torch.ones_like(side) * 0.1 for side in inputs[:2])
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        *inputs.cu_seqlens,
+        relative_bias=inputs.table,
+        dropout_p=dropout_p,
+        dropout_seed=torch.tensor([seed]),
+    )
+    parts = out.split(lengths)
+    return [part[..., :length] for part, length in zip(parts, lengths)]
+
+
+def test_dropout_drops_the_same_packed_and_alone():
+    lengths = [70, 0, 5, 33]
+    packed = weights_of(lengths, 5, 0.3)
+    for s, length in enumerate(lengths):
+        alone = weights_of([*[0] * s, length], 5, 0.3)[s]
+        assert (packed[s] == 0).equal(alone == 0)
+    share = torch.cat([(part == 0).flatten() for part in packed]).float().mean()
+    assert 0.28 < share < 0.32
+    other = weights_of(lengths, 6, 0.3)
+    assert not (packed[0] == 0).equal(other[0] == 0)
+    first, second = (packed[s][:5, :, :5] == 0 for s in (0, 2))
+    assert not first.equal(second)  # nor do two sequences share one pattern
+    heads = (packed[0] == 0).unbind(1)
+    assert not any(a.equal(b) for a, b in itertools.combinations(heads, 2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_has_the_gradients_of_what_it_kept(causal):
+    lengths = [70, 5, 33]
+    inputs = make_inputs((lengths, lengths), head_dim=128, bias=True)
+    seed = torch.tensor([5])
+    options = {"causal": causal, "dropout_p": 0.25, "dropout_seed": seed}
+    results = run(varlen_attention, inputs, **options)
+    units = torch.cat([torch.eye(128)[:length] for length in lengths])[:, None]
+    shown = varlen_attention(
+        *inputs[:2],
+        units.expand(-1, HEADS, -1).contiguous(),
+        *inputs.cu_seqlens,
+        relative_bias=inputs.table,
+        **options,
+    )
+    kept = [part[..., :n].transpose(0, 1) != 0 for part, n in zip(shown.split(lengths), lengths)]
+
+    def by_formula(q, k, v, cu_seqlens_q, _, *, relative_bias, **_options):
+        outs = []
+        for s, keep in enumerate(kept):
+            rows = slice(*cu_seqlens_q[s : s + 2].tolist())
+            q_s, k_s, v_s = (side[rows].transpose(0, 1) for side in (q, k, v))
+            distance = torch.arange(lengths[s]) - torch.arange(lengths[s])[:, None]
+            reach = relative_bias.shape[1] // 2
+            scores = q_s @ k_s.mT * 128**-0.5
+            scores = scores + relative_bias[:, distance.clamp(-reach, reach) + reach]
+            if causal:
+                scores = scores.masked_fill(distance > 0, float("-inf"))
+            outs.append(((scores.softmax(-1) * keep / 0.75) @ v_s).transpose(0, 1))
+        return torch.cat(outs)
+
+    for name, exact in run(by_formula, inputs.to(torch.float64)).items():
+        torch.testing.assert_close(results[name].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------- registration
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_registered_correctly_for_compile_and_autograd(bias):
+    inputs = make_inputs(([3, 0, 9], [3, 2, 9]), kv_heads=2, bias=bias)
+    options = (0.25, -1, 0, 3.0, 0.1)
+    arguments = (*inputs[:3], *inputs.cu_seqlens, inputs.table, torch.tensor([3]), *options)
+    ops = torch.ops.tokenpack
+    leaves = [side.requires_grad_() for side in inputs[:3]]
+    if bias:
+        inputs.table.requires_grad_()
+    torch.library.opcheck(ops.varlen_attention, arguments)
+    with torch.no_grad():
+        out, lse = ops.varlen_attention(*arguments)
+    tensors = [side.detach() for side in (inputs.dout, *leaves, out, lse)]
+    table = None if inputs.table is None else inputs.table.detach()
+    rest = (*inputs.cu_seqlens, table, torch.tensor([3]), *options, bias)
+    torch.library.opcheck(ops.varlen_attention_backward, (*tensors, *rest))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "dropout_p": 0.2}], ids=str)
+def test_traces_without_a_graph_break(options):
+    inputs = make_inputs(([3, 0, 9], [3, 0, 9]), bias=True)
+
+    def layer(q, k, v, *cu_seqlens, relative_bias, dropout_seed):
+        return varlen_attention(
+            q * 2,
+            k,
+            v,
+            *cu_seqlens,
+            relative_bias=relative_bias,
+            dropout_seed=dropout_seed,
+            **options,
+        ).tanh()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    seed = torch.tensor([3])
+    eager, traced = (run(function, inputs, dropout_seed=seed) for function in (layer, compiled))
+    for name, result in eager.items():
+        torch.testing.assert_close(traced[name], result)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@interpreted
+def test_memory_is_linear_in_tokens_and_the_partials_are_as_stated(monkeypatch):
+    allocated = []
+
+    def counting(name):
+        original = getattr(torch.Tensor, name)
+
+        def allocate(like, *shape, **options):
+            result = original(like, *shape, **options)
+            allocated.append(result.numel())
+            return result
+
+        monkeypatch.setattr(torch.Tensor, name, allocate)
+
+    counting("new_empty")
+    counting("new_zeros")
+
+    def elements(lengths):
+        allocated.clear()
+        run(varlen_attention, make_inputs((lengths, lengths), bias=True))
+        return sum(allocated), max(allocated)
+
+    (first, _), (second, largest), (third, _) = (elements([40] * n) for n in (2, 4, 8))
+    assert third - second <= 2.01 * (second - first)
+    # A row for each tile of queries and head: the table's entries, and both ends' beyond.
+    tile = tiles.tile_for("dq", torch.empty(1, HEADS, 16), bias=True, dropout=False)
+    partials = (4 * 40 // tile.queries + 4) * HEADS * (2 * 11 + 3)
+    assert largest == max(partials, 4 * 40 * HEADS * 16)
+    assert partials in allocated or partials <= largest
+
+
+@pytest.mark.parametrize("window", [(2**31 - 1, 0), (3, 2**31 - 1), (2**63, 2**40)], ids=str)
+def test_a_window_beyond_32_bits_is_none(window):
+    inputs = make_inputs(([3, 40], [3, 40]), kv_heads=2)
+    expected = tuple(side if side < 2**30 else -1 for side in window)
+    results = [run(varlen_attention, inputs, window=w) for w in (window, expected)]
+    for name in results[0]:
+        assert results[0][name].equal(results[1][name])
+
+
+def test_boundaries_and_heads_that_are_apart():
+    inputs = make_inputs(([3, 40, 7], [3, 40, 7]), kv_heads=2)
+    expected = run(varlen_attention, inputs)
+    bounds = torch.stack([inputs.cu_seqlens[0], inputs.cu_seqlens[0] * 0], 1)[:, 0]
+    q, k, v = (
+        side.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for side in inputs[:3]
+    )
+    out = varlen_attention(q, k, v, bounds, bounds)
+    out.backward(inputs.dout)
+    for name, result in zip(("out", "dq", "dk", "dv"), (out, q.grad, k.grad, v.grad)):
+        torch.testing.assert_close(result.detach(), expected[name])
+
+
+@pytest.mark.parametrize(
+    "seed", [torch.tensor(3), torch.tensor([3]).int(), torch.tensor([3], device="meta")], ids=str
+)
+def test_a_seed_that_does_not_fit_is_named(seed):
+    inputs = make_inputs(([3], [3]))
+    with pytest.raises(ValueError, match=r"dropout_seed must be \(1,\) int64 on cpu, got"):
+        varlen_attention(*inputs[:3], *inputs.cu_seqlens, dropout_p=0.1, dropout_seed=seed)
+
+
+def test_dropout_without_a_seed_is_named():
+    inputs = make_inputs(([3], [3]))
+    options = (0.25, -1, -1, 0.0, 0.5)
+    with pytest.raises(ValueError, match=r"seed must be given where dropout_p is 0\.5"):
+        torch.ops.tokenpack.varlen_attention(*inputs[:3], *inputs.cu_seqlens, None, None, *options)
+
+
+def test_kernels_say_what_they_lack():
+    for head_dim, dtype, lack in (
+        (8, torch.float32, "head_dim from 16 to 256, not 8"),
+        (264, torch.float16, "head_dim from 16 to 256, not 264"),
+        (64, torch.float64, "not torch.float64"),
+        (64, torch.bfloat16, None),
+    ):
+        said = op.kernel_lacks(dtype, head_dim)
+        assert said is None if lack is None else said.endswith(lack)
+
+
+def test_cumulative_is_what_the_kernels_search():
+    """The bound that `tiles` gives: no two sequences share a tile's number."""
+    for size in (16, 64, 128):
+        lengths = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(size))
+        starts = cumulative(lengths.tolist()).tolist()
+        first = [start // size + s for s, start in enumerate(starts[:-1])]
+        ends = [f + -(-int(length) // size) for f, length in zip(first, lengths)]
+        assert all(end <= begin for end, begin in zip(ends, first[1:]))
+        assert ends[-1] <= tiles.num_tiles(starts[-1], len(lengths), size)

@@ -23,8 +23,6 @@ except ImportError:
     class _Absent:
         """Takes the place of a module in decorators and annotations, and of nothing else."""
 
-        constexpr = float64 = None
-
         @staticmethod
         def jit(function: Any = None, **options: Any) -> Any:
             return function if function is not None else lambda function: function

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .kernels.attention import (
     cast_for_autocast,
-    kernel_devices,
+    is_ampere_or_newer,
     kernel_lacks,
     normal_window,
     varlen_attention,
@@ -307,23 +307,15 @@ def _flash_kernels_lack(call: AttentionCall) -> str | None:
         return f"needs float16 or bfloat16, not {call.dtype}"
     if call.head_dim > 256 or call.head_dim % 8:
         return f"needs a head_dim that is a multiple of 8 up to 256, not {call.head_dim}"
-    if not _is_ampere_or_newer():
+    if not is_ampere_or_newer():
         return "needs compute capability 8.0 or newer"
     if not call.flash_scratch_fits:
         return "its backward fails past 2**31 scratch elements"
     return None
 
 
-def _is_ampere_or_newer() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
 def _triton_lacks(call: AttentionCall) -> str | None:
-    if call.device_type not in kernel_devices():
-        return f"needs a CUDA device and Triton, not {call.device_type}"
-    if call.device_type == "cuda" and not _is_ampere_or_newer():
-        return "needs compute capability 8.0 or newer"
-    return kernel_lacks(call.dtype, call.head_dim)
+    return kernel_lacks(call.device_type, call.dtype, call.head_dim)
 
 
 def _reference_lacks(call: AttentionCall) -> str | None:

@@ -6,13 +6,13 @@ from .api import (
     varlen_attention,
     varlen_attention_reference,
 )
-from .op import kernel_devices, kernel_lacks
+from .op import is_ampere_or_newer, kernel_lacks
 from .relative_bias import alibi_bias_table, t5_bias_table
 
 __all__ = [
     "alibi_bias_table",
     "cast_for_autocast",
-    "kernel_devices",
+    "is_ampere_or_newer",
     "kernel_lacks",
     "normal_window",
     "t5_bias_table",

@@ -9,12 +9,10 @@ attention does), so that the last query stands at the last key.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from .op import kernel_devices, kernel_lacks
+from .op import kernel_lacks
 from .reference import attend_by_sequence
 from .spec import NO_LIMIT, AttentionSpec
 
@@ -78,11 +76,7 @@ def varlen_attention(
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias)
     spec = _spec(q, causal, scale, window, softcap, dropout_p)
     _check_seed(dropout_seed, q)
-    on_kernel = (
-        q.device.type in kernel_devices()
-        and kernel_lacks(q.dtype, q.shape[2]) is None
-        and _is_new_enough(q.device)
-    )
+    on_kernel = kernel_lacks(q.device.type, q.dtype, q.shape[2]) is None
     if not (on_kernel or return_lse or dropout_seed is not None or torch.compiler.is_compiling()):
         return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
     if spec.dropout_p > 0.0 and dropout_seed is None:
@@ -101,11 +95,6 @@ def varlen_attention(
         spec.dropout_p,
     )
     return (out, lse) if return_lse else out
-
-
-@lru_cache(maxsize=64)
-def _is_new_enough(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _check_seed(seed: Tensor | None, q: Tensor) -> None:

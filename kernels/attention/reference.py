@@ -14,7 +14,7 @@ that is one column narrower than it was written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -58,9 +58,7 @@ def attend_by_sequence(
     groups = plan_groups(starts_q, starts_k, q.shape[1], not fused or spec.causal, q.device)
     if fused and groups:
         return _fused(q, k, v, groups, [rows for rows, _ in lengths], spec)
-    # A query may see nothing where keys are fewer than queries, or the window ends before one.
-    some_see_nothing = spec.window is not None or any(keys < rows for rows, keys in lengths)
-    return _ExplicitAttention.apply(q, k, v, relative_bias, groups, spec, some_see_nothing)
+    return _ExplicitAttention.apply(q, k, v, relative_bias, groups, spec)
 
 
 def _host_starts(name: str, cu_seqlens: Tensor, stream: Tensor) -> tuple[int, ...]:
@@ -164,84 +162,116 @@ def _split(
 # ------------------------------------------------------------------------------- score by score
 
 
-def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+Keep = Callable[[int, Tensor], Tensor]
+"""What dropout leaves of a group's weights, by its number and the weights: bool of their shape."""
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the float32 products float32: autocast has had its say in `cast_for_autocast`."""
 
-    @wraps(method)
-    def run(ctx, tensor: Tensor, *rest):
+    @wraps(function)
+    def run(tensor: Tensor, *rest: Any) -> Any:
         with torch.autocast(tensor.device.type, enabled=False):
-            return method(ctx, tensor, *rest)
+            return function(tensor, *rest)
 
     return run
 
 
-class _ExplicitAttention(torch.autograd.Function):
-    """Attention of each group in turn; only the output is kept for backward.
+@_without_autocast
+def attend_explicitly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    groups: Sequence[Group],
+    spec: AttentionSpec,
+    keep: Keep,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Attention of each group in turn, in float32 for 16-bit inputs, rounded once at the end.
 
-    Computes in float32 for 16-bit inputs, rounding once at the end. A group's queries are in
-    reverse order between `_queries` and the write back.
+    A group's queries are in reverse order between `_queries` and the write back. ``lse``, of
+    ``(total_q, heads)``, is filled in where some key is seen.
     """
+    out = q.new_zeros(q.shape)
+    lines = _Lines(table, spec, q)
+    for i, group in enumerate(groups):
+        weights, _ = _weights(q, k, group, lines, spec, lse)
+        if spec.dropout_p > 0.0:
+            weights = weights.mul_(keep(i, weights)).div_(1.0 - spec.dropout_p)
+        out_g = weights @ _keys(v, group, q.shape[1])
+        group.put_rows(out, out_g.flip(2).transpose(1, 2))
+    return out
+
+
+@_without_autocast
+def pull_explicitly(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    groups: Sequence[Group],
+    spec: AttentionSpec,
+    keep: Keep,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and the table's gradient, in float32 or float64, from the output alone."""
+    dq, dk, dv = (torch.zeros_like(side) for side in (q, k, v))
+    lines = _Lines(table, spec, q)
+    dtable = None if table is None else torch.zeros_like(table, dtype=lines.dtype)
+    for i, group in enumerate(groups):
+        weights, slope = _weights(q, k, group, lines, spec)
+        dout_g = _queries(grad_out, group)
+        # The softmax's Jacobian takes the row's mean pull from each weight's pull. One more
+        # column in the product does it, instead of another pass over the scores.
+        mean_pull = (dout_g * _queries(out, group)).sum(-1, keepdim=True)
+        v_g = _keys(v, group, q.shape[1])
+        if spec.dropout_p > 0.0:
+            kept = keep(i, weights) / (1.0 - spec.dropout_p)
+            dv_g = (weights * kept).mT @ dout_g
+            dweights = (dout_g @ v_g.mT).mul_(kept).sub_(mean_pull)
+        else:
+            dv_g = weights.mT @ dout_g
+            dweights = torch.cat([dout_g, -mean_pull], -1) @ _with_ones(v_g).mT
+        dscores = _wide_rows(weights.shape, weights)
+        torch.mul(weights, dweights, out=dscores)
+        if dtable is not None:
+            distances = line_distances(group.width_q, group.width_k, q.device, table)
+            dtable.index_add_(1, distances, _sum_along_line(dscores))
+        if slope is not None:
+            dscores = dscores * slope
+        q_g, k_g = _queries(q, group), _keys(k, group, q.shape[1])
+        dq_g = (dscores @ k_g).mul_(spec.scale)
+        group.put_rows(dq, dq_g.flip(2).transpose(1, 2))
+        group.put_keys(dk, _per_kv_head((dscores.mT @ q_g).mul_(spec.scale), k.shape[1]))
+        group.put_keys(dv, _per_kv_head(dv_g, v.shape[1]))
+    return dq, dk, dv, dtable
+
+
+class _ExplicitAttention(torch.autograd.Function):
+    """The two functions above, with dropout from PyTorch's generator; keeps the output alone."""
 
     @staticmethod
-    @_without_autocast
-    def forward(ctx, q, k, v, table, groups, spec: AttentionSpec, some_see_nothing: bool):
-        out = q.new_zeros(q.shape)
-        keeps: list[Tensor | None] = []  # dropout's survivors, [members, heads, rows, keys]
-        lines = _Lines(table, spec, q)
-        for group in groups:
-            weights, _ = _weights(q, k, group, lines, spec, some_see_nothing)
-            keep = None
-            if spec.dropout_p > 0.0:
-                keep = torch.rand_like(weights) >= spec.dropout_p
-                weights = weights.mul_(keep).div_(1.0 - spec.dropout_p)
-            out_g = weights @ _keys(v, group, q.shape[1])
-            group.put_rows(out, out_g.flip(2).transpose(1, 2))
-            keeps.append(keep)
+    def forward(ctx, q, k, v, table, groups, spec: AttentionSpec):
+        ctx.groups, ctx.spec, ctx.keeps = groups, spec, []
+
+        def draw(_: int, weights: Tensor) -> Tensor:
+            ctx.keeps.append(torch.rand_like(weights) >= spec.dropout_p)
+            return ctx.keeps[-1]
+
+        out = attend_explicitly(q, k, v, table, groups, spec, draw)
         ctx.save_for_backward(q, k, v, table, out)
-        ctx.groups, ctx.spec, ctx.some_see_nothing, ctx.keeps = (
-            groups,
-            spec,
-            some_see_nothing,
-            keeps,
-        )
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    @_without_autocast
     def backward(ctx, grad_out):
         q, k, v, table, out = ctx.saved_tensors
-        spec: AttentionSpec = ctx.spec
-        dq, dk, dv = (torch.zeros_like(side) for side in (q, k, v))
-        lines = _Lines(table, spec, q)
-        dtable = None if table is None else torch.zeros_like(table, dtype=lines.dtype)
-        for group, keep in zip(ctx.groups, ctx.keeps, strict=True):
-            weights, slope = _weights(q, k, group, lines, spec, ctx.some_see_nothing)
-            dout_g = _queries(grad_out, group)
-            # The softmax's Jacobian takes the row's mean pull from each weight's pull. One more
-            # column in the product does it, instead of another pass over the scores.
-            mean_pull = (dout_g * _queries(out, group)).sum(-1, keepdim=True)
-            v_g = _keys(v, group, q.shape[1])
-            if keep is None:
-                dv_g = weights.mT @ dout_g
-                dweights = torch.cat([dout_g, -mean_pull], -1) @ _with_ones(v_g).mT
-            else:
-                kept = keep / (1.0 - spec.dropout_p)
-                dv_g = (weights * kept).mT @ dout_g
-                dweights = (dout_g @ v_g.mT).mul_(kept).sub_(mean_pull)
-            dscores = _wide_rows(weights.shape, weights)
-            torch.mul(weights, dweights, out=dscores)
-            if dtable is not None:
-                distances = line_distances(group.width_q, group.width_k, q.device, table)
-                dtable.index_add_(1, distances, _sum_along_line(dscores))
-            if slope is not None:
-                dscores = dscores * slope
-            q_g, k_g = _queries(q, group), _keys(k, group, q.shape[1])
-            dq_g = (dscores @ k_g).mul_(spec.scale)
-            group.put_rows(dq, dq_g.flip(2).transpose(1, 2))
-            group.put_keys(dk, _per_kv_head((dscores.mT @ q_g).mul_(spec.scale), k.shape[1]))
-            group.put_keys(dv, _per_kv_head(dv_g, v.shape[1]))
-        return dq, dk, dv, None if dtable is None else dtable.to(table.dtype), None, None, None
+        dq, dk, dv, dtable = pull_explicitly(
+            grad_out, q, k, v, table, out, ctx.groups, ctx.spec, lambda i, _: ctx.keeps[i]
+        )
+        return dq, dk, dv, None if dtable is None else dtable.to(table.dtype), None, None
 
 
 class _Lines:
@@ -276,7 +306,7 @@ def _weights(
     group: Group,
     lines: _Lines,
     spec: AttentionSpec,
-    some_see_nothing: bool,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``[members, heads, rows, keys]`` attention weights, and the softcap's derivative if any."""
     heads = q.shape[1]
@@ -301,9 +331,12 @@ def _weights(
             scores = torch.baddbmm(line, q_g[0], k_g[0].mT)[None]
         else:
             scores = (q_g @ k_g.mT).add_(line)
+    if lse is not None:
+        group.put_rows(lse, scores.logsumexp(-1).flip(2).transpose(1, 2))
     weights = scores.softmax(dim=-1)
-    if some_see_nothing:
-        weights = weights.nan_to_num_(0.0)  # a row of nothing but -inf
+    # Where keys are fewer than queries, or the window ends before one, a query may see nothing.
+    if spec.window is not None or group.width_k < group.width_q:
+        weights = weights.nan_to_num_(0.0)  # of a row of nothing but -inf
     return weights, slope
 
 

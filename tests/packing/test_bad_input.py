@@ -1,0 +1,137 @@
+"""Bad lengths, capacities and names: an error that says what was wrong and what should be."""
+
+import numpy as np
+import pytest
+import torch
+
+from tokenpack.packing import Packer, pack_lengths
+
+pa = pytest.importorskip("pyarrow")
+datasets = pytest.importorskip("datasets")
+NAMES = [*Packer.strategies(), "auto"]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        np.array([3, 1, 2], np.uint8),
+        np.array([3, 1, 2], np.int16)[::1],
+        np.array([3, 0, 1, 0, 2])[::2],
+        (3, 1, 2),
+        torch.tensor([3, 1, 2]),
+        torch.tensor([3, 1, 2], dtype=torch.int32),
+        pa.array([3, 1, 2]),
+        pa.chunked_array([[3], [1, 2]]),
+        datasets.Dataset.from_dict({"length": [3, 1, 2]})["length"],
+        datasets.Dataset.from_dict({"length": [2, 1, 3]}).select([2, 1, 0])["length"],
+    ],
+    ids=lambda lengths: type(lengths).__name__,
+)
+def test_every_kind_of_lengths(lengths):
+    assert pack_lengths(lengths, 4, "nf").item_lengths.tolist() == [3, 1, 2]
+
+
+def test_lengths_may_be_memory_mapped(tmp_path):
+    np.save(tmp_path / "lengths.npy", np.array([3, 1, 2], np.uint16))
+    lengths = np.load(tmp_path / "lengths.npy", mmap_mode="r")
+    assert pack_lengths(lengths, 4, "nf").item_lengths.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        ([2, -1, 3], r"lengths must not be negative, got lengths\[1\] = -1"),
+        ([2, 0, 3, 0], r"lengths must be 1 or more, got lengths\[1\] = 0 and 1 more"),
+        ([2, 3, 9], r"at most capacity = 8, got lengths\[2\] = 9"),
+        ([], "at least one sequence, got none"),
+        ([[1, 2], [3]], "one-dimensional, got a ragged"),
+        ([[1, 2], [3, 4]], r"one-dimensional, got shape \(2, 2\)"),
+    ],
+)
+def test_values_that_cannot_be_packed(name, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        pack_lengths(lengths, 8, name)
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        ([1.0, 2.5], r"integers, got float64: lengths\[1\] = 2.5"),
+        ([1.0, float("nan")], r"lengths\[1\] = nan"),
+        ([1.0, 2.0], "integers, got float64"),
+        ([True, False], "integers, got bool"),
+        (["3"], "integers, got <U1"),
+        ([None, 3], "integers, got object"),
+        ("12", "one per sequence, got str"),
+        (7, "one per sequence, got int"),
+        (pa.array([1, None]), "1 nulls"),
+        (torch.ones(2, device="meta", dtype=torch.int64), "on the CPU, got a tensor on meta"),
+    ],
+)
+def test_what_is_no_integers(lengths, message):
+    with pytest.raises(TypeError, match=message):
+        pack_lengths(lengths, 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_sequences_may_be_dropped(name):
+    result = pack_lengths([2, 0, 3, 0], 8, name, drop_empty=True)
+    assert sorted(result.items.tolist()) == [0, 2]
+    assert result.dropped.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "capacity, error",
+    [
+        (0, ValueError),
+        (-3, ValueError),
+        (2.5, TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        (2**31, ValueError),
+    ],
+)
+def test_capacities(capacity, error):
+    with pytest.raises(error, match="capacity must be"):
+        pack_lengths([1], capacity)
+
+
+def test_options():
+    with pytest.raises(ValueError, match="max_sequences must be from 1"):
+        pack_lengths([1], 8, max_sequences=0)
+    with pytest.raises(ValueError, match="window must be from 1"):
+        pack_lengths([1], 8, window=0)
+    with pytest.raises(ValueError, match="overlong must be one of error, truncate, split, drop"):
+        pack_lengths([1], 8, overlong="cut")
+    with pytest.raises(ValueError, match="max_sequences must be None with strategy mffd"):
+        pack_lengths([1], 8, "mffd", max_sequences=2)
+    with pytest.raises(ValueError, match=r"one of nf \(next_fit\).*hk \(harmonic\); got 'best'"):
+        pack_lengths([1], 8, "best")
+    with pytest.raises(ValueError, match="no sequence is left of 2"):
+        pack_lengths([9, 9], 8, overlong="drop")
+
+
+def test_strategies_by_their_textbooks_names():
+    for name in ("First-Fit Decreasing", "first_fit_decreasing", "FFD"):
+        assert Packer(8, name).strategy == "ffd"
+    assert Packer(8).strategy == "auto"
+    assert set(Packer.strategies()) == {
+        *("nf", "ff", "bf", "wf", "ffd", "bfd", "ffs", "mffd", "obfd", "obfdp", "hk")
+    }
+
+
+def test_the_input_is_left_alone():
+    lengths = np.array([5, 3, 8, 2])
+    for name in NAMES:
+        pack_lengths(lengths, 8, name)
+    assert lengths.tolist() == [5, 3, 8, 2]
+
+
+def test_planning_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, tokenpack.packing; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,255 @@
+"""Lengths to bins: which strategy plans, and what happens to what does not fit.
+
+    pack_lengths(lengths, capacity=2048).bins
+
+A strategy is a function of checked lengths, `Plan` its answer; everything a user may pass beside
+(what is too long or empty, windows, seeds) is dealt with here, once for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import arrival, best_fit, decreasing, rounds
+from .arrival import Plan
+from .lengths import Lengths, as_lengths, fit
+from .result import PackResult
+
+# What a move of `best_fit` costs beside a sequence in `rounds`, so that `auto` takes the faster.
+_SEQUENCES_PER_LENGTH = 25
+
+
+class Strategy(NamedTuple):
+    """One way to plan.
+
+    Attributes:
+        short: short name, ``"obfd"``.
+        name: the textbook's, ``"optimized_best_fit_decreasing"``.
+        plan: ``(lengths, capacity, max_sequences) -> (items, offsets)``.
+        about: what it does, in a line.
+        shuffles: whether it takes the sequences in random order, by the seed.
+    """
+
+    short: str
+    name: str
+    plan: Callable[[NDArray[np.integer], int, int | None], Plan]
+    about: str
+    shuffles: bool = False
+
+
+_STRATEGIES = (
+    Strategy("nf", "next_fit", arrival.next_fit, "one open bin; order is kept"),
+    Strategy("ff", "first_fit", arrival.first_fit, "as they come, the first bin with room"),
+    Strategy("bf", "best_fit", arrival.best_fit, "as they come, the fullest bin with room"),
+    Strategy("wf", "worst_fit", arrival.worst_fit, "as they come, the emptiest open bin"),
+    Strategy(
+        "ffd", "first_fit_decreasing", decreasing.first_fit_decreasing, "ff from the longest on"
+    ),
+    Strategy("bfd", "best_fit_decreasing", best_fit.best_fit_decreasing, "bf from the longest on"),
+    Strategy("ffs", "first_fit_shuffle", arrival.first_fit, "ff in random order", True),
+    Strategy(
+        "mffd",
+        "modified_first_fit_decreasing",
+        decreasing.modified_first_fit_decreasing,
+        "ffd that pairs long ones with care first",
+    ),
+    Strategy(
+        "obfd",
+        "optimized_best_fit_decreasing",
+        best_fit.best_fit_decreasing,
+        "bfd over a histogram of lengths; here bfd is the same",
+    ),
+    Strategy(
+        "obfdp",
+        "parallel_best_fit_decreasing",
+        rounds.best_fit_in_rounds,
+        "bfd for all bins at once, in rounds",
+    ),
+    Strategy("hk", "harmonic", arrival.harmonic, "as they come, like lengths together"),
+)
+_BY_NAME = {name: strategy for strategy in _STRATEGIES for name in (strategy.short, strategy.name)}
+_BY_NAME |= {"harmonic_k": _BY_NAME["hk"]}
+
+
+def pack_lengths(
+    lengths: Lengths,
+    capacity: int,
+    strategy: str = "auto",
+    seed: int | None = None,
+    *,
+    max_sequences: int | None = None,
+    window: int | None = None,
+    overlong: str = "error",
+    drop_empty: bool = False,
+) -> PackResult:
+    """Plan which sequences share which bin.
+
+    Args:
+        lengths: tokens of each sequence: any integer array or sequence, a torch CPU tensor, an
+            Arrow or datasets column.
+        capacity: tokens that a bin holds, at least 1.
+        strategy: a short or a textbook's name (`Packer.strategies`), or "auto": ``obfd`` where
+            lengths repeat enough for it, else ``obfdp``, which needs as many bins or 0.1 % more.
+        seed: of the shuffle, where the strategy shuffles. None is 0: ranks that plan for themselves
+            must plan alike. The same input and seed give the same bins on every machine.
+        max_sequences: how many sequences a bin may hold, if there is a limit.
+        window: let sequences share a bin only within this many that follow one another, and keep
+            the windows in order, so that a shuffle or a curriculum survives.
+        overlong: what to do with a sequence over capacity: raise an "error", "truncate" it, "split"
+            it into pieces that are packed by themselves, or "drop" it. The result counts them.
+        drop_empty: leave out sequences without tokens; else they are an error.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TypeError: if lengths or a limit are no integers.
+        ValueError: if a length is negative, 0 or over capacity and nothing was said about it, a
+            limit is below 1, or a name is unknown.
+    """
+    packer = Packer(
+        capacity,
+        strategy,
+        seed,
+        max_sequences=max_sequences,
+        window=window,
+        overlong=overlong,
+        drop_empty=drop_empty,
+    )
+    return packer.pack(lengths)
+
+
+class Packer:
+    """Plans with one set of options again and again; they are those of `pack_lengths`.
+
+    Attributes:
+        capacity: tokens that a bin holds.
+        strategy: short name of the strategy, or "auto".
+        seed: what a shuffle is seeded with.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        strategy: str = "auto",
+        seed: int | None = None,
+        *,
+        max_sequences: int | None = None,
+        window: int | None = None,
+        overlong: str = "error",
+        drop_empty: bool = False,
+    ) -> None:
+        self.capacity = at_least_one("capacity", capacity)
+        self._chosen = None if strategy == "auto" else find_strategy(strategy)
+        self.seed = 0 if seed is None else seed
+        self._max_sequences = _optional("max_sequences", max_sequences)
+        self._window = _optional("window", window)
+        self._overlong, self._drop_empty = overlong, drop_empty
+
+    @property
+    def strategy(self) -> str:
+        """Short name of the strategy, or "auto"."""
+        return "auto" if self._chosen is None else self._chosen.short
+
+    @staticmethod
+    def strategies() -> dict[str, str]:
+        """Short names of all strategies, and what each does."""
+        return {s.short: f"{s.name}: {s.about}" for s in _STRATEGIES}
+
+    def pack(self, lengths: Lengths) -> PackResult:
+        """Plan which sequences share which bin; see `pack_lengths`."""
+        begin = time.perf_counter()
+        given = as_lengths(lengths)
+        pieces = fit(given, self.capacity, self._overlong, self._drop_empty, "lengths")
+        compact = pieces.lengths.astype(np.min_scalar_type(self.capacity))  # 2 bytes each, mostly
+        strategy = self._chosen or _fastest(compact, self.capacity)
+        items, offsets = self._plan(strategy, compact)
+        result = PackResult(
+            items=items if pieces.sequences is None else pieces.sequences[items],
+            offsets=offsets,
+            item_lengths=compact[items],
+            item_starts=None if pieces.starts is None else pieces.starts[items],
+            capacity=self.capacity,
+            strategy=strategy.short,
+            num_sequences=len(given),
+            dropped=pieces.dropped,
+            truncated=pieces.truncated,
+            split=pieces.split,
+            seed=self.seed if strategy.shuffles else None,
+            seconds=time.perf_counter() - begin,
+        )
+        return result
+
+    def pack_flat(self, lengths: Lengths) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`pack`, as the two arrays alone: ``items`` and ``offsets`` (see `PackResult`)."""
+        result = self.pack(lengths)
+        return result.items, result.offsets
+
+    def _plan(self, strategy: Strategy, lengths: NDArray[np.integer]) -> Plan:
+        window = self._window or len(lengths)
+        plans = []
+        for start in range(0, len(lengths), window):
+            part = lengths[start : start + window]
+            order = _shuffled(len(part), self.seed + start) if strategy.shuffles else None
+            items, offsets = strategy.plan(
+                part if order is None else part[order], self.capacity, self._max_sequences
+            )
+            plans.append((items if order is None else order[items], offsets))
+        if len(plans) == 1:
+            return plans[0]
+        firsts = range(0, len(lengths), window)  # of sequences, and so of items
+        moved = [
+            (items + first, offsets[:-1] + first) for (items, offsets), first in zip(plans, firsts)
+        ]
+        all_items, all_offsets = (np.concatenate(arrays) for arrays in zip(*moved))
+        return all_items, np.append(all_offsets, len(lengths))
+
+
+def find_strategy(name: str) -> Strategy:
+    """The strategy of a short or a textbook's name.
+
+    Raises:
+        ValueError: if there is none, listing those there are.
+    """
+    found = _BY_NAME.get(str(name).lower().replace("-", "_").replace(" ", "_"))
+    if found is None:
+        known = ", ".join(f"{s.short} ({s.name})" for s in _STRATEGIES)
+        raise ValueError(f"strategy must be auto or one of {known}; got {name!r}")
+    return found
+
+
+def at_least_one(name: str, value: Any) -> int:
+    """``value``, an integer from 1 to 2**31 - 1, as an int.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is out of that range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be from 1 to 2**31 - 1, got {value}")
+    return int(value)
+
+
+def _optional(name: str, value: int | None) -> int | None:
+    return None if value is None else at_least_one(name, value)
+
+
+def _fastest(lengths: NDArray[np.integer], capacity: int) -> Strategy:
+    """``obfd`` pays by distinct lengths up to half the capacity, ``obfdp`` by sequences."""
+    shareable = capacity // 2
+    if len(lengths) < _SEQUENCES_PER_LENGTH * shareable:  # else they need not be counted
+        shareable = int(np.count_nonzero(np.bincount(lengths)[: shareable + 1]))
+    many = len(lengths) >= _SEQUENCES_PER_LENGTH * shareable
+    return _BY_NAME["obfd" if many else "obfdp"]
+
+
+def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """A permutation: of raw bits, which NumPy keeps the same over versions, unlike its methods."""
+    return np.random.PCG64(seed).random_raw(count).argsort(kind="stable")

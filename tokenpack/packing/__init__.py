@@ -1,6 +1,24 @@
 """Plans: which sequences share which bin. By NumPy alone; `tokenpack.data` makes batches of it."""
 
 from .packer import Packer, pack_lengths
+from .pairs import PairPackResult, pack_pairs
+from .ranks import balance_ranks, bin_costs
 from .result import PackMetrics, PackResult, merge_results
+from .shards import merge_saved, pack_shards
+from .stream import StreamBin, StreamPacker
 
-__all__ = ["PackMetrics", "PackResult", "Packer", "merge_results", "pack_lengths"]
+__all__ = [
+    "PackMetrics",
+    "PackResult",
+    "Packer",
+    "PairPackResult",
+    "StreamBin",
+    "StreamPacker",
+    "balance_ranks",
+    "bin_costs",
+    "merge_results",
+    "merge_saved",
+    "pack_lengths",
+    "pack_pairs",
+    "pack_shards",
+]

@@ -61,11 +61,10 @@ def fit(
 
     Raises:
         ValueError: if a length is negative, is 0 and not to be dropped, or is over the capacity and
-            ``overlong`` is "error"; if ``overlong`` is none of `OVERLONG`; if nothing is left.
+            ``overlong`` is "error"; if ``overlong`` is none of `OVERLONG`.
     """
-    if overlong not in OVERLONG:
-        raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
-    shortest, longest = int(lengths.min()), int(lengths.max())
+    check_overlong(overlong)
+    shortest, longest = int(lengths.min(initial=1)), int(lengths.max(initial=1))
     if shortest < 0:
         raise ValueError(f"{name} must not be negative, got {_first(lengths < 0, lengths, name)}")
     if shortest == 0 and not drop_empty:
@@ -85,8 +84,6 @@ def fit(
     if overlong == "drop":
         keep &= lengths <= capacity
     dropped = np.flatnonzero(~keep)
-    if len(dropped) == len(lengths):
-        raise ValueError(f"{name}: no sequence is left of {len(lengths)}, all were dropped")
     sequences = np.flatnonzero(keep)
     kept = lengths[sequences]
     over = sequences[kept > capacity]
@@ -99,6 +96,12 @@ def fit(
     starts *= capacity
     pieces = np.minimum(np.repeat(kept, counts) - starts, capacity)
     return Pieces(pieces, np.repeat(sequences, counts), starts, dropped, none, over)
+
+
+def check_overlong(overlong: str) -> None:
+    """Raise the ValueError of an unknown way to deal with what is over capacity."""
+    if overlong not in OVERLONG:
+        raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
 
 
 def _as_array(values: Any, name: str) -> NDArray[Any]:

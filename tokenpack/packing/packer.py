@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from . import arrival, best_fit, decreasing, rounds
 from .arrival import Plan
-from .lengths import Lengths, as_lengths, fit
+from .lengths import Lengths, as_lengths, check_overlong, fit
 from .result import PackResult
+from .sorting import shuffled
 
 # What a move of `best_fit` costs beside a sequence in `rounds`, so that `auto` takes the faster.
 _SEQUENCES_PER_LENGTH = 25
@@ -131,6 +132,7 @@ class Packer:
         capacity: tokens that a bin holds.
         strategy: short name of the strategy, or "auto".
         seed: what a shuffle is seeded with.
+        overlong: what is done with a sequence over capacity.
     """
 
     def __init__(
@@ -144,12 +146,13 @@ class Packer:
         overlong: str = "error",
         drop_empty: bool = False,
     ) -> None:
+        check_overlong(overlong)
         self.capacity = at_least_one("capacity", capacity)
         self._chosen = None if strategy == "auto" else find_strategy(strategy)
         self.seed = 0 if seed is None else seed
         self._max_sequences = _optional("max_sequences", max_sequences)
         self._window = _optional("window", window)
-        self._overlong, self._drop_empty = overlong, drop_empty
+        self.overlong, self._drop_empty = overlong, drop_empty
 
     @property
     def strategy(self) -> str:
@@ -165,7 +168,9 @@ class Packer:
         """Plan which sequences share which bin; see `pack_lengths`."""
         begin = time.perf_counter()
         given = as_lengths(lengths)
-        pieces = fit(given, self.capacity, self._overlong, self._drop_empty, "lengths")
+        pieces = fit(given, self.capacity, self.overlong, self._drop_empty, "lengths")
+        if not len(pieces.lengths):
+            raise ValueError(f"lengths: no sequence is left of {len(given)}, all were dropped")
         compact = pieces.lengths.astype(np.min_scalar_type(self.capacity))  # 2 bytes each, mostly
         strategy = self._chosen or _fastest(compact, self.capacity)
         items, offsets = self._plan(strategy, compact)
@@ -195,7 +200,7 @@ class Packer:
         plans = []
         for start in range(0, len(lengths), window):
             part = lengths[start : start + window]
-            order = _shuffled(len(part), self.seed + start) if strategy.shuffles else None
+            order = shuffled(len(part), self.seed + start) if strategy.shuffles else None
             items, offsets = strategy.plan(
                 part if order is None else part[order], self.capacity, self._max_sequences
             )
@@ -248,8 +253,3 @@ def _fastest(lengths: NDArray[np.integer], capacity: int) -> Strategy:
         shareable = int(np.count_nonzero(np.bincount(lengths)[: shareable + 1]))
     many = len(lengths) >= _SEQUENCES_PER_LENGTH * shareable
     return _BY_NAME["obfd" if many else "obfdp"]
-
-
-def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
-    """A permutation: of raw bits, which NumPy keeps the same over versions, unlike its methods."""
-    return np.random.PCG64(seed).random_raw(count).argsort(kind="stable")

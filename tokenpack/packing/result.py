@@ -7,23 +7,19 @@ sequences need not be in memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .saving import ARRAYS, PlanWriter, read_plan
 from .sorting import offsets_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_FORMAT = 1
-_ARRAYS = ("items", "offsets", "item_lengths", "item_starts", "dropped", "truncated", "split")
 
 
 class PackMetrics(NamedTuple):
@@ -123,7 +119,7 @@ class PackResult(Sequence[NDArray[np.int64]]):
             return NotImplemented
         mine, theirs = ((r.capacity, r.num_sequences) for r in (self, other))
         return mine == theirs and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in _ARRAYS
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in ARRAYS
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -199,15 +195,11 @@ class PackResult(Sequence[NDArray[np.int64]]):
         Raises:
             FileExistsError: if there is a plan in it already.
         """
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        if (target / "plan.json").exists():
-            raise FileExistsError(f"folder must hold no plan yet, got {target}")
-        for name, array in self._arrays().items():
-            if array is not None:
-                np.save(target / f"{name}.npy", array)
-        # Last, so that a folder with it is whole.
-        (target / "plan.json").write_text(json.dumps(self._facts(), indent=1) + "\n")
+        with PlanWriter(folder) as writer:
+            for name in ARRAYS:
+                if getattr(self, name) is not None:
+                    writer.append(name, getattr(self, name))
+            writer.finish(self._facts())
 
     @classmethod
     def load(cls, folder: str | PathLike[str], *, mmap: bool = True) -> PackResult:
@@ -221,41 +213,15 @@ class PackResult(Sequence[NDArray[np.int64]]):
             FileNotFoundError: if there is no plan in the folder, or an array of it is missing.
             ValueError: if a file of it is damaged, or of another version.
         """
-        source = Path(folder)
-        facts_file = source / "plan.json"
-        try:
-            facts = json.loads(facts_file.read_text())
-            if facts.pop("format") != _FORMAT:
-                raise ValueError("it is of another version")
-            present = facts.pop("arrays")
-        except (KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"{facts_file} is no plan: {error}") from error
-        arrays = {}
-        for name in present:
-            file = source / f"{name}.npy"
-            try:
-                array = np.load(file, mmap_mode="r" if mmap else None)
-            except (ValueError, EOFError) as error:
-                raise ValueError(f"{file} is no array: {error}") from error
-            arrays[name] = array
+        facts, arrays = read_plan(folder, mmap)
         plan = cls(**facts, **arrays)
         if len(plan.items) != len(plan.item_lengths) or plan.offsets[-1] != len(plan.items):
-            raise ValueError(f"{source} is no whole plan: its arrays do not belong together")
+            raise ValueError(f"{folder} is no whole plan: its arrays do not belong together")
         return plan
 
-    def _arrays(self) -> dict[str, NDArray | None]:
-        return {name: getattr(self, name) for name in _ARRAYS}
-
-    def _facts(self) -> dict:
-        return {
-            "format": _FORMAT,
-            "arrays": [name for name, array in self._arrays().items() if array is not None],
-            "capacity": self.capacity,
-            "strategy": self.strategy,
-            "num_sequences": self.num_sequences,
-            "seed": self.seed,
-            "seconds": self.seconds,
-        }
+    def _facts(self) -> dict[str, Any]:
+        names = ("capacity", "strategy", "num_sequences", "seed", "seconds")
+        return {name: getattr(self, name) for name in names}
 
 
 def merge_results(results: Sequence[PackResult]) -> PackResult:

@@ -58,3 +58,8 @@ def ranges(firsts: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
     numbers = np.repeat(firsts - (ends - counts.astype(firsts.dtype)), counts)
     numbers += np.arange(len(numbers), dtype=firsts.dtype)
     return numbers
+
+
+def shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """A permutation: of raw bits, which NumPy keeps the same over versions, unlike its methods."""
+    return np.random.PCG64(seed).random_raw(count).argsort(kind="stable")

@@ -1,0 +1,101 @@
+"""Pairs: no side over its capacity, each pair once, and nearly as few bins as there can be."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenpack.packing import pack_pairs
+
+
+def check(plan, source, target, limit=None):
+    source, target = np.asarray(source), np.asarray(target)
+    assert sorted(plan.items.tolist()) == list(range(len(source)))
+    assert plan.item_lengths.tolist() == source[plan.items].tolist()
+    assert plan.item_target_lengths.tolist() == target[plan.items].tolist()
+    assert (np.diff(plan.offsets) > 0).all()
+    assert plan.bin_tokens.max() <= plan.capacity
+    assert plan.bin_target_tokens.max() <= plan.target_capacity
+    if limit:
+        assert np.diff(plan.offsets).max() <= limit
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=120),
+    limit=st.none() | st.integers(1, 9),
+)
+def test_plans_are_valid(pairs, limit):
+    source, target = zip(*pairs)
+    check(pack_pairs(source, target, 60, 9, max_sequences=limit), source, target, limit)
+
+
+def first_fit_decreasing(source, target, source_capacity, target_capacity):
+    """The textbook's, by the fuller side."""
+    key = np.maximum(source / source_capacity, target / target_capacity)
+    rooms = []
+    for i in np.argsort(-key, kind="stable"):
+        for room in rooms:
+            if room[0] >= source[i] and room[1] >= target[i]:
+                break
+        else:
+            room = [source_capacity, target_capacity]
+            rooms.append(room)
+        room[0] -= source[i]
+        room[1] -= target[i]
+    return len(rooms)
+
+
+@pytest.mark.parametrize(
+    "kind, slack", [("translations", 1.01), ("independent", 1.0), ("uniform", 1.09)]
+)
+def test_as_few_bins_as_first_fit_decreasing(kind, slack):
+    rng = np.random.default_rng(0)
+    source = np.clip(rng.lognormal(3.3, 0.7, 2000), 1, 256).astype(int)
+    target = {
+        "translations": lambda: np.clip(source * rng.lognormal(0.1, 0.25, 2000), 1, 256),
+        "independent": lambda: np.clip(rng.lognormal(3.3, 0.7, 2000), 1, 256),
+        "uniform": lambda: rng.integers(1, 257, 2000),
+    }[kind]().astype(int)
+    if kind == "uniform":
+        source = rng.integers(1, 257, 2000)
+    plan = pack_pairs(source, target, 512, 512)
+    check(plan, source, target)
+    assert plan.num_bins <= slack * first_fit_decreasing(source, target, 512, 512)
+    assert plan.target_efficiency == pytest.approx(target.sum() / plan.num_bins / 512)
+
+
+def test_large_capacities_do_not_overflow():
+    source = np.full(40, 2**30)
+    check(pack_pairs(source, source, 2**31 - 1, 2**31 - 1), source, source)
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop"])
+def test_what_is_over_capacity_on_either_side(overlong):
+    plan = pack_pairs([9, 2, 3, 0], [1, 8, 2, 2], 6, 5, overlong=overlong, drop_empty=True)
+    lengths = dict(zip(plan.items.tolist(), zip(plan.item_lengths, plan.item_target_lengths)))
+    if overlong == "drop":
+        assert lengths == {2: (3, 2)}
+        assert plan.dropped.tolist() == [0, 1, 3]
+    else:
+        assert lengths == {0: (6, 1), 1: (2, 5), 2: (3, 2)}
+        assert (plan.dropped.tolist(), plan.truncated.tolist()) == ([3], [0, 1])
+
+
+def test_bad_pairs_are_named():
+    with pytest.raises(ValueError, match="as many, got 2 and 1"):
+        pack_pairs([1, 2], [1], 8, 8)
+    with pytest.raises(ValueError, match=r"target_lengths must be at most capacity = 4.*\[1\] = 5"):
+        pack_pairs([1, 2], [1, 5], 8, 4)
+    with pytest.raises(
+        ValueError, match=r"source_lengths must be 1 or more, got source_lengths\[0\] = 0"
+    ):
+        pack_pairs([0, 2], [1, 5], 8, 8)
+    with pytest.raises(ValueError, match="target_capacity must be from 1"):
+        pack_pairs([1], [1], 8, 0)
+    with pytest.raises(ValueError, match='for pairs, got "split"'):
+        pack_pairs([1], [1], 8, 8, overlong="split")
+    with pytest.raises(ValueError, match="no pair is left of 1"):
+        pack_pairs([9], [1], 8, 8, overlong="drop")
+    with pytest.raises(ValueError, match="no pair is left of 2"):
+        pack_pairs([9, 1], [1, 9], 8, 8, overlong="drop")

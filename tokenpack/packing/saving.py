@@ -1,0 +1,105 @@
+"""Plans in folders: one ``.npy`` per array and ``plan.json``.
+
+A folder is written from front to back, shard after shard, in memory that does not grow with their
+number, and it is read memory-mapped. ``plan.json`` comes last: a folder that has one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+FORMAT = 1
+ARRAYS = ("items", "offsets", "item_lengths", "item_starts", "dropped", "truncated", "split")
+
+
+class PlanWriter:
+    """Writes the arrays of one plan, in parts. Use it in ``with``; `finish` makes it a plan.
+
+    Raises:
+        FileExistsError: if there is a plan in the folder already.
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "plan.json").exists():
+            raise FileExistsError(f"folder must hold no plan yet, got {self.folder}")
+        self._arrays: dict[str, _GrowingArray] = {}
+
+    def __enter__(self) -> PlanWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for array in self._arrays.values():
+            array.close()
+
+    def append(self, name: str, part: NDArray[Any]) -> None:
+        """Write more of an array; all its parts have the dtype of the first, or fit into it."""
+        if name not in self._arrays:
+            self._arrays[name] = _GrowingArray(self.folder / f"{name}.npy", part.dtype)
+        self._arrays[name].append(part)
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Close the arrays and write what is no array, which makes the folder a plan."""
+        self.__exit__()
+        text = json.dumps({"format": FORMAT, "arrays": list(self._arrays), **facts}, indent=1)
+        (self.folder / "plan.json").write_text(text + "\n")
+
+
+class _GrowingArray:
+    """A one-dimensional ``.npy`` file that is appended to; its header has room for any length."""
+
+    def __init__(self, path: Path, dtype: DTypeLike) -> None:
+        self._file: IO[bytes] = path.open("wb")
+        self._dtype = np.dtype(dtype)
+        self._length = 0
+        self._write_header()
+        self._begin = self._file.tell()
+
+    def append(self, part: NDArray[Any]) -> None:
+        self._file.write(np.ascontiguousarray(part, self._dtype).data)
+        self._length += len(part)
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        self._file.seek(0)
+        self._write_header()
+        if self._file.tell() != self._begin:
+            raise RuntimeError("the header of the .npy file changed its size")
+        self._file.close()
+
+    def _write_header(self) -> None:
+        header = np.lib.format.header_data_from_array_1_0(np.empty(0, self._dtype))
+        np.lib.format.write_array_header_1_0(self._file, {**header, "shape": (self._length,)})
+
+
+def read_plan(folder: str | PathLike[str], mmap: bool) -> tuple[dict[str, Any], dict[str, NDArray]]:
+    """The facts and the arrays that `PlanWriter` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no plan in the folder, or an array of it is missing.
+        ValueError: if a file of it is damaged, or of another version.
+    """
+    file = Path(folder) / "plan.json"
+    try:
+        facts = json.loads(file.read_text())
+        version, present = facts.pop("format"), facts.pop("arrays")
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is no plan: {error!r}") from error
+    if version != FORMAT:
+        raise ValueError(f"{file} is a plan of another version: {version}, not {FORMAT}")
+    return facts, {name: _read(Path(folder) / f"{name}.npy", mmap) for name in present}
+
+
+def _read(path: Path, mmap: bool) -> NDArray[Any]:
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no array: {error}") from error

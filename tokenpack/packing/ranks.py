@@ -66,9 +66,8 @@ def balance_ranks(
     for first in range(0, len(result), window * ranks):
         part = costs[first : first + window * ranks]
         order = first + (-part).argsort(kind="stable")
-        filled = np.full(-(-len(order) // ranks) * ranks, NO_BIN)
-        filled[: len(order)] = order
-        filled = filled.reshape(-1, ranks)
+        filled: NDArray[np.int64] = np.full((-(-len(order) // ranks), ranks), NO_BIN)
+        filled.reshape(-1)[: len(order)] = order
         whole = len(order) // ranks  # those shuffle; a step that lacks bins stays the last
         filled[1:whole:2] = filled[1:whole:2, ::-1]
         filled[:whole] = filled[shuffled(whole, seed + first)]

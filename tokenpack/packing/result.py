@@ -214,7 +214,8 @@ class PackResult(Sequence[NDArray[np.int64]]):
             ValueError: if a file of it is damaged, or of another version.
         """
         facts, arrays = read_plan(folder, mmap)
-        plan = cls(**facts, **arrays)
+        contents: dict[str, Any] = {**facts, **arrays}
+        plan = cls(**contents)
         if len(plan.items) != len(plan.item_lengths) or plan.offsets[-1] != len(plan.items):
             raise ValueError(f"{folder} is no whole plan: its arrays do not belong together")
         return plan

@@ -52,6 +52,7 @@ _LINE_BLOCK_BYTES = 1 << 20
 _CSV_BLOCK_BYTES = 1 << 22  # more than of lines: types are guessed from the first
 _LONGEST_CSV_ROW_BYTES = 1 << 26  # else a quote never closed would take in the whole file
 _PARQUET_BUFFER_BYTES = 1 << 20
+_PARQUET_BATCH_ROWS = 4096
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -460,8 +461,8 @@ def _check_textual_content(file: _File) -> None:
 
 
 def _read_parquet(file: _File, reading: _Reading) -> Iterator[pa.Table]:
-    # Without pre_buffer, which would fetch all row groups asked for ahead of their turn, and with a
-    # buffer, without which a column of a row group is read in one piece.
+    # Some writers make one row group of a file. Read through a buffer, and not fetched ahead, it
+    # need not be in memory as a whole.
     with pa.parquet.ParquetFile(
         file.path, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES
     ) as source:
@@ -470,7 +471,9 @@ def _read_parquet(file: _File, reading: _Reading) -> Iterator[pa.Table]:
         for group in range(source.num_row_groups):
             if reading.passes_over(source.metadata.row_group(group).num_rows):
                 continue
-            for batch in source.iter_batches(row_groups=[group], columns=reading.columns):
+            for batch in source.iter_batches(
+                _PARQUET_BATCH_ROWS, row_groups=[group], columns=reading.columns
+            ):
                 yield reading.fit(_checked_table(batch, reading), file.path)
 
 

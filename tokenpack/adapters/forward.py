@@ -133,6 +133,9 @@ def _results(outputs: Any, state: PatchState, packed: PackedInputs, keep_logits:
             if name in fields:
                 layout = next(call.layouts[side] for side in sides if side in call.layouts)
                 fields[name] = _repadded(fields[name], layout)
+    elif packed.rows is not None:
+        for name in _SIDES.keys() & fields.keys():
+            fields[name] = _repadded(fields[name], packed.rows)
     return type(outputs)(**fields)
 
 

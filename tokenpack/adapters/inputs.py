@@ -22,6 +22,7 @@ from ..kernels import (
     unpad,
 )
 from .call import KEYWORD, PackedCall, PatchState, marker_mask
+from .rows import take_out_of_rows
 
 IGNORE_INDEX = -100
 
@@ -54,6 +55,7 @@ class PackedInputs:
     targets: Targets | None
     came_packed: bool
     padded_slots: int
+    rows: PackedLayout | None = None  # where the tokens stood, if they came in packed rows
 
 
 @dataclass
@@ -84,6 +86,7 @@ def pack_inputs(
     if state.never is not None:
         raise CannotPackError(state.never)
     _refuse_what_only_the_model_can_do(model, state, given, parameters)
+    rows = take_out_of_rows(given)
     if state.family.kind == "encoder_decoder" and "decoder_input_ids" in parameters:
         packed = _pack_encoder_decoder(model, state, given)
     else:
@@ -91,6 +94,8 @@ def pack_inputs(
     left = sorted(name for name in given if name not in _INDIFFERENT)
     if left:
         raise CannotPackError(f"argument {left[0]!r}")
+    if rows is not None:
+        packed.rows, packed.padded_slots = rows, rows.padded_shape[0] * rows.padded_shape[1]
     packed.arguments[KEYWORD] = packed.call
     packed.arguments["return_dict"] = True
     packed.call.num_items = given.get("num_items_in_batch")

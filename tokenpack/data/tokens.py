@@ -251,13 +251,13 @@ def _arrow_column(values: Any) -> Any:
     if hasattr(values, "null_count"):
         return values
     source, column = getattr(values, "source", None), getattr(values, "column_name", None)
-    if column is None or not hasattr(source, "with_format"):
+    if source is None or column is None or not hasattr(source, "with_format"):
         return None
     return source.with_format("arrow")[column]
 
 
 def _from_arrow(column: Any, name: str, bools: bool) -> Tokens:
-    import pyarrow.compute  # whoever has a column has it
+    import pyarrow.compute  # type: ignore[import-untyped]  # whoever has a column has it
 
     kind = getattr(column.type, "value_type", None)
     integers = kind is not None and (
@@ -402,7 +402,7 @@ class Rows:
         return np.stack([begins, begins + self.lengths], axis=1).astype(dtype, copy=False)
 
     def tokens(
-        self, values: NDArray[Any], fill: Any, dtype: DTypeLike = None, *, ahead: int = 0
+        self, values: NDArray[Any], fill: Any, dtype: DTypeLike | None = None, *, ahead: int = 0
     ) -> NDArray[Any]:
         """``(num_rows, capacity)``, each slot its token's value; ``fill`` where there is no token.
 
@@ -430,7 +430,7 @@ class Rows:
         return rows
 
     def labels(
-        self, values: NDArray[Any], fill: int = IGNORE_INDEX, dtype: DTypeLike = None
+        self, values: NDArray[Any], fill: int = IGNORE_INDEX, dtype: DTypeLike | None = None
     ) -> NDArray[Any]:
         """``(num_rows, capacity)``, for a loss that shifts: ``fill`` at padding and first tokens.
 
@@ -441,7 +441,7 @@ class Rows:
         return rows
 
     def shifted_labels(
-        self, values: NDArray[Any], fill: int = IGNORE_INDEX, dtype: DTypeLike = None
+        self, values: NDArray[Any], fill: int = IGNORE_INDEX, dtype: DTypeLike | None = None
     ) -> NDArray[Any]:
         """``(num_rows, capacity)``, for a loss that does not shift: each token has the next one's.
 

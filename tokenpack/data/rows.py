@@ -1,0 +1,148 @@
+"""Sequences to rows of one tensor, as they are, for loops that make batches of their own.
+
+A model sees one sequence in each of these rows unless it is told where each ends: see
+`tokenpack.data.packed_collate_fn` for batches that tell it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..packing import Packer
+from ..packing.packer import at_least_one
+from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
+
+
+@overload
+def pack_sequences(
+    sequences: Any,
+    max_length: int,
+    pad_token_id: int = 0,
+    *,
+    return_boundaries: Literal[False] = False,
+    strategy: str = "nf",
+    overlong: str = "error",
+) -> Tensor: ...
+@overload
+def pack_sequences(
+    sequences: Any,
+    max_length: int,
+    pad_token_id: int = 0,
+    *,
+    return_boundaries: Literal[True],
+    strategy: str = "nf",
+    overlong: str = "error",
+) -> tuple[Tensor, list[Tensor]]: ...
+def pack_sequences(
+    sequences: Any,
+    max_length: int,
+    pad_token_id: int = 0,
+    *,
+    return_boundaries: bool = False,
+    strategy: str = "nf",
+    overlong: str = "error",
+) -> Tensor | tuple[Tensor, list[Tensor]]:
+    """Put sequences side by side into rows of ``max_length``.
+
+    Args:
+        sequences: lists or tuples of ints, one-dimensional NumPy arrays or CPU tensors, or an Arrow
+            or datasets column of lists.
+        max_length: tokens of a row.
+        pad_token_id: what stands behind the last sequence of a row.
+        return_boundaries: return where each sequence stands, too.
+        strategy: any of `tokenpack.packing.Packer.strategies()` or "auto". "nf" keeps the order:
+            read row after row, the sequences come as they were given.
+        overlong: what to do with a sequence over ``max_length``: raise an "error", "truncate" it,
+            "split" it into pieces that are packed by themselves, or "drop" it.
+
+    Returns:
+        ``(rows, max_length)`` int64; with ``return_boundaries`` also a list with one
+        ``(num_seqs, 2)`` int64 tensor for each row: the columns in which each of its sequences
+        begins and ends (excluded), so that ``rows[r, start:end]`` is the sequence.
+
+    Raises:
+        TypeError: if something is no integer or holds none.
+        ValueError: if a sequence is empty or too long, or ``max_length`` is below 1.
+    """
+    fill = as_integer("pad_token_id", pad_token_id)
+    tokens = flatten_tokens(sequences, "sequences")
+    rows = _plan(tokens, "sequences", max_length, strategy, overlong)
+    packed = torch.from_numpy(rows.tokens(tokens.values, fill, "int64"))
+    if not return_boundaries:
+        return packed
+    per_row = (rows.row_bounds[1:] - rows.row_bounds[:-1]).tolist()
+    return packed, list(torch.from_numpy(rows.boundaries()).split(per_row))
+
+
+def concatenate_and_pack(
+    input_sequences: Any,
+    label_sequences: Any,
+    attention_masks: Any,
+    max_length: int,
+    pad_token_id: int,
+    label_pad_id: int = IGNORE_INDEX,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put ids, labels and masks of sequences side by side into rows, in order, as they are.
+
+    The labels are packed as given. For a model that shifts inside, as those of Hugging Face do, the
+    first label of each sequence must be -100: it would be asked of the sequence before it.
+    `packed_collate_fn` sees to that.
+
+    Args:
+        input_sequences: token ids; lists, arrays, tensors or a column, as in `pack_sequences`.
+        label_sequences: as many, of the same lengths.
+        attention_masks: likewise, integers or booleans.
+        max_length: tokens of a row.
+        pad_token_id: what stands behind the last sequence of a row of ids, and
+        label_pad_id: of a row of labels. Masks have 0 there.
+
+    Returns:
+        Ids, labels and masks, each ``(rows, max_length)`` int64.
+
+    Raises:
+        TypeError: if something is no integer or holds none.
+        ValueError: if lengths differ, a sequence is empty or too long, or ``max_length`` below 1.
+    """
+    fills = (
+        as_integer("pad_token_id", pad_token_id),
+        as_integer("label_pad_id", label_pad_id),
+        0,
+    )
+    ids = flatten_tokens(input_sequences, "input_sequences")
+    labels = flatten_tokens(label_sequences, "label_sequences", empty=True)
+    masks = flatten_tokens(attention_masks, "attention_masks", empty=True, bools=True)
+    require_same_lengths(ids, "input_sequences", labels, "label_sequences")
+    require_same_lengths(ids, "input_sequences", masks, "attention_masks")
+    rows = _plan(ids, "input_sequences", max_length, "nf", "error")
+    packed_ids, packed_labels, packed_masks = (
+        torch.from_numpy(rows.tokens(part.values, fill, "int64"))
+        for part, fill in zip((ids, labels, masks), fills)
+    )
+    return packed_ids, packed_labels, packed_masks
+
+
+def as_integer(name: str, value: Any) -> int:
+    """``value``, an integer of at most 64 bits, as an int.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if it is larger.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r:.80}")
+    number = value.__index__()
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must be an integer of at most 64 bits, got {number}")
+    return number
+
+
+def _plan(tokens: Tokens, name: str, max_length: int, strategy: str, overlong: str) -> Rows:
+    capacity = at_least_one("max_length", max_length)
+    packer = Packer(capacity, strategy, overlong=overlong)
+    if overlong == "error":
+        instead = " (overlong= truncate, split or drop)" if name == "sequences" else ""
+        require_fits(tokens, name, capacity, "max_length", instead)
+    return Rows(packer.pack(tokens.lengths), tokens.offsets, name)

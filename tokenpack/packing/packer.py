@@ -195,6 +195,11 @@ class Packer:
         result = self.pack(lengths)
         return result.items, result.offsets
 
+    def drops(self, lengths: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Which of these the packer leaves out, as it was told to."""
+        dropped = (lengths > self.capacity) & (self.overlong == "drop")
+        return dropped | ((lengths == 0) & self._drop_empty)
+
     def _plan(self, strategy: Strategy, lengths: NDArray[np.integer]) -> Plan:
         window = self._window or len(lengths)
         plans = []

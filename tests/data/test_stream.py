@@ -1,0 +1,200 @@
+"""Streams of packed rows: each sample once among ranks and workers, and going on anywhere."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tokenpack.data import PackedStreamLoader, collate_packed_rows, pack_dataset, pack_stream
+
+datasets = pytest.importorskip("datasets")
+CAPACITY = 32
+
+
+def make_samples(count=150, seed=0):
+    """Each token tells its sample and its place, so that rows say what they hold."""
+    lengths = np.random.default_rng(seed).integers(1, CAPACITY + 1, count)
+    return [[1000 * (i + 1) + k for k in range(length)] for i, length in enumerate(lengths)]
+
+
+SAMPLES = make_samples()
+
+
+class Plain:
+    """Neither a sequence nor a dataset: it can only be iterated."""
+
+    def __iter__(self):
+        return iter(SAMPLES)
+
+
+def generate(shards):
+    for shard in shards:
+        for sample in SAMPLES[shard::4]:
+            yield {"input_ids": sample}
+
+
+SOURCES = {
+    "list": lambda: SAMPLES,
+    "mappings": lambda: [{"input_ids": s, "labels": s} for s in SAMPLES],
+    "iterable": Plain,
+    "dataset": lambda: datasets.Dataset.from_dict({"input_ids": SAMPLES}),
+    "iterable dataset": lambda: datasets.IterableDataset.from_generator(
+        generate, gen_kwargs={"shards": [0, 1, 2, 3]}
+    ),
+}
+
+
+def sequences_of(rows):
+    """The samples in rows, told apart by their boundaries."""
+    found = []
+    for row in rows:
+        ids, start = list(map(int, row["input_ids"])), 0
+        for length in map(int, row["seq_lengths"]):
+            found.append(ids[start : start + length])
+            start += length
+        assert not any(ids[start:])
+    return found
+
+
+def as_lists(batches):
+    return [
+        {name: value.tolist() for name, value in batch.items() if torch.is_tensor(value)}
+        for batch in batches
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_rows_hold_each_sample_once_with_labels_and_positions(source):
+    rows = list(pack_stream(SOURCES[source](), CAPACITY, lookahead=40))
+    assert sorted(sequences_of(rows)) == sorted(SAMPLES)
+    for row in rows:
+        want_labels, want_positions = [], []
+        ids = row["input_ids"].tolist()
+        for length in row["seq_lengths"].tolist():
+            want_labels += [-100, *ids[len(want_labels) + 1 : len(want_labels) + length]]
+            want_positions += range(length)
+        padding = CAPACITY - len(want_labels)
+        assert row["labels"].tolist() == want_labels + [-100] * padding
+        assert row["position_ids"].tolist() == want_positions + list(range(padding))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("world_size, num_workers", [(1, 2), (2, 0), (2, 3), (3, 1)])
+def test_ranks_and_workers_share_the_samples_without_loss_or_repetition(
+    source, world_size, num_workers
+):
+    found = []
+    for rank in range(world_size):
+        stream = pack_stream(
+            SOURCES[source](), CAPACITY, lookahead=20, rank=rank, world_size=world_size
+        )
+        loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
+        found += sequences_of(loader)
+    assert sorted(found) == sorted(SAMPLES)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+def test_a_loader_goes_on_from_anywhere(source, num_workers):
+    def loader():
+        stream = pack_stream(SOURCES[source](), CAPACITY, "obfd", lookahead=16)
+        return PackedStreamLoader(stream, batch_size=4, num_workers=num_workers)
+
+    states, whole = [], []
+    first = loader()
+    states.append(json.loads(json.dumps(first.state_dict())))
+    for batch in first:
+        whole.append(batch)
+        states.append(json.loads(json.dumps(first.state_dict())))
+    assert len(whole) > 12
+    whole = as_lists(whole)
+    assert first.state_dict() == states[0]  # an epoch is over: the next begins anew
+    # Workers take a while to start: with them, not at every batch.
+    stops = range(len(states)) if num_workers == 0 else (0, 1, 2, 5, len(whole) - 1, len(whole))
+    for stop in stops:
+        again = loader()
+        again.load_state_dict(states[stop])
+        assert as_lists(again) == whole[stop:], stop
+    if num_workers == 0:
+        assert as_lists(again) == whole  # and the epoch after that one is whole
+
+
+def test_a_stream_by_itself_goes_on_from_its_state():
+    whole = [row["input_ids"].tolist() for row in pack_stream(SAMPLES, CAPACITY, lookahead=16)]
+    for stop in (1, 7, 30, len(whole)):
+        stream, rows = pack_stream(SAMPLES, CAPACITY, lookahead=16), []
+        for row in stream:
+            rows.append(row["input_ids"].tolist())
+            if len(rows) == stop:
+                break
+        other = pack_stream(SAMPLES, CAPACITY, lookahead=16)
+        other.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        assert rows + [row["input_ids"].tolist() for row in other] == whole
+
+
+def test_going_on_reads_no_sample_before_the_window():
+    class Watched(list):
+        read = ()
+
+        def __getitem__(self, index):
+            self.read = (*self.read, index)
+            return super().__getitem__(index)
+
+    samples = Watched(SAMPLES)
+    loader = PackedStreamLoader(pack_stream(samples, CAPACITY, lookahead=16), batch_size=1)
+    for _ in zip(range(40), loader):
+        pass
+    state, samples.read = loader.state_dict(), ()
+    loader.load_state_dict(state)
+    next(iter(loader))
+    assert min(samples.read) == state["positions"][0]["window"] > 40
+
+
+def test_an_iteration_that_was_left_begins_anew():
+    loader = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY, lookahead=16), batch_size=4)
+    whole = as_lists(loader)
+    for _ in zip(range(3), loader):
+        pass
+    assert as_lists(loader) == whole
+
+
+def test_batches_of_rows_are_those_of_the_dataset():
+    rows = pack_dataset(SAMPLES, CAPACITY, "obfd", padding_value=7, progress=False)
+    stream = pack_stream(SAMPLES, CAPACITY, "obfd", padding_value=7, lookahead=1000)
+    from_stream = collate_packed_rows(list(stream))
+    from_dataset = collate_packed_rows(list(rows))
+    assert as_lists([from_stream]) == as_lists([from_dataset])
+    assert from_stream.input_ids.tolist() == rows[:]["input_ids"]
+    assert from_stream.labels.tolist() == rows[:]["labels"]
+    assert from_stream.position_ids.tolist() == rows[:]["position_ids"]
+    assert from_stream.attention_mask.tolist() == rows[:]["attention_mask"]
+
+
+def test_what_cannot_be_packed_is_dealt_with_as_told():
+    stream = pack_stream([[], [1] * 9, [2, 3]], 4, overlong="drop", drop_empty=True, lookahead=2)
+    assert [row["input_ids"].tolist() for row in stream] == [[2, 3, 0, 0]]
+    with pytest.raises(ValueError, match="at most capacity = 4"):
+        list(pack_stream([[1] * 9], 4))
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        list(pack_stream([[]], 4))
+    with pytest.raises(ValueError, match=r"labels\[0\] must be as long"):
+        list(pack_stream([{"input_ids": [1, 2], "labels": [1]}], 4))
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="can be iterated once"):
+        pack_stream(iter(SAMPLES), CAPACITY)
+    with pytest.raises(ValueError, match="lookahead must be 1 or more"):
+        pack_stream(SAMPLES, CAPACITY, lookahead=0)
+    with pytest.raises(ValueError, match="rank must be from 0 to world_size - 1 = 1, got 2"):
+        pack_stream(SAMPLES, CAPACITY, rank=2, world_size=2)
+    loader = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY), num_workers=2)
+    state = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY)).state_dict()
+    with pytest.raises(ValueError, match="num_workers=0, and this loader has num_workers=2"):
+        loader.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"rows\[0\] must have 'seq_lengths'"):
+        collate_packed_rows([{"input_ids": [1]}])
+    with pytest.raises(ValueError, match=r"got \[1, 2\]"):
+        collate_packed_rows([{"input_ids": [1] * n, "seq_lengths": [n]} for n in (1, 2)])

@@ -254,7 +254,8 @@ def test_labels_ask_nothing_across_sequences(case):
     assert rows.labels(values).tolist() == plain_rows(
         result, sequences, lambda s, at, begin, end: -100 if at == begin else s[at], -100
     )
-    assert rows.shifted_labels(values, -7).tolist() == plain_rows(
+    assert rows.labels_from(rows.tokens(values, 3)).tolist() == rows.labels(values).tolist()
+    assert rows.shifted(rows.labels(values, -7), -7).tolist() == plain_rows(
         result, sequences, lambda s, at, begin, end: -7 if at == end - 1 else s[at + 1], -7
     )
 

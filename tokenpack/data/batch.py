@@ -386,13 +386,16 @@ def _batch(
             f"a batch may have at most 2**31 - 1 slots, got {len(plan)} rows of {plan.capacity}"
         )
     rows = Rows(plan, ids.offsets, name)
-    targets = ids if labels is None else labels
-    make_labels = rows.shifted_labels if labels_shifted else rows.labels
-    made = torch.from_numpy(make_labels(targets.values, label_fill, np.int64))
+    tokens = rows.tokens(ids.values, fill, np.int64)
+    if labels is None:
+        asked = rows.labels_from(tokens, label_fill)
+    else:
+        asked = rows.labels(labels.values, label_fill, np.int64)
+    made = torch.from_numpy(rows.shifted(asked, label_fill) if labels_shifted else asked)
     padded = None if stream else torch.from_numpy(rows.cu_seqlens_padded)
     longest = int(rows.lengths.max())
     fields = {
-        "input_ids": torch.from_numpy(rows.tokens(ids.values, fill, np.int64)),
+        "input_ids": torch.from_numpy(tokens),
         **({} if labels_shifted else {"labels": made}),
         "position_ids": torch.from_numpy(rows.position_ids()),
         **_boundary_fields(torch.from_numpy(rows.cu_seqlens), padded, longest),

@@ -257,7 +257,7 @@ def _arrow_column(values: Any) -> Any:
 
 
 def _from_arrow(column: Any, name: str, bools: bool) -> Tokens:
-    import pyarrow.compute  # type: ignore[import-untyped]  # whoever has a column has it
+    import pyarrow.compute
 
     kind = getattr(column.type, "value_type", None)
     integers = kind is not None and (
@@ -402,7 +402,7 @@ class Rows:
         return np.stack([begins, begins + self.lengths], axis=1).astype(dtype, copy=False)
 
     def tokens(
-        self, values: NDArray[Any], fill: Any, dtype: DTypeLike | None = None, *, ahead: int = 0
+        self, values: NDArray[Any], fill: Any, dtype: DTypeLike | None = None
     ) -> NDArray[Any]:
         """``(num_rows, capacity)``, each slot its token's value; ``fill`` where there is no token.
 
@@ -411,12 +411,10 @@ class Rows:
                 belong to them one by one.
             fill: what stands at padding.
             dtype: of the result; by default that of ``values``.
-            ahead: how many tokens ahead of its own a slot looks. Ends of sequences then hold what
-                follows them, and are the caller's to mask.
         """
         rows = np.empty((self.num_rows, self.capacity), dtype or values.dtype)
         counts, starts, sources, _ = self._pieces
-        shifts = sources - starts + ahead
+        shifts = sources - starts
         for slots, block, pieces in self._blocks():
             index = np.repeat(shifts[pieces], counts[pieces])
             index += slots
@@ -440,16 +438,23 @@ class Rows:
         rows.reshape(-1)[self.starts] = fill
         return rows
 
-    def shifted_labels(
-        self, values: NDArray[Any], fill: int = IGNORE_INDEX, dtype: DTypeLike | None = None
-    ) -> NDArray[Any]:
-        """``(num_rows, capacity)``, for a loss that does not shift: each token has the next one's.
+    def labels_from(self, rows: NDArray[Any], fill: int = IGNORE_INDEX) -> NDArray[Any]:
+        """`labels` of values that `tokens` has put in ``rows``: a copy in order, not a gather."""
+        labels = rows.copy()
+        self._pad(labels, fill)
+        labels.reshape(-1)[self.starts] = fill
+        return labels
 
-        ``fill`` at padding and at the last token of every sequence.
+    @staticmethod
+    def shifted(labels: NDArray[Any], fill: int = IGNORE_INDEX) -> NDArray[Any]:
+        """`labels` for a loss that does not shift: each token has the next one's.
+
+        The last token of a sequence gets the ``fill`` of what follows it.
         """
-        rows = self.tokens(values, fill, dtype, ahead=1)
-        rows.reshape(-1)[self.ends - 1] = fill
-        return rows
+        shifted = np.empty_like(labels)
+        shifted.reshape(-1)[:-1] = labels.reshape(-1)[1:]
+        shifted.reshape(-1)[-1:] = fill
+        return shifted
 
     def position_ids(self, dtype: DTypeLike = np.int64) -> NDArray[Any]:
         """``(num_rows, capacity)``, from 0 in every sequence, and in the padding of every row.

@@ -37,12 +37,12 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 try:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.compute as pc  # type: ignore[import-untyped]
-    import pyarrow.csv  # type: ignore[import-untyped]
-    import pyarrow.ipc  # type: ignore[import-untyped]
-    import pyarrow.json  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv
+    import pyarrow.ipc
+    import pyarrow.json
+    import pyarrow.parquet
 except ImportError as error:
     raise ImportError(
         "streaming_dataset_reader needs pyarrow: pip install 'tokenpack[data]'"

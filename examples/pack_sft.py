@@ -1,0 +1,119 @@
+"""Supervised fine-tuning on packed rows: `pack_dataset` makes them, TRL's `SFTTrainer` takes them.
+
+    python examples/pack_sft.py                              a tiny Llama on docstrings, a minute
+    python examples/pack_sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --capacity 4096
+
+Each sequence of a row attends to itself alone and predicts no token of its neighbour, so the loss
+is that of the same sequences padded. `patch_model` is optional: it leaves the padding out too, and
+runs attention sequence by sequence instead of under a mask of rows x rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from trl import SFTConfig, SFTTrainer
+
+from tokenpack import patch_model
+from tokenpack.data import collate_packed_rows, pack_dataset
+from tokenpack.data.text import read_texts, standard_library_texts
+from tokenpack.data.tokenizer import BOS, EOS, PAD, train_tokenizer
+
+
+def main(arguments: list[str] | None = None) -> SFTTrainer:
+    """Train as the flags say; the trainer, with its logs, when it is done."""
+    options = parse(arguments)
+    texts = read_texts(options.data) if options.data else standard_library_texts(options.texts)
+    texts = [text.source if text.target is None else text.source + text.target for text in texts]
+    if options.model is None:
+        model, tokenizer = tiny_llama(texts)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+
+    token_ids = tokenizer(texts)["input_ids"]
+    rows = pack_dataset(
+        token_ids,
+        options.capacity,
+        padding_value=tokenizer.pad_token_id,
+        overlong="truncate",
+        drop_empty=True,
+    )
+    tokens = sum(map(sum, rows["seq_lengths"]))
+    share = tokens / (len(rows) * options.capacity)
+    print(f"{len(texts):,} texts in {len(rows):,} rows of {options.capacity:,}, {share:.1%} filled")
+
+    if not options.unpatched:
+        patch_model(model)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(options.out),
+            per_device_train_batch_size=options.rows_per_batch,
+            max_steps=options.steps,
+            learning_rate=options.learning_rate,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            # The rows are ready as they are, boundaries included.
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        ),
+        train_dataset=rows,
+        data_collator=collate_packed_rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a model's name or folder (default: a tiny random Llama)")
+    parser.add_argument("--data", type=Path, help=".txt or .jsonl (default: Python's docstrings)")
+    parser.add_argument("--texts", type=int, default=2000, help="docstrings to take")
+    parser.add_argument("--capacity", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--rows-per-batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--unpatched", action="store_true", help="leave the model as it is")
+    parser.add_argument("--out", type=Path, default=Path("tokenpack-sft"))
+    return parser.parse_args(arguments)
+
+
+def tiny_llama(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A random Llama of a million weights, and a tokenizer trained on the texts."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(texts, 2048), pad_token=PAD, eos_token=EOS, bos_token=BOS
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
+if __name__ == "__main__":
+    main()

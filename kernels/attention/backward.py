@@ -19,14 +19,19 @@ from torch import Tensor
 
 from .._triton import tl, triton
 from .primitives import (
+    Dropout,
+    Rule,
     bend,
     biased,
+    ends_of,
     find_tile,
     in_sight,
     kept,
     key_ranges,
+    load_lse,
     load_rows,
     query_ranges,
+    rows_of,
     store_rows,
 )
 from .spec import AttentionSpec
@@ -67,30 +72,19 @@ def _pull_queries(
     after_sum,
     q,
     dout,
+    queries,
+    douts,
+    first_query,
     keys,
     values,
-    table,
+    rule,
     constant,
+    dropout,
     partial,
     lse,
     delta,
-    seed,
-    place,
-    query,
-    first_place,
     first,
     last,
-    num_keys,
-    seq,
-    head,
-    key_stride,
-    value_stride,
-    scale,
-    softcap,
-    reach,
-    left,
-    right,
-    dropout_p,
     MASKED: tl.constexpr,
     TABLE: tl.constexpr,
     LEFT: tl.constexpr,
@@ -105,28 +99,31 @@ def _pull_queries(
     PRECISION: tl.constexpr,
 ):
     """Add what the key tiles from ``first`` up to ``last`` give to dq and to the bias's sums."""
+    query = first_query + tl.arange(0, QUERIES)
+    place = query + (keys.count - queries.count)
+    first_place = first_query + (keys.count - queries.count)
     for start in range(first, last, KEYS):
-        k = load_rows(keys, start, num_keys, key_stride, KEYS, WIDTH, COLUMNS, MASKED)
-        v = load_rows(values, start, num_keys, value_stride, KEYS, WIDTH, COLUMNS, MASKED)
+        k = load_rows(keys, start, KEYS, WIDTH, COLUMNS, MASKED)
+        v = load_rows(values, start, KEYS, WIDTH, COLUMNS, MASKED)
         key = start + tl.arange(0, KEYS)
         distance = key[None, :] - place[:, None]  # [BM, BN]
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores, slope = bend(product, scale, softcap, SOFTCAP)
-        scores = biased(scores, distance, table, reach, constant, TABLE)
+        scores, slope = bend(product, rule, SOFTCAP)
+        scores = biased(scores, distance, rule, constant, TABLE)
         weights = tl.exp2(scores - lse[:, None])
         if MASKED:
-            seen = in_sight(distance, key[None, :], num_keys, left, right, LEFT, RIGHT)
+            seen = in_sight(distance, key[None, :], keys.count, rule, LEFT, RIGHT)
             weights = tl.where(seen, weights, 0.0)
         pull = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            keep = kept(seed, seq, head, query[:, None], key[None, :], dropout_p)
-            pull = tl.where(keep, pull / (1.0 - dropout_p), 0.0)
+            keep = kept(dropout, query[:, None], key[None, :])
+            pull = tl.where(keep, pull / (1.0 - dropout.chance), 0.0)
         dscores = weights * (pull - delta[:, None])
         if DTABLE:
             if TABLE:
                 nearer, farther = _sum_diagonals(dscores, QUERIES, KEYS)
                 before, after = _write_distances(
-                    carry + farther, start - first_place, partial, reach, KEYS
+                    carry + farther, start - first_place, partial, rule.reach, KEYS
                 )
                 before_sum += before
                 after_sum += after
@@ -184,45 +181,35 @@ def _attention_backward_q_kernel(
 ):
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
-    seq, first_query = find_tile(tl.program_id(0), cu_seqlens_q, num_seqs, QUERIES)
-    start_q = tl.load(cu_seqlens_q + seq).to(tl.int64)
-    num_queries = (tl.load(cu_seqlens_q + seq + 1) - start_q).to(tl.int32)
+    seq, first_query, span_q, span_k = find_tile(
+        tl.program_id(0), cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES
+    )
+    num_queries, num_keys = span_q.count, span_k.count
     if first_query >= num_queries:
         return
-    start_k = tl.load(cu_seqlens_k + seq).to(tl.int64)
-    num_keys = (tl.load(cu_seqlens_k + seq + 1) - start_k).to(tl.int32)
-    kv_head = (head // GROUP).to(tl.int64)
-    q += start_q * q_stride + head.to(tl.int64) * q_head_stride
-    dout += start_q * dout_stride + head.to(tl.int64) * dout_head_stride
-    k += start_k * k_stride + kv_head * k_head_stride
-    v += start_k * v_stride + kv_head * v_head_stride
-    out += (start_q * num_heads + head) * WIDTH
-    dq += (start_q * num_heads + head) * WIDTH
-    queries = load_rows(q, first_query, num_queries, q_stride, QUERIES, WIDTH, COLUMNS, True)
-    douts = load_rows(dout, first_query, num_queries, dout_stride, QUERIES, WIDTH, COLUMNS, True)
-    outs = load_rows(
-        out, first_query, num_queries, num_heads * WIDTH, QUERIES, WIDTH, COLUMNS, True
-    )
+    queries = rows_of(q, span_q, q_stride, head, q_head_stride)
+    douts = rows_of(dout, span_q, dout_stride, head, dout_head_stride)
+    outs = rows_of(out, span_q, num_heads * WIDTH, head, WIDTH)
+    dqs = rows_of(dq, span_q, num_heads * WIDTH, head, WIDTH)
+    q_tile = load_rows(queries, first_query, QUERIES, WIDTH, COLUMNS, True)
+    dout_tile = load_rows(douts, first_query, QUERIES, WIDTH, COLUMNS, True)
+    out_tile = load_rows(outs, first_query, QUERIES, WIDTH, COLUMNS, True)
     query = first_query + tl.arange(0, QUERIES)
-    row = head.to(tl.int64) * total_q + start_q + query
-    row_delta = tl.sum(douts.to(tl.float32) * outs.to(tl.float32), 1)
-    tl.store(delta + row, row_delta, mask=query < num_queries)
-    row_lse = tl.load(lse + row, mask=query < num_queries, other=float("inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
-    place = query + (num_keys - num_queries)
+    head_rows = head.to(tl.int64) * total_q + span_q.start
+    row_delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + head_rows + query, row_delta, mask=query < num_queries)
+    row_lse = load_lse(lse + head_rows, query, num_queries)
+    keys = rows_of(k, span_k, k_stride, head // GROUP, k_head_stride)
+    values = rows_of(v, span_k, v_stride, head // GROUP, v_head_stride)
+    rule = Rule(scale, softcap, table + head * (2 * reach + 1), reach, left, right)
+    before, after = ends_of(rule.table, reach, BIAS)
+    dropout = Dropout(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     first_place = first_query + (num_keys - num_queries)
     last_place = tl.minimum(first_query + QUERIES, num_queries) - 1 + (num_keys - num_queries)
-    seed_value = tl.load(seed) if DROPOUT else 0
-    before = 0.0
-    after = 0.0
-    if BIAS:
-        table += head * (2 * reach + 1)
-        before = tl.load(table)
-        after = tl.load(table + 2 * reach)
-    partial = partials + (tl.program_id(0).to(tl.int64) * num_heads + head) * (2 * reach + 3)
     first, near, far, whole, end = key_ranges(
         first_place, last_place, num_keys, left, right, reach, LEFT, RIGHT, BIAS, KEYS
     )
+    partial = partials + (tl.program_id(0).to(tl.int64) * num_heads + head) * (2 * reach + 3)
     grad = tl.zeros([QUERIES, COLUMNS], tl.float32)
     rows_before = tl.zeros([QUERIES], tl.float32)
     rows_after = tl.zeros([QUERIES], tl.float32)
@@ -231,20 +218,17 @@ def _attention_backward_q_kernel(
     after_sum = tl.sum(carry)
     # fmt: off
     grad, rows_before, carry, before_sum, after_sum = _pull_queries(
-        grad, rows_before, carry, before_sum, after_sum, queries, douts, k, v, table, before,
-        partial, row_lse, row_delta, seed_value, place, query, first_place, first, near, num_keys,
-        seq, head, k_stride, v_stride, scale, softcap, reach, left, right, dropout_p,
+        grad, rows_before, carry, before_sum, after_sum, q_tile, dout_tile, queries, douts,
+        first_query, keys, values, rule, before, dropout, partial, row_lse, row_delta, first, near,
         LEFT, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS,
         PRECISION,
     )
     if BIAS:
-        last_near = tl.minimum(far, end)
         grad, rows_before, carry, before_sum, after_sum = _pull_queries(
-            grad, rows_before, carry, before_sum, after_sum, queries, douts, k, v, table, before,
-            partial, row_lse, row_delta, seed_value, place, query, first_place, near, last_near,
-            num_keys, seq, head, k_stride, v_stride, scale, softcap, reach, left, right, dropout_p,
-            True, True, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS,
-            PRECISION,
+            grad, rows_before, carry, before_sum, after_sum, q_tile, dout_tile, queries, douts,
+            first_query, keys, values, rule, before, dropout, partial, row_lse, row_delta, near,
+            tl.minimum(far, end), True, True, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH,
+            COLUMNS, QUERIES, KEYS, PRECISION,
         )
         if DTABLE:
             # What the last of those tiles left for a next one. `far` is that one's first key.
@@ -255,18 +239,15 @@ def _attention_backward_q_kernel(
             after_sum += carried_after
         if not RIGHT and not LEFT:
             grad, rows_after, carry, before_sum, after_sum = _pull_queries(
-                grad, rows_after, carry, before_sum, after_sum, queries, douts, k, v, table, after,
-                partial, row_lse, row_delta, seed_value, place, query, first_place, far, whole,
-                num_keys, seq, head, k_stride, v_stride, scale, softcap, reach, left, right,
-                dropout_p,
-                False, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, QUERIES,
-                KEYS, PRECISION,
+                grad, rows_after, carry, before_sum, after_sum, q_tile, dout_tile, queries, douts,
+                first_query, keys, values, rule, after, dropout, partial, row_lse, row_delta, far,
+                whole, False, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS,
+                QUERIES, KEYS, PRECISION,
             )
             far = whole
     grad, rows_after, carry, before_sum, after_sum = _pull_queries(
-        grad, rows_after, carry, before_sum, after_sum, queries, douts, k, v, table, after,
-        partial, row_lse, row_delta, seed_value, place, query, first_place, far, end, num_keys,
-        seq, head, k_stride, v_stride, scale, softcap, reach, left, right, dropout_p,
+        grad, rows_after, carry, before_sum, after_sum, q_tile, dout_tile, queries, douts,
+        first_query, keys, values, rule, after, dropout, partial, row_lse, row_delta, far, end,
         True, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS,
         PRECISION,
     )
@@ -274,9 +255,7 @@ def _attention_backward_q_kernel(
     if DTABLE:
         tl.store(partial, before_sum + tl.sum(rows_before))
         tl.store(partial + 2 * reach + 2, after_sum + tl.sum(rows_after))
-    store_rows(
-        dq, grad * scale, first_query, num_queries, num_heads * WIDTH, QUERIES, WIDTH, COLUMNS
-    )
+    store_rows(dqs, grad * scale, first_query, QUERIES, WIDTH, COLUMNS)
 
 
 @triton.jit
@@ -285,28 +264,18 @@ def _pull_keys(
     dv,
     k,
     v,
+    keys,
+    values,
+    first_key,
     queries,
     douts,
-    table,
+    rule,
     constant,
+    dropout,
     lse,
     delta,
-    seed,
-    key,
-    offset,
     first,
     last,
-    num_queries,
-    seq,
-    head,
-    q_stride,
-    dout_stride,
-    scale,
-    softcap,
-    reach,
-    left,
-    right,
-    dropout_p,
     MASKED: tl.constexpr,
     TABLE: tl.constexpr,
     LEFT: tl.constexpr,
@@ -316,32 +285,33 @@ def _pull_keys(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what the query tiles from ``first`` up to ``last`` give to dk and dv."""
+    key = first_key + tl.arange(0, KEYS)
+    offset = keys.count - queries.count
     for start in range(first, last, QUERIES):
-        q = load_rows(queries, start, num_queries, q_stride, QUERIES, WIDTH, COLUMNS, True)
-        dout = load_rows(douts, start, num_queries, dout_stride, QUERIES, WIDTH, COLUMNS, True)
+        q = load_rows(queries, start, QUERIES, WIDTH, COLUMNS, True)
+        dout = load_rows(douts, start, QUERIES, WIDTH, COLUMNS, True)
         query = start + tl.arange(0, QUERIES)
-        # Rows behind the last query, and those that see no key, weigh nothing.
-        row_lse = tl.load(lse + query, mask=query < num_queries, other=float("inf"))
-        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
-        row_delta = tl.load(delta + query, mask=query < num_queries, other=0.0)
+        row_lse = load_lse(lse, query, queries.count)
+        row_delta = tl.load(delta + query, mask=query < queries.count, other=0.0)
         distance = key[:, None] - (query + offset)[None, :]  # [BN, BM]
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        scores, slope = bend(product, scale, softcap, SOFTCAP)
-        scores = biased(scores, distance, table, reach, constant, TABLE)
+        scores, slope = bend(product, rule, SOFTCAP)
+        scores = biased(scores, distance, rule, constant, TABLE)
         weights = tl.exp2(scores - row_lse[None, :])
         if MASKED:
             # Keys behind the last one have rows of their own, which nobody stores.
-            seen = in_sight(distance, key[:, None], key[:, None] + 1, left, right, LEFT, RIGHT)
+            seen = in_sight(distance, key[:, None], key[:, None] + 1, rule, LEFT, RIGHT)
             weights = tl.where(seen, weights, 0.0)
         pull = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         surviving = weights
         if DROPOUT:
-            keep = kept(seed, seq, head, query[None, :], key[:, None], dropout_p)
-            surviving = tl.where(keep, weights / (1.0 - dropout_p), 0.0)
-            pull = tl.where(keep, pull / (1.0 - dropout_p), 0.0)
+            keep = kept(dropout, query[None, :], key[:, None])
+            surviving = tl.where(keep, weights / (1.0 - dropout.chance), 0.0)
+            pull = tl.where(keep, pull / (1.0 - dropout.chance), 0.0)
         dv = tl.dot(surviving.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dscores = weights * (pull - row_delta[None, :]) * slope
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -392,65 +362,56 @@ def _attention_backward_kv_kernel(
 ):
     kv_head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
-    seq, first_key = find_tile(tl.program_id(0), cu_seqlens_k, num_seqs, KEYS)
-    start_k = tl.load(cu_seqlens_k + seq).to(tl.int64)
-    num_keys = (tl.load(cu_seqlens_k + seq + 1) - start_k).to(tl.int32)
+    seq, first_key, span_k, span_q = find_tile(
+        tl.program_id(0), cu_seqlens_k, cu_seqlens_q, num_seqs, KEYS
+    )
+    num_queries, num_keys = span_q.count, span_k.count
     if first_key >= num_keys:
         return
-    start_q = tl.load(cu_seqlens_q + seq).to(tl.int64)
-    num_queries = (tl.load(cu_seqlens_q + seq + 1) - start_q).to(tl.int32)
-    k += start_k * k_stride + kv_head.to(tl.int64) * k_head_stride
-    v += start_k * v_stride + kv_head.to(tl.int64) * v_head_stride
-    dk += (start_k * kv_heads + kv_head) * WIDTH
-    dv += (start_k * kv_heads + kv_head) * WIDTH
-    keys = load_rows(k, first_key, num_keys, k_stride, KEYS, WIDTH, COLUMNS, True)
-    values = load_rows(v, first_key, num_keys, v_stride, KEYS, WIDTH, COLUMNS, True)
-    key = first_key + tl.arange(0, KEYS)
+    keys = rows_of(k, span_k, k_stride, kv_head, k_head_stride)
+    values = rows_of(v, span_k, v_stride, kv_head, v_head_stride)
+    dks = rows_of(dk, span_k, kv_heads * WIDTH, kv_head, WIDTH)
+    dvs = rows_of(dv, span_k, kv_heads * WIDTH, kv_head, WIDTH)
     last_key = tl.minimum(first_key + KEYS, num_keys) - 1
     offset = num_keys - num_queries
-    seed_value = tl.load(seed) if DROPOUT else 0
     first, near, far, end = query_ranges(
         first_key, last_key, offset, num_queries, left, right, reach, LEFT, RIGHT, BIAS, QUERIES
     )
+    k_tile = load_rows(keys, first_key, KEYS, WIDTH, COLUMNS, True)
+    v_tile = load_rows(values, first_key, KEYS, WIDTH, COLUMNS, True)
+    seed_value = tl.load(seed) if DROPOUT else 0
     grad_k = tl.zeros([KEYS, COLUMNS], tl.float32)
     grad_v = tl.zeros([KEYS, COLUMNS], tl.float32)
     for member in range(GROUP):  # the query heads that share these keys
         head = kv_head * GROUP + member
-        queries = q + start_q * q_stride + head.to(tl.int64) * q_head_stride
-        douts = dout + start_q * dout_stride + head.to(tl.int64) * dout_head_stride
-        head_lse = lse + head.to(tl.int64) * total_q + start_q
-        head_delta = delta + head.to(tl.int64) * total_q + start_q
-        head_table = table + head * (2 * reach + 1)
-        before = 0.0
-        after = 0.0
-        if BIAS:
-            before = tl.load(head_table)
-            after = tl.load(head_table + 2 * reach)
+        queries = rows_of(q, span_q, q_stride, head, q_head_stride)
+        douts = rows_of(dout, span_q, dout_stride, head, dout_head_stride)
+        head_lse = lse + head.to(tl.int64) * total_q + span_q.start
+        head_delta = delta + head.to(tl.int64) * total_q + span_q.start
+        rule = Rule(scale, softcap, table + head * (2 * reach + 1), reach, left, right)
+        before, after = ends_of(rule.table, reach, BIAS)
+        dropout = Dropout(seed_value, seq, head, dropout_p)
         # fmt: off
         grad_k, grad_v = _pull_keys(
-            grad_k, grad_v, keys, values, queries, douts, head_table, after, head_lse, head_delta,
-            seed_value, key, offset, first, tl.minimum(near, end), num_queries, seq, head, q_stride,
-            dout_stride, scale, softcap, reach, left, right, dropout_p,
-            LEFT or RIGHT, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES, PRECISION,
+            grad_k, grad_v, k_tile, v_tile, keys, values, first_key, queries, douts, rule, after,
+            dropout, head_lse, head_delta, first, tl.minimum(near, end), LEFT or RIGHT, False,
+            LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS, PRECISION,
         )
         if BIAS:
             grad_k, grad_v = _pull_keys(
-                grad_k, grad_v, keys, values, queries, douts, head_table, after, head_lse,
-                head_delta, seed_value, key, offset, near, tl.minimum(far, end), num_queries, seq,
-                head, q_stride, dout_stride, scale, softcap, reach, left, right, dropout_p,
-                LEFT or RIGHT, True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES,
+                grad_k, grad_v, k_tile, v_tile, keys, values, first_key, queries, douts, rule,
+                after, dropout, head_lse, head_delta, near, tl.minimum(far, end), LEFT or RIGHT,
+                True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS,
                 PRECISION,
             )
         grad_k, grad_v = _pull_keys(
-            grad_k, grad_v, keys, values, queries, douts, head_table, before, head_lse, head_delta,
-            seed_value, key, offset, far, end, num_queries, seq, head, q_stride, dout_stride, scale,
-            softcap, reach, left, right, dropout_p,
-            LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES, PRECISION,
+            grad_k, grad_v, k_tile, v_tile, keys, values, first_key, queries, douts, rule, before,
+            dropout, head_lse, head_delta, far, end, LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT,
+            WIDTH, COLUMNS, QUERIES, KEYS, PRECISION,
         )
         # fmt: on
-    stride = kv_heads * WIDTH
-    store_rows(dk, grad_k * scale, first_key, num_keys, stride, KEYS, WIDTH, COLUMNS)
-    store_rows(dv, grad_v, first_key, num_keys, stride, KEYS, WIDTH, COLUMNS)
+    store_rows(dks, grad_k * scale, first_key, KEYS, WIDTH, COLUMNS)
+    store_rows(dvs, grad_v, first_key, KEYS, WIDTH, COLUMNS)
 
 
 def attention_backward(

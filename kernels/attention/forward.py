@@ -12,7 +12,20 @@ import torch
 from torch import Tensor
 
 from .._triton import tl, triton
-from .primitives import bend, biased, find_tile, in_sight, kept, key_ranges, load_rows, store_rows
+from .primitives import (
+    Dropout,
+    Rule,
+    bend,
+    biased,
+    ends_of,
+    find_tile,
+    in_sight,
+    kept,
+    key_ranges,
+    load_rows,
+    rows_of,
+    store_rows,
+)
 from .spec import AttentionSpec
 from .tiles import num_tiles, padded_head_dim, precision, tile_for
 
@@ -23,26 +36,15 @@ def _attend(
     peak,
     norm,
     q,
+    queries,
+    first_query,
     keys,
     values,
-    table,
+    rule,
     constant,
-    seed,
-    place,
-    query,
+    dropout,
     first,
     last,
-    num_keys,
-    seq,
-    head,
-    key_stride,
-    value_stride,
-    scale,
-    softcap,
-    reach,
-    left,
-    right,
-    dropout_p,
     MASKED: tl.constexpr,
     TABLE: tl.constexpr,
     LEFT: tl.constexpr,
@@ -51,20 +53,23 @@ def _attend(
     DROPOUT: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Take the key tiles from ``first`` up to ``last`` into the sums of a tile of queries."""
+    query = first_query + tl.arange(0, QUERIES)
+    place = query + (keys.count - queries.count)
     for start in range(first, last, KEYS):
-        k = load_rows(keys, start, num_keys, key_stride, KEYS, WIDTH, COLUMNS, MASKED)
-        v = load_rows(values, start, num_keys, value_stride, KEYS, WIDTH, COLUMNS, MASKED)
+        k = load_rows(keys, start, KEYS, WIDTH, COLUMNS, MASKED)
+        v = load_rows(values, start, KEYS, WIDTH, COLUMNS, MASKED)
         key = start + tl.arange(0, KEYS)
         distance = key[None, :] - place[:, None]  # [BM, BN]
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores, _ = bend(product, scale, softcap, SOFTCAP)
-        scores = biased(scores, distance, table, reach, constant, TABLE)
+        scores, _ = bend(product, rule, SOFTCAP)
+        scores = biased(scores, distance, rule, constant, TABLE)
         if MASKED:
-            seen = in_sight(distance, key[None, :], num_keys, left, right, LEFT, RIGHT)
+            seen = in_sight(distance, key[None, :], keys.count, rule, LEFT, RIGHT)
             scores = tl.where(seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         level = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key in sight so far
@@ -72,7 +77,7 @@ def _attend(
         shrunk = tl.exp2(peak - level)
         norm = norm * shrunk + tl.sum(weights, 1)
         if DROPOUT:
-            keep = kept(seed, seq, head, query[:, None], key[None, :], dropout_p)
+            keep = kept(dropout, query[:, None], key[None, :])
             weights = tl.where(keep, weights, 0.0)
         total = total * shrunk[:, None]
         total = tl.dot(weights.to(v.dtype), v, total, input_precision=PRECISION)
@@ -119,30 +124,22 @@ def _attention_forward_kernel(
 ):
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
-    seq, first_query = find_tile(tl.program_id(0), cu_seqlens_q, num_seqs, QUERIES)
-    start_q = tl.load(cu_seqlens_q + seq).to(tl.int64)
-    num_queries = (tl.load(cu_seqlens_q + seq + 1) - start_q).to(tl.int32)
+    seq, first_query, span_q, span_k = find_tile(
+        tl.program_id(0), cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES
+    )
+    num_queries, num_keys = span_q.count, span_k.count
     if first_query >= num_queries:
         return
-    start_k = tl.load(cu_seqlens_k + seq).to(tl.int64)
-    num_keys = (tl.load(cu_seqlens_k + seq + 1) - start_k).to(tl.int32)
-    kv_head = (head // GROUP).to(tl.int64)
-    q += start_q * q_stride + head.to(tl.int64) * q_head_stride
-    k += start_k * k_stride + kv_head * k_head_stride
-    v += start_k * v_stride + kv_head * v_head_stride
-    out += (start_q * num_heads + head) * WIDTH
-    queries = load_rows(q, first_query, num_queries, q_stride, QUERIES, WIDTH, COLUMNS, True)
-    query = first_query + tl.arange(0, QUERIES)
-    place = query + (num_keys - num_queries)
+    queries = rows_of(q, span_q, q_stride, head, q_head_stride)
+    q_tile = load_rows(queries, first_query, QUERIES, WIDTH, COLUMNS, True)
+    keys = rows_of(k, span_k, k_stride, head // GROUP, k_head_stride)
+    values = rows_of(v, span_k, v_stride, head // GROUP, v_head_stride)
+    outs = rows_of(out, span_q, num_heads * WIDTH, head, WIDTH)
+    rule = Rule(scale, softcap, table + head * (2 * reach + 1), reach, left, right)
+    before, after = ends_of(rule.table, reach, BIAS)
+    dropout = Dropout(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     first_place = first_query + (num_keys - num_queries)
     last_place = tl.minimum(first_query + QUERIES, num_queries) - 1 + (num_keys - num_queries)
-    seed_value = tl.load(seed) if DROPOUT else 0
-    before = 0.0
-    after = 0.0
-    if BIAS:
-        table += head * (2 * reach + 1)
-        before = tl.load(table)
-        after = tl.load(table + 2 * reach)
     first, near, far, whole, end = key_ranges(
         first_place, last_place, num_keys, left, right, reach, LEFT, RIGHT, BIAS, KEYS
     )
@@ -151,36 +148,37 @@ def _attention_forward_kernel(
     norm = tl.zeros([QUERIES], tl.float32)
     # fmt: off
     total, peak, norm = _attend(
-        total, peak, norm, queries, k, v, table, before, seed_value, place, query, first, near,
-        num_keys, seq, head, k_stride, v_stride, scale, softcap, reach, left, right, dropout_p,
-        LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, KEYS, PRECISION,
+        total, peak, norm, q_tile, queries, first_query, keys, values, rule, before, dropout,
+        first, near, LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES,
+        KEYS, PRECISION,
     )
     if BIAS:
         total, peak, norm = _attend(
-            total, peak, norm, queries, k, v, table, before, seed_value, place, query, near,
-            tl.minimum(far, end), num_keys, seq, head, k_stride, v_stride, scale, softcap, reach,
-            left, right, dropout_p,
-            True, True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, KEYS, PRECISION,
+            total, peak, norm, q_tile, queries, first_query, keys, values, rule, before,
+            dropout, near, tl.minimum(far, end), True, True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH,
+            COLUMNS, QUERIES, KEYS, PRECISION,
         )
         if not RIGHT and not LEFT:
             total, peak, norm = _attend(
-                total, peak, norm, queries, k, v, table, after, seed_value, place, query, far,
-                whole, num_keys, seq, head, k_stride, v_stride, scale, softcap, reach, left, right,
-                dropout_p,
-                False, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, KEYS, PRECISION,
+                total, peak, norm, q_tile, queries, first_query, keys, values, rule, after,
+                dropout, far, whole, False, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS,
+                QUERIES, KEYS, PRECISION,
             )
             far = whole
     total, peak, norm = _attend(
-        total, peak, norm, queries, k, v, table, after, seed_value, place, query, far, end,
-        num_keys, seq, head, k_stride, v_stride, scale, softcap, reach, left, right, dropout_p,
-        True, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, KEYS, PRECISION,
+        total, peak, norm, q_tile, queries, first_query, keys, values, rule, after, dropout,
+        far, end, True, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES,
+        KEYS, PRECISION,
     )
     # fmt: on
     sees_any = norm > 0.0
     total = total / tl.where(sees_any, norm * (1.0 - dropout_p), 1.0)[:, None]
-    store_rows(out, total, first_query, num_queries, num_heads * WIDTH, QUERIES, WIDTH, COLUMNS)
+    store_rows(outs, total, first_query, QUERIES, WIDTH, COLUMNS)
     row_lse = (tl.where(sees_any, peak, 0.0) + tl.log2(norm)) * 0.6931471805599453
-    tl.store(lse + head.to(tl.int64) * total_q + start_q + query, row_lse, mask=query < num_queries)
+    query = first_query + tl.arange(0, QUERIES)
+    tl.store(
+        lse + head.to(tl.int64) * total_q + span_q.start + query, row_lse, mask=query < num_queries
+    )
 
 
 def attention_forward(

@@ -11,13 +11,50 @@ Scores are in units of log 2, since exp2 is what the hardware has:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .._triton import tl, triton
 from ..loss import _tanh
 
 
+class Span(NamedTuple):
+    """A sequence's rows in a packed tensor."""
+
+    start: tl.tensor
+    count: tl.tensor
+
+
+class Rows(NamedTuple):
+    """The rows of one sequence and head: where the first begins, how many, and how far apart."""
+
+    base: tl.tensor
+    count: tl.tensor
+    stride: tl.tensor
+
+
+class Rule(NamedTuple):
+    """What makes a product a score, and which scores count."""
+
+    scale: tl.tensor
+    softcap: tl.tensor
+    table: tl.tensor
+    reach: tl.tensor
+    left: tl.tensor
+    right: tl.tensor
+
+
+class Dropout(NamedTuple):
+    """Whose weights are dropped with which chance."""
+
+    seed: tl.tensor
+    seq: tl.tensor
+    head: tl.tensor
+    chance: tl.tensor
+
+
 @triton.jit
-def find_tile(tile, cu_seqlens, num_seqs, SIZE: tl.constexpr):
-    """The sequence that a tile is of (see `tiles`), and the tile's first row in it."""
+def find_tile(tile, cu_seqlens, other_cu_seqlens, num_seqs, SIZE: tl.constexpr):
+    """Whose a tile is (see `tiles`): sequence, first row, and the spans of both its sides."""
     seq = tile * 0
     end = seq + num_seqs  # the sequence is in [seq, end)
     while end - seq > 1:
@@ -25,7 +62,27 @@ def find_tile(tile, cu_seqlens, num_seqs, SIZE: tl.constexpr):
         is_behind = tl.load(cu_seqlens + middle) // SIZE + middle <= tile
         seq = tl.where(is_behind, middle, seq)
         end = tl.where(is_behind, end, middle)
-    return seq, (tile - tl.load(cu_seqlens + seq) // SIZE - seq) * SIZE
+    start, end = tl.load(cu_seqlens + seq), tl.load(cu_seqlens + seq + 1)
+    other_start, other_end = tl.load(other_cu_seqlens + seq), tl.load(other_cu_seqlens + seq + 1)
+    span = Span(start.to(tl.int64), end - start)
+    other_span = Span(other_start.to(tl.int64), other_end - other_start)
+    return seq, (tile - start // SIZE - seq) * SIZE, span, other_span
+
+
+@triton.jit
+def rows_of(base, span, stride, head, head_stride):
+    """The rows of a sequence and a head."""
+    first = base + span.start * stride + head.to(tl.int64) * head_stride
+    return Rows(first, span.count, stride)
+
+
+@triton.jit
+def ends_of(table, reach, BIAS: tl.constexpr):
+    """The bias of all keys far before a query, and of all far behind it."""
+    if BIAS:
+        return tl.load(table), tl.load(table + 2 * reach)
+    else:
+        return 0.0, 0.0
 
 
 @triton.jit
@@ -109,10 +166,8 @@ def query_ranges(
 
 @triton.jit
 def load_rows(
-    base,
+    rows,
     first,
-    num_rows,
-    stride,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -121,71 +176,71 @@ def load_rows(
     """[SIZE, COLUMNS] rows from ``first`` on, 0 behind the last row and column."""
     row = tl.arange(0, SIZE)
     column = tl.arange(0, COLUMNS)
-    tile = base + tl.full([], first, tl.int64) * stride + row[:, None] * stride + column[None, :]
+    tile = rows.base + tl.full([], first, tl.int64) * rows.stride
+    tile = tile + row[:, None] * rows.stride + column[None, :]
     if EDGE:
-        if WIDTH == COLUMNS:
-            return tl.load(tile, mask=(first + row < num_rows)[:, None], other=0.0)
-        inside = (first + row < num_rows)[:, None] & (column < WIDTH)[None, :]
+        inside = (first + row < rows.count)[:, None]
+        if WIDTH % COLUMNS:
+            inside = inside & (column < WIDTH)[None, :]
         return tl.load(tile, mask=inside, other=0.0)
-    if WIDTH == COLUMNS:
-        return tl.load(tile)
-    return tl.load(tile, mask=(column < WIDTH)[None, :], other=0.0)
+    if WIDTH % COLUMNS:
+        return tl.load(tile, mask=(column < WIDTH)[None, :], other=0.0)
+    return tl.load(tile)
 
 
 @triton.jit
-def store_rows(
-    base,
-    values,
-    first,
-    num_rows,
-    stride,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def store_rows(rows, values, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """The opposite of `load_rows`, rounding to what is stored."""
     row = tl.arange(0, SIZE)
     column = tl.arange(0, COLUMNS)
-    tile = base + tl.full([], first, tl.int64) * stride + row[:, None] * stride + column[None, :]
-    inside = (first + row < num_rows)[:, None] & (column < WIDTH)[None, :]
-    tl.store(tile, values.to(base.dtype.element_ty), mask=inside)
+    tile = rows.base + tl.full([], first, tl.int64) * rows.stride
+    tile = tile + row[:, None] * rows.stride + column[None, :]
+    inside = (first + row < rows.count)[:, None] & (column < WIDTH)[None, :]
+    tl.store(tile, values.to(rows.base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def bend(product, scale, softcap, SOFTCAP: tl.constexpr):
+def load_lse(lse, row, num_rows):
+    """In units of log 2; +inf, with which all weigh nothing, where no key is seen or no row is."""
+    row_lse = tl.load(lse + row, mask=row < num_rows, other=float("inf"))
+    return tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
+
+
+@triton.jit
+def bend(product, rule, SOFTCAP: tl.constexpr):
     """``softcap(scale * product)`` in units of log 2, and its slope by ``scale * product``."""
     if SOFTCAP:
-        bent = _tanh(product * (scale / softcap))
-        scores = bent * (softcap * 1.4426950408889634)
+        bent = _tanh(product * (rule.scale / rule.softcap))
+        scores = bent * (rule.softcap * 1.4426950408889634)
         slope = 1.0 - bent * bent
     else:
-        scores = product * (scale * 1.4426950408889634)
+        scores = product * (rule.scale * 1.4426950408889634)
         slope = 1.0
     return scores, slope
 
 
 @triton.jit
-def biased(scores, distance, table, reach, constant, TABLE: tl.constexpr):
+def biased(scores, distance, rule, constant, TABLE: tl.constexpr):
     """Scores with the bias: from the table at each distance, or the same for all."""
     if TABLE:
-        index = tl.minimum(tl.maximum(distance + reach, 0), 2 * reach)
-        return scores + tl.load(table + index)
+        index = tl.minimum(tl.maximum(distance + rule.reach, 0), 2 * rule.reach)
+        return scores + tl.load(rule.table + index)
     return scores + constant
 
 
 @triton.jit
-def in_sight(distance, key, num_keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+def in_sight(distance, key, num_keys, rule, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Which scores count: of keys that are there, within the limits."""
     seen = key < num_keys
     if LEFT:
-        seen = seen & (distance >= -left)
+        seen = seen & (distance >= -rule.left)
     if RIGHT:
-        seen = seen & (distance <= right)
+        seen = seen & (distance <= rule.right)
     return seen
 
 
 @triton.jit
-def kept(seed, seq, head, query, key, dropout_p):
+def kept(dropout, query, key):
     """Which weights dropout keeps: a function of the seed and of whose weight it is alone.
 
     So the backward finds the same ones, whatever its tiles, and so does a batch that is packed in
@@ -193,5 +248,7 @@ def kept(seed, seq, head, query, key, dropout_p):
     "Parallel random numbers: as easy as 1, 2, 3", 2011).
     """
     none = query * 0 + key * 0
-    bits, _, _, _ = tl.philox(seed, key + none, query + none, head + none, seq + none)
-    return tl.uint_to_uniform_float(bits) >= dropout_p
+    bits, _, _, _ = tl.philox(
+        dropout.seed, key + none, query + none, dropout.head + none, dropout.seq + none
+    )
+    return tl.uint_to_uniform_float(bits) >= dropout.chance

@@ -30,12 +30,13 @@ from .primitives import (
     key_ranges,
     load_lse,
     load_rows,
+    multiply,
     query_ranges,
     rows_of,
     store_rows,
 )
 from .spec import AttentionSpec
-from .tiles import num_tiles, padded_head_dim, precision, tile_for
+from .tiles import chunk_for, num_tiles, padded_head_dim, precision, tile_for
 
 
 @triton.jit
@@ -94,6 +95,7 @@ def _pull_queries(
     DROPOUT: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -107,14 +109,14 @@ def _pull_queries(
         v = load_rows(values, start, KEYS, WIDTH, COLUMNS, MASKED)
         key = start + tl.arange(0, KEYS)
         distance = key[None, :] - place[:, None]  # [BM, BN]
-        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        product = multiply(q, queries, first_query, k, keys, start, WIDTH, CHUNK, MASKED, PRECISION)
         scores, slope = bend(product, rule, SOFTCAP)
         scores = biased(scores, distance, rule, constant, TABLE)
         weights = tl.exp2(scores - lse[:, None])
         if MASKED:
             seen = in_sight(distance, key[None, :], keys.count, rule, LEFT, RIGHT)
             weights = tl.where(seen, weights, 0.0)
-        pull = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        pull = multiply(dout, douts, first_query, v, values, start, WIDTH, CHUNK, MASKED, PRECISION)
         if DROPOUT:
             keep = kept(dropout, query[:, None], key[None, :])
             pull = tl.where(keep, pull / (1.0 - dropout.chance), 0.0)
@@ -131,6 +133,8 @@ def _pull_queries(
             else:
                 far_sum += tl.sum(dscores, 1)
         dscores = dscores * slope
+        if CHUNK:  # read late, so that it takes no registers before
+            k = load_rows(keys, start, KEYS, WIDTH, COLUMNS, MASKED)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq, far_sum, carry, before_sum, after_sum
 
@@ -175,6 +179,7 @@ def _attention_backward_q_kernel(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -220,7 +225,7 @@ def _attention_backward_q_kernel(
     grad, rows_before, carry, before_sum, after_sum = _pull_queries(
         grad, rows_before, carry, before_sum, after_sum, q_tile, dout_tile, queries, douts,
         first_query, keys, values, rule, before, dropout, partial, row_lse, row_delta, first, near,
-        LEFT, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS,
+        LEFT, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, CHUNK, QUERIES, KEYS,
         PRECISION,
     )
     if BIAS:
@@ -228,7 +233,7 @@ def _attention_backward_q_kernel(
             grad, rows_before, carry, before_sum, after_sum, q_tile, dout_tile, queries, douts,
             first_query, keys, values, rule, before, dropout, partial, row_lse, row_delta, near,
             tl.minimum(far, end), True, True, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH,
-            COLUMNS, QUERIES, KEYS, PRECISION,
+            COLUMNS, CHUNK, QUERIES, KEYS, PRECISION,
         )
         if DTABLE:
             # What the last of those tiles left for a next one. `far` is that one's first key.
@@ -241,14 +246,14 @@ def _attention_backward_q_kernel(
             grad, rows_after, carry, before_sum, after_sum = _pull_queries(
                 grad, rows_after, carry, before_sum, after_sum, q_tile, dout_tile, queries, douts,
                 first_query, keys, values, rule, after, dropout, partial, row_lse, row_delta, far,
-                whole, False, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS,
+                whole, False, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, CHUNK,
                 QUERIES, KEYS, PRECISION,
             )
             far = whole
     grad, rows_after, carry, before_sum, after_sum = _pull_queries(
         grad, rows_after, carry, before_sum, after_sum, q_tile, dout_tile, queries, douts,
         first_query, keys, values, rule, after, dropout, partial, row_lse, row_delta, far, end,
-        True, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS,
+        True, False, LEFT, RIGHT, SOFTCAP, DTABLE, DROPOUT, WIDTH, COLUMNS, CHUNK, QUERIES, KEYS,
         PRECISION,
     )
     # fmt: on
@@ -284,6 +289,7 @@ def _pull_keys(
     DROPOUT: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -298,7 +304,7 @@ def _pull_keys(
         row_lse = load_lse(lse, query, queries.count)
         row_delta = tl.load(delta + query, mask=query < queries.count, other=0.0)
         distance = key[:, None] - (query + offset)[None, :]  # [BN, BM]
-        product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        product = multiply(k, keys, first_key, q, queries, start, WIDTH, CHUNK, True, PRECISION)
         scores, slope = bend(product, rule, SOFTCAP)
         scores = biased(scores, distance, rule, constant, TABLE)
         weights = tl.exp2(scores - row_lse[None, :])
@@ -306,14 +312,18 @@ def _pull_keys(
             # Keys behind the last one have rows of their own, which nobody stores.
             seen = in_sight(distance, key[:, None], key[:, None] + 1, rule, LEFT, RIGHT)
             weights = tl.where(seen, weights, 0.0)
-        pull = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        pull = multiply(v, values, first_key, dout, douts, start, WIDTH, CHUNK, True, PRECISION)
         surviving = weights
         if DROPOUT:
             keep = kept(dropout, query[None, :], key[:, None])
             surviving = tl.where(keep, weights / (1.0 - dropout.chance), 0.0)
             pull = tl.where(keep, pull / (1.0 - dropout.chance), 0.0)
+        if CHUNK:  # read late, so that it takes no registers before
+            dout = load_rows(douts, start, QUERIES, WIDTH, COLUMNS, True)
         dv = tl.dot(surviving.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dscores = weights * (pull - row_delta[None, :]) * slope
+        if CHUNK:
+            q = load_rows(queries, start, QUERIES, WIDTH, COLUMNS, True)
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -356,6 +366,7 @@ def _attention_backward_kv_kernel(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -395,19 +406,19 @@ def _attention_backward_kv_kernel(
         grad_k, grad_v = _pull_keys(
             grad_k, grad_v, k_tile, v_tile, keys, values, first_key, queries, douts, rule, after,
             dropout, head_lse, head_delta, first, tl.minimum(near, end), LEFT or RIGHT, False,
-            LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS, PRECISION,
+            LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, CHUNK, QUERIES, KEYS, PRECISION,
         )
         if BIAS:
             grad_k, grad_v = _pull_keys(
                 grad_k, grad_v, k_tile, v_tile, keys, values, first_key, queries, douts, rule,
                 after, dropout, head_lse, head_delta, near, tl.minimum(far, end), LEFT or RIGHT,
-                True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES, KEYS,
+                True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, CHUNK, QUERIES, KEYS,
                 PRECISION,
             )
         grad_k, grad_v = _pull_keys(
             grad_k, grad_v, k_tile, v_tile, keys, values, first_key, queries, douts, rule, before,
             dropout, head_lse, head_delta, far, end, LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT,
-            WIDTH, COLUMNS, QUERIES, KEYS, PRECISION,
+            WIDTH, COLUMNS, CHUNK, QUERIES, KEYS, PRECISION,
         )
         # fmt: on
     store_rows(dks, grad_k * scale, first_key, KEYS, WIDTH, COLUMNS)
@@ -476,6 +487,7 @@ def attention_backward(
         "GROUP": heads // kv_heads,
         "WIDTH": head_dim,
         "COLUMNS": padded_head_dim(q),
+        "CHUNK": chunk_for(q),
         "PRECISION": precision(q),
     }
     if dq.numel():

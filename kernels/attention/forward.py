@@ -23,11 +23,12 @@ from .primitives import (
     kept,
     key_ranges,
     load_rows,
+    multiply,
     rows_of,
     store_rows,
 )
 from .spec import AttentionSpec
-from .tiles import num_tiles, padded_head_dim, precision, tile_for
+from .tiles import chunk_for, num_tiles, padded_head_dim, precision, tile_for
 
 
 @triton.jit
@@ -53,6 +54,7 @@ def _attend(
     DROPOUT: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -65,7 +67,7 @@ def _attend(
         v = load_rows(values, start, KEYS, WIDTH, COLUMNS, MASKED)
         key = start + tl.arange(0, KEYS)
         distance = key[None, :] - place[:, None]  # [BM, BN]
-        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        product = multiply(q, queries, first_query, k, keys, start, WIDTH, CHUNK, MASKED, PRECISION)
         scores, _ = bend(product, rule, SOFTCAP)
         scores = biased(scores, distance, rule, constant, TABLE)
         if MASKED:
@@ -79,6 +81,8 @@ def _attend(
         if DROPOUT:
             keep = kept(dropout, query[:, None], key[None, :])
             weights = tl.where(keep, weights, 0.0)
+        if CHUNK:  # read late, so that it takes no registers before
+            v = load_rows(values, start, KEYS, WIDTH, COLUMNS, MASKED)
         total = total * shrunk[:, None]
         total = tl.dot(weights.to(v.dtype), v, total, input_precision=PRECISION)
         peak = new_peak
@@ -118,6 +122,7 @@ def _attention_forward_kernel(
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -149,25 +154,25 @@ def _attention_forward_kernel(
     # fmt: off
     total, peak, norm = _attend(
         total, peak, norm, q_tile, queries, first_query, keys, values, rule, before, dropout,
-        first, near, LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES,
+        first, near, LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, CHUNK, QUERIES,
         KEYS, PRECISION,
     )
     if BIAS:
         total, peak, norm = _attend(
             total, peak, norm, q_tile, queries, first_query, keys, values, rule, before,
             dropout, near, tl.minimum(far, end), True, True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH,
-            COLUMNS, QUERIES, KEYS, PRECISION,
+            COLUMNS, CHUNK, QUERIES, KEYS, PRECISION,
         )
         if not RIGHT and not LEFT:
             total, peak, norm = _attend(
                 total, peak, norm, q_tile, queries, first_query, keys, values, rule, after,
                 dropout, far, whole, False, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS,
-                QUERIES, KEYS, PRECISION,
+                CHUNK, QUERIES, KEYS, PRECISION,
             )
             far = whole
     total, peak, norm = _attend(
         total, peak, norm, q_tile, queries, first_query, keys, values, rule, after, dropout,
-        far, end, True, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, QUERIES,
+        far, end, True, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, CHUNK, QUERIES,
         KEYS, PRECISION,
     )
     # fmt: on
@@ -231,6 +236,7 @@ def attention_forward(
             GROUP=heads // k.shape[1],
             WIDTH=head_dim,
             COLUMNS=padded_head_dim(q),
+            CHUNK=chunk_for(q),
             QUERIES=tile.queries,
             KEYS=tile.keys,
             PRECISION=precision(q),

@@ -172,10 +172,11 @@ def load_rows(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     EDGE: tl.constexpr,
+    first_column=0,
 ):
-    """[SIZE, COLUMNS] rows from ``first`` on, 0 behind the last row and column."""
+    """[SIZE, COLUMNS] from a row and a column on, 0 behind the last row and column."""
     row = tl.arange(0, SIZE)
-    column = tl.arange(0, COLUMNS)
+    column = first_column + tl.arange(0, COLUMNS)
     tile = rows.base + tl.full([], first, tl.int64) * rows.stride
     tile = tile + row[:, None] * rows.stride + column[None, :]
     if EDGE:
@@ -204,6 +205,35 @@ def load_lse(lse, row, num_rows):
     """In units of log 2; +inf, with which all weigh nothing, where no key is seen or no row is."""
     row_lse = tl.load(lse + row, mask=row < num_rows, other=float("inf"))
     return tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
+
+
+@triton.jit
+def multiply(
+    left_tile,
+    left,
+    left_first,
+    right_tile,
+    right,
+    right_first,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``left @ right.T`` of two tiles of rows; EDGE where ``right`` may end within its tile.
+
+    With a CHUNK the tiles stay unread, and so take no register: both operands come from memory
+    again, so many columns at a time.
+    """
+    if CHUNK:
+        product = tl.zeros([left_tile.shape[0], right_tile.shape[0]], tl.float32)
+        for column in range(0, WIDTH, CHUNK):
+            a = load_rows(left, left_first, left_tile.shape[0], WIDTH, CHUNK, True, column)
+            b = load_rows(right, right_first, right_tile.shape[0], WIDTH, CHUNK, EDGE, column)
+            product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    else:
+        product = tl.dot(left_tile, tl.trans(right_tile), input_precision=PRECISION)
+    return product
 
 
 @triton.jit

@@ -27,41 +27,42 @@ class Tile(NamedTuple):
 
 
 # For a Hopper GPU, by head_dim up to and bytes of an element: without dropout, and with it, which
-# takes registers. `make compile` says what spills: of 16 bits, a few words where every option is on
-# at once; of 32 bits, whose products are three of tf32, what is wider than 64. In "dq" there are
-# never more queries than keys, since its diagonals wrap around once.
+# takes registers. On sm_90 none of them spills: `make compile` tries each, with every option on at
+# once too. float32, whose products are three of tf32, is beyond a head_dim of 64 multiplied by
+# columns in turn (`chunk_for`). In "dq" there are never more queries than keys, since its diagonals
+# wrap around once.
 _TILES = {
     "forward": {
         (64, 2): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-        (128, 2): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3)),
+        (128, 2): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
         (256, 2): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
         (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (128, 4): (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
-        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (128, 4): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+        (256, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     "dq": {
         (64, 2): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 1)),
         (128, 2): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
         (256, 2): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         (64, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (128, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
     "dkv": {
         (64, 2): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
         (128, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         (256, 2): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
         (64, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        (128, 4): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
-        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 4): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     },
     "dkv, grouped": {
         (64, 2): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-        (128, 2): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        (256, 2): (Tile(16, 32, 8, 2), Tile(32, 32, 8, 1)),
-        (64, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (128, 4): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
-        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (128, 2): (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 2): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
+        (64, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
+        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 4): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     },
 }
 
@@ -93,9 +94,12 @@ def _bytes_needed(kernel: str, tile: Tile, q: Tensor, bias: bool) -> int:
     staying, moving = tile.queries, tile.keys
     if kernel.startswith("dkv"):
         staying, moving = moving, staying
-    kept = staying * row * (1 if kernel == "forward" else 2)
     scores = tile.queries * tile.keys * 4
     exchanged = 0 if kernel == "forward" else scores  # diagonals, and scores between the products
+    if chunk := chunk_for(q):  # of both sides in flight; one whole tile for the second product
+        in_flight = tile.stages * (staying + moving) * chunk * q.element_size()
+        return in_flight + moving * row + exchanged
+    kept = staying * row * (1 if kernel == "forward" else 2)
     return kept + 2 * tile.stages * moving * row + bias * (tile.stages - 1) * scores + exchanged
 
 
@@ -116,6 +120,15 @@ def _target() -> tuple[str, int]:
 def padded_head_dim(q: Tensor) -> int:
     """Columns that a tile has: Triton's are powers of two, and matrix units want 16."""
     return max(next_power_of_2(q.shape[2]), 16)
+
+
+def chunk_for(q: Tensor) -> int:
+    """Columns that `primitives.multiply` reads and multiplies at a time, 0 for all of them.
+
+    tf32x3 splits each operand in two, and q @ k.T takes whole rows of both: too many registers
+    where rows are wide.
+    """
+    return 32 if q.dtype == torch.float32 and q.shape[2] > 64 else 0
 
 
 def num_tiles(total: int, num_seqs: int, size: int) -> int:

@@ -56,7 +56,7 @@ def test_every_option_with_every_other(causal, window, softcap, grouped, bias, c
 
 
 @interpreted
-@pytest.mark.parametrize("head_dim", [16, 40, 256])
+@pytest.mark.parametrize("head_dim", [16, 40, 80, 256])  # float32 takes 80 as 32 + 32 + 16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}], ids=str)
 def test_head_dims_and_float32(options, dtype, head_dim):

@@ -7,6 +7,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 from .adapters.models import CASES
 
 README = Path(__file__).parents[1] / "README.md"
@@ -55,6 +57,16 @@ def test_example_in_the_readme_runs():
     exec(example, scope)
     assert scope["stats"].packed_calls == 1
     assert abs(scope["packed"] - scope["padded"]) < 1e-5
+
+
+def test_packing_in_the_readme_runs():
+    pytest.importorskip("datasets")
+    text = README.read_text(encoding="utf-8")
+    (example,) = re.findall(r"<!-- packing -->\n```python\n(.*?)```", text, re.DOTALL)
+    scope = {}
+    exec(example, scope)
+    assert scope["plan"].metrics.efficiency == 12 / 16
+    assert scope["batch"].input_ids.shape == (2, 8)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from .result import PackResult
 from .sorting import shuffled
 
 # What a move of `best_fit` costs beside a sequence in `rounds`, so that `auto` takes the faster.
-_SEQUENCES_PER_LENGTH = 25
+_SEQUENCES_PER_LENGTH = 50
+_WASTEFUL = 1.005  # bins over the least there can be, above which `auto` tries `obfd` too
 
 
 class Strategy(NamedTuple):
@@ -95,7 +96,8 @@ def pack_lengths(
             Arrow or datasets column.
         capacity: tokens that a bin holds, at least 1.
         strategy: a short or a textbook's name (`Packer.strategies`), or "auto": ``obfd`` where
-            lengths repeat enough for it, else ``obfdp``, which needs as many bins or 0.1 % more.
+            lengths repeat enough for it, else ``obfdp``, and ``obfd`` all the same where the latter
+            needs 0.5 % more bins than tokens demand at the least. The result says which it was.
         seed: of the shuffle, where the strategy shuffles. None is 0: ranks that plan for themselves
             must plan alike. The same input and seed give the same bins on every machine.
         max_sequences: how many sequences a bin may hold, if there is a limit.
@@ -172,20 +174,19 @@ class Packer:
         if not len(pieces.lengths):
             raise ValueError(f"lengths: no sequence is left of {len(given)}, all were dropped")
         compact = pieces.lengths.astype(np.min_scalar_type(self.capacity))  # 2 bytes each, mostly
-        strategy = self._chosen or _fastest(compact, self.capacity)
-        items, offsets = self._plan(strategy, compact)
+        items, offsets, strategy = self._plan(compact)
         result = PackResult(
             items=items if pieces.sequences is None else pieces.sequences[items],
             offsets=offsets,
             item_lengths=compact[items],
             item_starts=None if pieces.starts is None else pieces.starts[items],
             capacity=self.capacity,
-            strategy=strategy.short,
+            strategy=strategy,
             num_sequences=len(given),
             dropped=pieces.dropped,
             truncated=pieces.truncated,
             split=pieces.split,
-            seed=self.seed if strategy.shuffles else None,
+            seed=self.seed if self._chosen is not None and self._chosen.shuffles else None,
             seconds=time.perf_counter() - begin,
         )
         return result
@@ -200,24 +201,34 @@ class Packer:
         dropped = (lengths > self.capacity) & (self.overlong == "drop")
         return dropped | ((lengths == 0) & self._drop_empty)
 
-    def _plan(self, strategy: Strategy, lengths: NDArray[np.integer]) -> Plan:
+    def _plan(
+        self, lengths: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
+        """``items, offsets`` and what planned them, window by window."""
         window = self._window or len(lengths)
-        plans = []
-        for start in range(0, len(lengths), window):
-            part = lengths[start : start + window]
-            order = shuffled(len(part), self.seed + start) if strategy.shuffles else None
-            items, offsets = strategy.plan(
-                part if order is None else part[order], self.capacity, self._max_sequences
-            )
-            plans.append((items if order is None else order[items], offsets))
-        if len(plans) == 1:
-            return plans[0]
         firsts = range(0, len(lengths), window)  # of sequences, and so of items
-        moved = [
-            (items + first, offsets[:-1] + first) for (items, offsets), first in zip(plans, firsts)
-        ]
-        all_items, all_offsets = (np.concatenate(arrays) for arrays in zip(*moved))
-        return all_items, np.append(all_offsets, len(lengths))
+        planned = [self._plan_window(lengths[first : first + window], first) for first in firsts]
+        if len(planned) == 1:
+            return planned[0]
+        items = np.concatenate([items + first for (items, _, _), first in zip(planned, firsts)])
+        offsets = [offsets[:-1] + first for (_, offsets, _), first in zip(planned, firsts)]
+        names = {name for _, _, name in planned}
+        return (
+            items,
+            np.append(np.concatenate(offsets), len(items)),
+            names.pop() if len(names) == 1 else "several",
+        )
+
+    def _plan_window(
+        self, lengths: NDArray[np.integer], first: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
+        if self._chosen is None:
+            return _plan_fast(lengths, self.capacity, self._max_sequences)
+        if self._chosen.shuffles:
+            order = shuffled(len(lengths), self.seed + first)
+            lengths = lengths[order]
+        items, offsets = self._chosen.plan(lengths, self.capacity, self._max_sequences)
+        return order[items] if self._chosen.shuffles else items, offsets, self._chosen.short
 
 
 def find_strategy(name: str) -> Strategy:
@@ -251,10 +262,23 @@ def _optional(name: str, value: int | None) -> int | None:
     return None if value is None else at_least_one(name, value)
 
 
-def _fastest(lengths: NDArray[np.integer], capacity: int) -> Strategy:
-    """``obfd`` pays by distinct lengths up to half the capacity, ``obfdp`` by sequences."""
+def _plan_fast(
+    lengths: NDArray[np.integer], capacity: int, max_sequences: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
+    """What `auto` does: ``obfd`` pays by distinct lengths up to half the capacity, or ``obfdp``."""
     shareable = capacity // 2
     if len(lengths) < _SEQUENCES_PER_LENGTH * shareable:  # else they need not be counted
         shareable = int(np.count_nonzero(np.bincount(lengths)[: shareable + 1]))
-    many = len(lengths) >= _SEQUENCES_PER_LENGTH * shareable
-    return _BY_NAME["obfd" if many else "obfdp"]
+    if len(lengths) < _SEQUENCES_PER_LENGTH * shareable:
+        items, offsets = rounds.best_fit_in_rounds(lengths, capacity, max_sequences)
+        alone = int(np.count_nonzero(lengths > capacity // 2))
+        fewest = max(alone, -(-int(lengths.sum(dtype=np.int64)) // capacity))
+        if max_sequences is not None:
+            fewest = max(fewest, -(-len(lengths) // max_sequences))
+        if len(offsets) - 1 <= _WASTEFUL * fewest + 1:
+            return items, offsets, "obfdp"
+        other_items, other_offsets = best_fit.best_fit_decreasing(lengths, capacity, max_sequences)
+        if len(offsets) <= len(other_offsets):
+            return items, offsets, "obfdp"
+        return other_items, other_offsets, "obfd"
+    return *best_fit.best_fit_decreasing(lengths, capacity, max_sequences), "obfd"

@@ -224,7 +224,7 @@ def pack_result_to_tensors(
 
 def packed_collate_fn(
     capacity: int,
-    strategy: str = "obfdp",
+    strategy: str = "auto",
     seed: int | None = None,
     padding_value: int = 0,
     label_padding_value: int = IGNORE_INDEX,

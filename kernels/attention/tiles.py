@@ -27,10 +27,11 @@ class Tile(NamedTuple):
 
 
 # For a Hopper GPU, by head_dim up to and bytes of an element: without dropout, and with it, which
-# takes registers. On sm_90 none of them spills: `make compile` tries each, with every option on at
-# once too. float32, whose products are three of tf32, is beyond a head_dim of 64 multiplied by
-# columns in turn (`chunk_for`). In "dq" there are never more queries than keys, since its diagonals
-# wrap around once.
+# takes registers. On sm_90 none of them spills in what `make compile` tries: each row with a bias,
+# with dropout, with grouped heads, and with every option at once (grouped). Other mixes of options
+# may: up to 67 words where they were tried. float32, whose products are three of tf32, is beyond a
+# head_dim of 64 multiplied by columns in turn (`chunk_for`). In "dq" there are never more queries
+# than keys, since its diagonals wrap around once.
 _TILES = {
     "forward": {
         (64, 2): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),

@@ -14,10 +14,8 @@ Bins of equal room are a queue: the one that came to have that room first is ser
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import deque
 from heapq import heappop, heappush
-from operator import neg
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,27 +40,30 @@ def best_fit_decreasing(
         were opened, their sequences from the longest.
     """
     histogram = np.bincount(lengths)
-    distinct = np.flatnonzero(histogram)[::-1]
-    sizes, counts = distinct.tolist(), histogram[distinct].tolist()
+    sizes = np.flatnonzero(histogram)[::-1]
+    counts = histogram[sizes]
     if max_sequences is None:
         moves = _plan(sizes, counts, capacity)
     else:
-        moves = _plan_limited(sizes, counts, capacity, max_sequences)
+        moves = _plan_limited(sizes.tolist(), counts.tolist(), capacity, max_sequences)
     return _place(longest_first(lengths), moves, capacity)
 
 
-def _plan(sizes: list[int], counts: list[int], capacity: int) -> NDArray[np.int64]:
+def _plan(sizes: NDArray[np.int64], counts: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     """``(moves, 4)``, for distinct lengths from the longest and how many there are of each."""
     # No two of those over half the capacity share a bin: they open one each.
-    alone = bisect_right(sizes, -(capacity // 2 + 1), key=neg)
-    bins_with = {capacity - size: count for size, count in zip(sizes[:alone], counts)}
-    moves = [n for room, count in bins_with.items() for n in (_NEW, count, 1, room)]
+    alone = int(np.searchsorted(-sizes, -(capacity // 2)))
+    opening = np.empty((alone, 4), np.int64)
+    opening[:, 0], opening[:, 1], opening[:, 2] = _NEW, counts[:alone], 1
+    opening[:, 3] = capacity - sizes[:alone]
+    bins_with = dict(zip(opening[:, 3].tolist(), opening[:, 1].tolist()))
     bins_with.pop(0, None)
+    moves: list[int] = []
     # Rooms of open bins, each once: those with room for the size at hand are a stack, the tightest
     # on top. A bin left with too little waits, until sizes have come down to what it has.
     serving: list[int] = []
     waiting = [-room for room in reversed(bins_with)]  # a heap, the roomiest on top
-    for size, count in zip(sizes[alone:], counts[alone:]):
+    for size, count in zip(sizes[alone:].tolist(), counts[alone:].tolist()):
         while waiting and -waiting[0] >= size:
             serving.append(-heappop(waiting))
         while count:
@@ -94,7 +95,8 @@ def _plan(sizes: list[int], counts: list[int], capacity: int) -> NDArray[np.int6
                 else:
                     serving.append(after)
             moves += (before, moving, each, after)
-    return np.fromiter(moves, np.int64, len(moves)).reshape(-1, 4)
+    shared = np.fromiter(moves, np.int64, len(moves)).reshape(-1, 4)
+    return np.concatenate((opening, shared))
 
 
 def _plan_limited(
@@ -150,8 +152,9 @@ def _place(
     before, moving, each, _ = moves.T
     firsts = np.cumsum(moving) - moving  # the first step of each move
     opens = before == _NEW
-    opening = ranges(firsts[opens], moving[opens])  # steps; bins are numbered in their order
-    later, bins, filled, takes = _later_steps(moves, firsts, len(opening), capacity)
+    naturals = np.arange(len(order))
+    opening = ranges(firsts[opens], moving[opens], naturals)  # bins are numbered in their order
+    later, bins, filled, takes = _later_steps(moves, firsts, len(opening), capacity, naturals)
     counts = np.repeat(each[opens], moving[opens])
     np.add.at(counts, bins, takes)
     offsets = offsets_of(counts)
@@ -165,14 +168,18 @@ def _place(
         taken -= takes
         places -= taken
         places = np.repeat(places, takes)
-        places += np.arange(len(order))
+        places += naturals
     items = np.empty(len(order), np.int64)
     items[places] = order
     return items, offsets
 
 
 def _later_steps(
-    moves: NDArray[np.int64], firsts: NDArray[np.int64], num_bins: int, capacity: int
+    moves: NDArray[np.int64],
+    firsts: NDArray[np.int64],
+    num_bins: int,
+    capacity: int,
+    naturals: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Of all steps that open no bin: ``step, bin, sequences in the bin before, sequences taken``.
 
@@ -198,7 +205,7 @@ def _later_steps(
     last_leaves = np.searchsorted(before[leave], queue, side="right")
     leaving = left_so_far[last_leaves] - left_so_far[first_leaves]
     paired = np.clip(leaving - ahead, 0, joining)
-    origin = ranges(number[join], paired)  # the step before, at first
+    origin = ranges(number[join], paired, naturals)  # the step before, at first
     filled = np.repeat(each[join], paired)
     # Follow each bin back to the step that opened it: two, four, eight steps at a time.
     under_way = np.flatnonzero(origin >= num_bins)
@@ -209,4 +216,4 @@ def _later_steps(
         origin[under_way] = further
         under_way = under_way[further >= num_bins]
     takes = np.repeat(each[leave], moving[leave])
-    return ranges(firsts[leave], moving[leave]), origin, filled, takes
+    return ranges(firsts[leave], moving[leave], naturals), origin, filled, takes

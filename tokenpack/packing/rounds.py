@@ -60,7 +60,7 @@ def best_fit_in_rounds(
             bins.open(max(-(-total // capacity), -(-fitless // limit)))
         placed, where = _round(bins, ceilings, capacity)
         bin_of[left[placed]] = where
-        left, ceilings = _without(placed, left), _without(placed, ceilings)
+        left, ceilings = _without(placed, left, ceilings)
         if len(left):
             bins.tidy(int(ceilings[-1]))
     return group_by_bin(bin_of, bins.opened, order)
@@ -187,11 +187,11 @@ def _longest_take_fullest(
     return at_one_depth[closing - 1], at_one_depth[closing] - len(fill)
 
 
-def _without(placed: NDArray[np.int64] | slice, array: NDArray) -> NDArray:
+def _without(placed: NDArray[np.int64] | slice, *arrays: NDArray) -> list[NDArray]:
     if isinstance(placed, slice):
-        return array[placed.stop :]
+        return [array[placed.stop :] for array in arrays]
     behind = int(placed.max()) + 1
     keep = np.ones(behind, np.bool_)
     keep[placed] = False
     # compress is four times as fast as array[keep].
-    return np.concatenate((array[:behind].compress(keep), array[behind:]))
+    return [np.concatenate((array[:behind].compress(keep), array[behind:])) for array in arrays]

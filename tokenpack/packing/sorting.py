@@ -52,11 +52,16 @@ def offsets_of(counts: NDArray[Any] | Sequence[int]) -> NDArray[np.int64]:
     return offsets
 
 
-def ranges(firsts: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
-    """``count`` numbers from each of ``firsts`` on, one range after the other, in its dtype."""
-    ends = np.cumsum(counts, dtype=firsts.dtype)
-    numbers = np.repeat(firsts - (ends - counts.astype(firsts.dtype)), counts)
-    numbers += np.arange(len(numbers), dtype=firsts.dtype)
+def ranges(
+    firsts: NDArray[np.int64], counts: NDArray[np.int64], naturals: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """``count`` numbers from each of ``firsts`` on, one range after the other.
+
+    ``naturals`` are 0, 1, ... for at least as many, where the caller has them: to write them anew
+    takes as long as the rest.
+    """
+    numbers = np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+    numbers += np.arange(len(numbers)) if naturals is None else naturals[: len(numbers)]
     return numbers
 
 

@@ -12,11 +12,22 @@ import torch
 
 import tokenpack
 
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "flash-attn",
+)
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what tokenpack does here."""
     found = {"python": platform.python_version(), "tokenpack": tokenpack.__version__}
-    for package in ("torch", "triton", "transformers", "tokenizers", "numpy", "flash-attn"):
+    for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
-from tokenpack import __version__
+from tokenpack import __version__, cli, commands
 from tokenpack.cli import main
 from tokenpack.commands import demo, figures, side_by_side
+from tokenpack.data.dataset import COLUMNS
 from tokenpack.data.tokenizer import train_tokenizer
+from tokenpack.packing import Packer, pack_lengths
 
 TEXTS = ["Summary.\n\n" + "Body of words. " * count for count in (1, 2, 4, 9, 15, 40)]
 
@@ -59,7 +63,7 @@ def run_demo(data, out, *others):
 # -------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["doctor"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["doctor"], ["inspect"], ["pack"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])
@@ -68,6 +72,24 @@ def test_help(command, capsys):
     assert "tokenpack demo" in text or command != ["demo"]
     assert "example" in text or not command
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_every_command_is_in_the_list_at_the_top(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = [line.split()[1] for line in capsys.readouterr().out.splitlines()
+              if line.startswith("  tokenpack ")]  # fmt: skip
+    folder = Path(commands.__file__).parent
+    assert listed == sorted(p.stem for p in folder.glob("*.py") if "\ndef run(" in p.read_text())
+
+
+def test_help_of_pack_knows_all_strategies_and_columns(capsys):
+    with pytest.raises(SystemExit):
+        main(["pack", "--help"])
+    words = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
+    first = [line[0] for line in words]
+    assert set(Packer.strategies()) | set(COLUMNS) <= set(first)
+    assert cli._COLUMNS == COLUMNS
 
 
 def test_module_and_version():
@@ -207,6 +229,29 @@ def test_inspect(texts, tokenizer, tmp_path, capsys):
     share = report["batches"]["random"]["8"]["padding_share"]
     assert share == pytest.approx(1 - tokens / (6 * longest))
     assert report["batches"]["random"]["8"]["speed_up"] > 1
+    assert report["packing"]["capacity"] == 512
+    packed = report["packing"]["strategies"]
+    assert list(packed) == list(Packer.strategies())
+    assert {metrics["tokens"] for metrics in packed.values()} == {tokens}
+    assert "None of 6 texts is over the capacity of 512." in printed
+
+
+def test_inspect_packs_at_a_capacity_and_says_what_it_cuts(texts, tokenizer, tmp_path, capsys):
+    lengths = [len(Tokenizer.from_file(str(tokenizer)).encode(text).ids) for text in TEXTS]
+    arguments = ["inspect", "--data", str(texts), "--tokenizer", str(tokenizer)]
+    assert main([*arguments, "--capacity", "20", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    over = sum(length > 20 for length in lengths)
+    assert 0 < over < 6
+    assert f"Cut to the capacity of 20: {over} of 6 texts." in printed
+    report = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert report["options"]["capacity"] == report["packing"]["capacity"] == 20
+    plan = pack_lengths(lengths, 20, "nf", overlong="truncate")
+    assert report["packing"]["strategies"]["nf"]["num_bins"] == plan.num_bins
+    line = next(line for line in printed.splitlines() if line.startswith("nf "))
+    assert line.split()[2:5] == [
+        f"{plan.num_bins}", f"{plan.efficiency:.2%}", f"{1 - plan.efficiency:.2%}"
+    ]  # fmt: skip
 
 
 def test_inspect_pairs_and_cuts(pairs, tokenizer, tmp_path, capsys):
@@ -219,12 +264,43 @@ def test_inspect_pairs_and_cuts(pairs, tokenizer, tmp_path, capsys):
     assert lengths["source"]["tokens"] == 6 * 8
 
 
+def test_inspect_packs_pairs_with_a_capacity_of_each_side(pairs, tokenizer, tmp_path, capsys):
+    load = Tokenizer.from_file(str(tokenizer))
+    sides = {
+        "source": [len(load.encode(text).ids) for text in TEXTS],
+        "target": [len(load.encode("Summary.").ids)] * 6,
+    }
+    arguments = ["inspect", "--data", str(pairs), "--tokenizer", str(tokenizer)]
+    for capacity, over in ((None, 0), (12, sum(length > 12 for length in sides["source"]))):
+        option = ["--capacity", str(capacity)] if capacity else []
+        assert main([*arguments, *option, "--out", str(tmp_path / "out")]) == 0
+        printed = capsys.readouterr().out
+        packing = json.loads((tmp_path / "out" / "inspect.json").read_text())["packing"]
+        assert packing["capacity"] == dict.fromkeys(sides, capacity or 512)
+        assert packing["pairs"]["metrics"]["truncated"] == over
+        rows = packing["pairs"]["metrics"]["num_bins"]
+        for side, lengths in sides.items():
+            tokens = sum(min(length, capacity or 512) for length in lengths)
+            share = tokens / (rows * (capacity or 512))
+            assert packing["pairs"]["efficiency"][side] == pytest.approx(share)
+            assert f"{share:.2%}" in printed
+
+
+def test_inspect_joins_pairs_for_a_decoder(pairs, tokenizer, tmp_path):
+    arguments = ["inspect", "--data", str(pairs), "--tokenizer", str(tokenizer)]
+    assert main([*arguments, "--shape", "llama-1b", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    tokens = sum(report["lengths"][side]["tokens"] for side in ("source", "target"))
+    assert report["packing"]["strategies"]["obfd"]["tokens"] == tokens
+
+
 # --------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_input_is_one_line_and_exit_code_2(texts, tokenizer, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "words.txt").write_text("word\nword\n")
+    Tokenizer(models.BPE()).save(str(tmp_path / "deaf.json"))
     inspect = ["inspect", "--data", str(texts), "--tokenizer"]
     tiny = ["demo", "--size", "tiny", "--steps", "1", "--out", str(tmp_path / "out")]
     for arguments, message in [
@@ -233,6 +309,7 @@ def test_bad_input_is_one_line_and_exit_code_2(texts, tokenizer, tmp_path, capsy
         ([*tiny, "--data", str(tmp_path / "words.txt"), "--model", "nllb"], "split into a summary"),
         (["demo", "--out", str(tmp_path / "file")], "--out: cannot make the folder"),
         ([*inspect, "nowhere.json"], "--tokenizer: no file or folder nowhere.json"),
+        ([*inspect, str(tmp_path / "deaf.json")], "--tokenizer: makes no token of any text"),
         ([*inspect, str(tokenizer), "--shape", "gpt"], "got 'gpt', takes one of t5-small"),
         ([*inspect, str(tokenizer), "--shape", "t5-base"], "needs 'source' and 'target'"),
     ]:
@@ -255,6 +332,12 @@ def test_cuda_where_there_is_none(tmp_path, capsys):
         (["demo", "--seed", "-1"], "--seed: got '-1', takes an integer of 0 or more"),
         (["demo", "--model", "bert"], "invalid choice: 'bert'"),
         (["inspect", "--tokenizer", "x"], "required: --data"),
+        (["inspect", "--capacity", "0"], "--capacity: got '0', takes an integer of 1 or more"),
+        (["pack", "a.jsonl", "out"], "required: --capacity"),
+        (["pack", "a.jsonl", "out", "--capacity", "1.5"], "--capacity: got '1.5', takes an"),
+        (["pack", "--overlong", "cut"], "invalid choice: 'cut'"),
+        (["pack", "--columns", "ids"], "invalid choice: 'ids'"),
+        (["pack", "--padding-value", "2147483648"], "takes an integer of 32 bits"),
         ([], "required: COMMAND"),
     ],
 )

@@ -1,11 +1,10 @@
-"""Forecasts by hand, and what is refused as a tokenizer."""
+"""Forecasts by hand."""
 
 import numpy as np
 import pytest
 
 from tokenpack.commands import inspect
 from tokenpack.cost import ModelCost
-from tokenpack.data.tokenizer import train_tokenizer
 
 # One multiply-add per decoder token and pair, two per encoder token, nothing across.
 COST = ModelCost(2, 1, 0, 1, 0)
@@ -54,36 +53,3 @@ def test_histogram_counts_every_text():
         int(line.split("  ")[-2 if "#" in line else -1].strip().replace(",", "")) for line in lines
     ]
     assert sum(counts) == 5
-
-
-def test_a_tokenizer_file_that_truncates_does_not(tmp_path):
-    tokenizer = train_tokenizer(["a b c d"], 400)
-    texts = ["a b c d e f", "a"]
-    lengths = [len(tokenizer.encode(text).ids) for text in texts]
-    assert lengths[0] > 2
-    tokenizer.enable_truncation(2)
-    tokenizer.enable_padding(length=2)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    for path in (tmp_path, tmp_path / "tokenizer.json"):
-        count = inspect.load_tokenizer(str(path))
-        assert count(texts) == lengths
-
-
-def test_what_is_no_tokenizer_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "empty").mkdir()
-
-    def no_network(*arguments):
-        raise OSError("no network")
-
-    monkeypatch.setattr(inspect.socket, "getaddrinfo", no_network)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for name, message in [
-        (str(tmp_path / "broken.json"), "broken.json is not a tokenizer.json"),
-        (str(tmp_path / "empty"), "no tokenizer in the folder .*empty"),
-        (str(tmp_path / "nothing.json"), "no file or folder .*nothing.json"),
-        ("./some/where", "no file or folder ./some/where"),
-        ("someone/some-model", "no file or folder here .* huggingface.co cannot be reached"),
-    ]:
-        with pytest.raises(ValueError, match=f"--tokenizer: .*{message}"):
-            inspect.load_tokenizer(name)

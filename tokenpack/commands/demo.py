@@ -7,7 +7,6 @@ the time must fall by what the operations fall.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from ..data.text import Text, read_texts, standard_library_texts
 from ..data.tokenizer import train_tokenizer
 from . import figures, machine
 from .models import DEMO_MODELS, SIZES, Size
+from .output import make_folder, write_json
 from .side_by_side import Comparison, Side, train_side_by_side
 from .table import format_table
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     device = _choose_device(arguments.device)
     size = _choose_size(arguments.size, device)
-    _make_folder(arguments.out)
+    make_folder(arguments.out, "--out")
     _use_physical_cores()
 
     texts = _load_texts(arguments.data)
@@ -91,13 +91,6 @@ def _choose_size(name: str, device: torch.device) -> Size:
     if name == "auto":
         name = "large" if device.type == "cuda" else "small"
     return SIZES[name]
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: cannot make the folder {folder}: {error.strerror}") from None
 
 
 def _use_physical_cores() -> None:
@@ -324,7 +317,7 @@ def _report_side(side: Side) -> dict[str, Any]:
 
 def _write(report: dict[str, Any], results: Sequence[Result], folder: Path) -> None:
     written = [folder / "demo.json"]
-    written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(written[0], report)
     if figures.available():
         written.append(folder / "demo.png")
         figures.draw_demo([(r.title, r.comparison) for r in results], written[-1])

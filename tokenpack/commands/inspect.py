@@ -4,30 +4,27 @@
     speed-up      = operations(padded) / operations(packed)
 
 The operations are those that ``tokenpack.cost`` counts for a model of a published shape. What a
-machine makes of them, `tokenpack demo` measures.
+machine makes of them, `tokenpack demo` measures. All that is of padded batches, whose padding a
+patched model leaves out. How full rows get that are packed beforehand, `strategies` plans.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from ..cost import BatchCount, ModelCost, model_cost, training_operations
 from ..data.text import Text, read_texts
-from . import figures, machine
+from . import figures, machine, strategies
 from .models import SHAPES, build_shape
+from .output import make_folder, write_json
 from .table import format_table
+from .tokenizer import Encode, load_tokenizer
 
 BATCH_SIZES = (8, 16, 32, 64, 128)
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
@@ -68,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.data} holds texts alone; takes one of "
             f"{', '.join(name for name in SHAPES if name.startswith('llama'))}"
         )
-    _make_folder(arguments.out)
+    make_folder(arguments.out, "--out")
     lengths = _measure(texts, load_tokenizer(arguments.tokenizer))
     cut = _cut(lengths, arguments.max_length)
     sides = _sides(lengths, encoder_decoder)
@@ -84,79 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{side}\n{_histogram(values)}")
     print(f"\n{_forecast_table(ways, shape)}")
     print(f"\n{_caption(shape, arguments.max_length, cut, len(texts))}")
-    _write(arguments, shape, lengths, cut, ways)
+    packing, table = _pack(sides, arguments.capacity, arguments.seed)
+    print(f"\n{table}")
+    _write(arguments, shape, lengths, cut, ways, packing)
     return 0
 
 
 # ----------------------------------------------------------------------------------------- lengths
 
 
-def load_tokenizer(name_or_path: str) -> Callable[[list[str]], list[int]]:
-    """A function from texts to their numbers of tokens, special tokens included.
-
-    Args:
-        name_or_path: a ``tokenizer.json``, a folder that holds a tokenizer, or a name on the hub,
-            taken from the local cache where it is there.
-
-    Raises:
-        ValueError: if there is no such tokenizer, or it cannot be read or fetched.
-    """
-    path = Path(name_or_path)
-    if path.is_file():
-        return _load_file(path)
-    if path.is_dir():
-        return _load_pretrained(str(path), local=True)
-    if path.suffix == ".json" or path.is_absolute() or name_or_path.count("/") > 1:
-        raise ValueError(f"--tokenizer: no file or folder {name_or_path}")
-    try:
-        return _load_pretrained(name_or_path, local=True)
-    except ValueError:
-        _require_hub(name_or_path)
-        return _load_pretrained(name_or_path, local=False)
-
-
-def _load_file(path: Path) -> Callable[[list[str]], list[int]]:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower one
-        raise ValueError(f"--tokenizer: {path} is not a tokenizer.json: {error}") from None
-    # A file may carry both from its training; a length must be the text's.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return lambda texts: [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
-
-
-def _load_pretrained(name: str, local: bool) -> Callable[[list[str]], list[int]]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except (OSError, ValueError, ImportError) as error:
-        where = "in the folder" if Path(name).is_dir() else "of the name"
-        raise ValueError(f"--tokenizer: no tokenizer {where} {name}: {error}") from None
-
-    def count(texts: list[str]) -> list[int]:
-        encoded = tokenizer(texts, truncation=False, padding=False, verbose=False)
-        return [len(ids) for ids in encoded["input_ids"]]
-
-    return count
-
-
-def _require_hub(name: str) -> None:
-    """Fail at once where there is no network: the hub's client would try again for a minute."""
-    if any(os.environ.get(f"{scheme}_proxy") for scheme in ("http", "https", "HTTPS", "HTTP")):
-        return  # the proxy resolves names
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        raise ValueError(
-            f"--tokenizer: {name} is no file or folder here and not in the hub's local cache, and "
-            f"{host} cannot be reached; takes a tokenizer.json, a folder, or a name on the hub"
-        ) from None
-
-
-def _measure(
-    texts: Sequence[Text], count: Callable[[list[str]], list[int]]
-) -> dict[str, np.ndarray]:
+def _measure(texts: Sequence[Text], encode: Encode) -> dict[str, np.ndarray]:
     columns = {"source" if texts[0].target is not None else "text": [t.source for t in texts]}
     if texts[0].target is not None:
         columns["target"] = [t.target or "" for t in texts]
@@ -164,8 +98,10 @@ def _measure(
     for side, strings in columns.items():
         chunks = range(0, len(strings), _CHUNK)
         bar = tqdm(chunks, desc=f"tokenizing {side}", leave=False, disable=len(chunks) < 3)
-        counts = [n for start in bar for n in count(strings[start : start + _CHUNK])]
+        counts = [len(ids) for start in bar for ids in encode(strings[start : start + _CHUNK])]
         lengths[side] = np.array(counts, dtype=np.int64)
+        if not lengths[side].any():
+            raise ValueError(f"--tokenizer: makes no token of any {side}")
     return lengths
 
 
@@ -253,6 +189,24 @@ def _sum(counts: Sequence[BatchCount]) -> BatchCount:
     return BatchCount(*map(sum, zip(*map(astuple, counts))))
 
 
+# ----------------------------------------------------------------------------------------- packing
+
+
+def _pack(sides: Sides, capacity: int | None, seed: int) -> tuple[dict[str, Any], str]:
+    """Packed rows of the texts: for the JSON, and as a table."""
+    if sides.encoder is not None:
+        plan = strategies.plan_pairs(sides.encoder, sides.decoder, capacity)
+        capacities = {"source": plan.capacity, "target": plan.target_capacity}
+        efficiencies = {"source": plan.efficiency, "target": plan.target_efficiency}
+        of_pairs = {"metrics": plan.metrics._asdict(), "efficiency": efficiencies}
+        return {"capacity": capacities, "pairs": of_pairs}, strategies.format_pairs(plan)
+    capacity = capacity or strategies.default_capacity(sides.decoder)
+    found = strategies.compare_strategies(sides.decoder, capacity, seed)
+    of_each = {name: metrics._asdict() for name, metrics in found.metrics.items()}
+    report = {"capacity": capacity, "auto": found.auto, "strategies": of_each}
+    return report, strategies.format_comparison(found)
+
+
 # ------------------------------------------------------------------------------------------ report
 
 
@@ -307,19 +261,13 @@ def _caption(shape: str, max_length: int | None, cut: dict[str, int], texts: int
     return "\n".join(lines)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: cannot make the folder {folder}: {error.strerror}") from None
-
-
 def _write(
     arguments: argparse.Namespace,
     shape: str,
     lengths: dict[str, np.ndarray],
     cut: dict[str, int],
     ways: dict[str, list[Forecast]],
+    packing: dict[str, Any],
 ) -> None:
     report = {
         "versions": machine.versions(),
@@ -328,6 +276,7 @@ def _write(
             "tokenizer": arguments.tokenizer,
             "shape": shape,
             "max_length": arguments.max_length,
+            "capacity": arguments.capacity,
             "seed": arguments.seed,
         },
         "lengths": {
@@ -343,9 +292,10 @@ def _write(
             way: {str(size): vars(f) for size, f in zip(BATCH_SIZES, forecasts)}
             for way, forecasts in ways.items()
         },
+        "packing": packing,
     }
     written = [arguments.out / "inspect.json"]
-    written[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(written[0], report)
     if figures.available():
         written.append(arguments.out / "inspect.png")
         figures.draw_inspect(

@@ -1,0 +1,382 @@
+"""``tokenpack pack``: what lands in OUT, from every kind of IN, and what is refused."""
+
+import gzip
+import json
+import tracemalloc
+from functools import partial
+
+import numpy as np
+import pytest
+
+from tokenpack.cli import main
+from tokenpack.commands import figures, pack
+from tokenpack.data.tokenizer import train_tokenizer
+from tokenpack.packing import PackResult, merge_results, pack_lengths, pack_shards
+
+datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+
+TOKENS = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11, 12]]
+TEXTS = ["One text.", "Another text, which is longer.", "A third."]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    return write_lines(tmp_path / "tokens.jsonl", [{"input_ids": ids} for ids in TOKENS])
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(TEXTS, 400).save(str(path))
+    return path
+
+
+def run(source, out, *options, capacity=8):
+    return main(["pack", str(source), str(out), "--capacity", str(capacity), *map(str, options)])
+
+
+def rows_of(out):
+    return datasets.Dataset.from_file(str(out / "dataset.arrow"))[:]
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_are_a_dataset(tokens, tmp_path):
+    assert run(tokens, tmp_path / "out", "--strategy", "nf") == 0
+    assert rows_of(tmp_path / "out") == {
+        "input_ids": [[1, 2, 3, 4, 5, 0, 0, 0], [6, 7, 8, 9, 10, 11, 12, 0]],
+        "attention_mask": [[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]],
+        "labels": [[-100, 2, 3, -100, 5, -100, -100, -100], [-100, 7, 8, 9, -100, 11, 12, -100]],
+        "position_ids": [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 0]],
+        "seq_lengths": [[3, 2], [4, 3]],
+    }
+
+
+def test_labels_columns_and_padding_values(tmp_path):
+    records = [{"ids": ids, "wanted": [-each for each in ids]} for ids in TOKENS]
+    source = write_lines(tmp_path / "labelled.jsonl", records)
+    options = ["--column", "ids", "--labels", "wanted", "--columns", "labels", "input_ids"]
+    values = ["--padding-value", 99, "--label-padding-value", -1]
+    assert run(source, tmp_path / "out", *options, *values, "--strategy", "next-fit") == 0
+    assert rows_of(tmp_path / "out") == {
+        "labels": [[-1, -2, -3, -1, -5, -1, -1, -1], [-1, -7, -8, -9, -1, -11, -12, -1]],
+        "input_ids": [[1, 2, 3, 4, 5, 99, 99, 99], [6, 7, 8, 9, 10, 11, 12, 99]],
+    }
+
+
+@pytest.mark.parametrize(
+    "overlong, rows",
+    [
+        ("truncate", [[1, 2, 3], [4, 5, 0], [6, 7, 8], [10, 11, 12]]),
+        ("split", [[1, 2, 3], [4, 5, 0], [6, 7, 8], [9, 0, 0], [10, 11, 12]]),
+        ("drop", [[1, 2, 3], [4, 5, 0], [10, 11, 12]]),
+    ],
+)
+def test_what_is_too_long(tokens, tmp_path, overlong, rows):
+    options = ["--strategy", "nf", "--overlong", overlong]
+    assert run(tokens, tmp_path / "out", *options, capacity=3) == 0
+    assert rows_of(tmp_path / "out")["input_ids"] == rows
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
+    name = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
+    assert metrics[name] == 1
+
+
+def test_limits_and_seed_reach_the_planner(tokens, tmp_path):
+    assert run(tokens, tmp_path / "limit", "--max-sequences", 1) == 0
+    assert len(rows_of(tmp_path / "limit")["input_ids"]) == 4
+    assert run(tokens, tmp_path / "window", "--window", 1) == 0
+    assert len(rows_of(tmp_path / "window")["input_ids"]) == 4
+    lengths = [len(ids) for ids in TOKENS]
+    seeds = [0, next(s for s in range(9) if starts(lengths, s) != starts(lengths, 0))]
+    for seed in seeds:
+        out = tmp_path / str(seed)
+        assert run(tokens, out, "--strategy", "ffs", "--seed", seed) == 0
+        assert [row[0] for row in rows_of(out)["input_ids"]] == starts(lengths, seed)
+
+
+def starts(lengths, seed):
+    return [TOKENS[each[0]][0] for each in pack_lengths(lengths, 8, "ffs", seed=seed)]
+
+
+# ---------------------------------------------------------------------------------------------- IN
+
+
+def as_parquet(path):
+    import pyarrow.parquet
+
+    # Row groups, large lists and wide integers.
+    column = pa.array(TOKENS, pa.large_list(pa.int64()))
+    pyarrow.parquet.write_table(pa.table({"input_ids": column}), path, row_group_size=1)
+
+
+def as_arrow(path):
+    datasets.Dataset.from_dict({"input_ids": TOKENS, "other": list("abcd")}).save_to_disk(path)
+
+
+def as_compressed(path):
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"input_ids": ids}) + "\n" for ids in TOKENS)
+
+
+def as_folder(path):
+    path.mkdir()
+    write_lines(path / "a.jsonl", [{"input_ids": ids} for ids in TOKENS[:1]])
+    write_lines(path / "b.jsonl", [{"input_ids": ids} for ids in TOKENS[1:]])
+
+
+@pytest.mark.parametrize(
+    "name, write, given",
+    [
+        ("t.parquet", as_parquet, "t.parquet"),
+        ("saved", as_arrow, "saved"),
+        ("t.jsonl.gz", as_compressed, "t.jsonl.gz"),
+        ("folder", as_folder, "folder"),
+        ("folder", as_folder, "folder/?.jsonl"),
+    ],
+)
+def test_any_file_that_the_reader_takes(tmp_path, name, write, given):
+    write(tmp_path / name)
+    assert run(tmp_path / given, tmp_path / "out", "--strategy", "nf") == 0
+    assert rows_of(tmp_path / "out")["input_ids"] == [
+        [1, 2, 3, 4, 5, 0, 0, 0],
+        [6, 7, 8, 9, 10, 11, 12, 0],
+    ]
+
+
+def test_json_that_begins_with_a_block_of_nothing(tmp_path):
+    # More than the MiB that a type is first guessed from.
+    source = write_lines(tmp_path / "t.jsonl", [{"input_ids": []}] * 70_000 + [{"input_ids": [7]}])
+    assert run(source, tmp_path / "out", "--drop-empty", capacity=2) == 0
+    assert rows_of(tmp_path / "out")["input_ids"] == [[7, 0]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_texts_become_the_tokenizers_ids(tmp_path, tokenizer, kind):
+    from tokenizers import Tokenizer
+
+    source = tmp_path / f"texts.{kind}"
+    if kind == "jsonl":
+        write_lines(source, [{"body": text} for text in TEXTS])
+    else:
+        source.write_text("".join(text + "\n" for text in TEXTS))
+    options = ["--text-column", "body"] if kind == "jsonl" else []
+    options += ["--tokenizer", tokenizer, "--max-sequences", 1, "--strategy", "nf"]
+    assert run(source, tmp_path / "out", *options, capacity=64) == 0
+    encoded = [Tokenizer.from_file(str(tokenizer)).encode(text).ids for text in TEXTS]
+    rows = rows_of(tmp_path / "out")
+    assert rows["seq_lengths"] == [[len(ids)] for ids in encoded]
+    assert [row[: len(ids)] for row, ids in zip(rows["input_ids"], encoded)] == encoded
+
+
+def test_lengths_alone_give_a_plan_made_in_shards_of_a_mapped_file(tmp_path, monkeypatch, capsys):
+    lengths = np.random.default_rng(0).integers(1, 9, 100).astype(np.uint16)
+    np.save(tmp_path / "lengths.npy", lengths)
+    given = []
+
+    def in_small_shards(watched, *others):
+        given.append(watched._values)
+        return pack_shards(watched, *others, shard_size=40)
+
+    monkeypatch.setattr(pack, "pack_shards", in_small_shards)
+    out = tmp_path / "out"
+    assert run(tmp_path / "lengths.npy", out) == 0
+    assert isinstance(given[0], np.memmap)
+    shards = [pack_lengths(lengths[first : first + 40], 8) for first in (0, 40, 80)]
+    assert PackResult.load(out / "plan") == merge_results(shards)
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "plan", "plan.png"]
+    captured = capsys.readouterr()
+    assert f'PackResult.load("{out / "plan"}")' in captured.out
+    assert "100/100" in captured.err
+
+
+def test_reading_holds_tokens_once_and_no_python_integers(tmp_path):
+    import pyarrow.parquet
+
+    lengths = np.full(4000, 500, np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    values = np.arange(offsets[-1], dtype=np.int64)
+    table = pa.table({"input_ids": pa.ListArray.from_arrays(offsets, values)})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=500)
+    del table
+    read = partial(pack._read, str(tmp_path / "t.parquet"), ["input_ids"], pack._token_lists)
+    read()  # what is imported on the way
+    tracemalloc.start()
+    (tokens,) = read()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert tokens.values.dtype == np.int32
+    assert np.array_equal(tokens.values, values)
+    assert np.array_equal(tokens.offsets, offsets)
+    # The slack of an array that grows, and a batch of 1000 rows at 8 and 4 bytes.
+    assert peak < 4 * len(values) * 1.07 + 12 * 500 * 1000
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def test_the_table_and_the_json_are_the_plans_metrics(tokens, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(tokens, out, "--overlong", "drop", "--strategy", "nf", capacity=3) == 0
+    captured = capsys.readouterr()
+    table = dict(line.rsplit(maxsplit=1) for line in captured.out.splitlines()[4:-3])
+    report = json.loads((out / "metrics.json").read_text())
+    metrics = report["metrics"]
+    assert {name: table.pop(name) for name in ("seconds to plan", "sequences per second")} == {
+        "seconds to plan": f"{metrics['seconds']:.3f}",
+        "sequences per second": f"{metrics['sequences_per_second']:,.0f}",
+    }
+    assert table == {
+        "sequences": "4",
+        "rows": "3",
+        "tokens": "8",
+        "padding": "11.11%",
+        "efficiency": "88.89%",
+        "utilisation, mean": "88.89%",
+        "std": "15.71%",
+        "min": "66.67%",
+        "max": "100.00%",
+        "sequences per row": "1.00",
+        "dropped": "1",
+        "truncated": "0",
+        "split": "0",
+    }
+    plan = pack_lengths([len(ids) for ids in TOKENS], 3, "nf", overlong="drop")
+    timed = {"seconds", "sequences_per_second"}
+    expected = {k: v for k, v in plan.metrics._asdict().items() if k not in timed}
+    assert {k: v for k, v in metrics.items() if k not in timed} == expected
+    assert metrics["seconds"] > 0
+    assert report["strategy"] == "nf"
+    assert report["options"]["overlong"] == "drop"
+    assert report["versions"]["datasets"] == datasets.__version__
+    assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "Packing" in captured.err  # the bar
+    assert f'datasets.Dataset.from_file("{out / "dataset.arrow"}")' in captured.out
+
+
+def test_without_matplotlib_there_is_no_png(tokens, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "available", lambda: False)
+    out = tmp_path / "out"
+    assert run(tokens, out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["dataset.arrow", "metrics.json"]
+    assert f"written: {out / 'dataset.arrow'}, {out / 'metrics.json'}\n" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *arguments, **options):
+    assert run(*arguments, **options) == 2
+    captured = capsys.readouterr()
+    error = captured.err.strip().splitlines()[-1]
+    assert error.startswith("tokenpack: error: ")
+    assert captured.out == ""
+    return error
+
+
+def test_nothing_is_written_over_and_nothing_read_before(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    error = refused(capsys, "missing.jsonl", out)
+    assert f"OUT: {out} already holds mine; takes a new or an empty folder" in error
+    assert (out / "mine").read_text() == "kept"
+    assert "OUT: cannot make the folder" in refused(capsys, "missing.jsonl", out / "mine")
+
+
+def test_a_run_that_fails_leaves_nothing(tokens, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack, "write_json", full)
+    out = tmp_path / "out"
+    assert "No space left on device" in refused(capsys, tokens, out)
+    assert list(out.iterdir()) == []
+    np.save(tmp_path / "lengths.npy", [1, 2])
+    assert "No space left on device" in refused(capsys, tmp_path / "lengths.npy", out)
+    assert list(out.iterdir()) == []
+
+
+def test_bad_lines_are_named(tmp_path, capsys):
+    good = {"input_ids": [1, 2]}
+    nine, ten = ({"input_ids": [1] * length} for length in (9, 10))
+    for records, message in [
+        ([good, {"input_ids": []}], "input_ids[1], of length 0, has no tokens; --drop-empty"),
+        ([good, nine, ten], "input_ids[1], of length 9, has more tokens than --capacity 8"),
+        ([good, nine, ten], "--overlong takes truncate, split or drop (1 more like it)"),
+        ([good, {"input_ids": None}], "input_ids[1] must be a list of integers, got null"),
+        ([good] * 1003 + [{}], "counted from row 1,000: input_ids[3] must be a list of integers"),
+        ([good, {"input_ids": [1, None]}], "input_ids[1][1] must be an integer, got null"),
+        ([{"input_ids": [1.5]}], "input_ids must be a column of lists of integers, got list<"),
+        ([{"input_ids": "text"}], "input_ids must be a column of lists of integers, got string"),
+        ([{"input_ids": [2**31]}], "takes ids of 32 bits, got 2147483648"),
+        ([{"text": "words"}], "has no column input_ids; it has text (--column is of token lists"),
+    ]:
+        source = write_lines(tmp_path / "bad.jsonl", records)
+        error = refused(capsys, source, tmp_path / "out")
+        assert message in error
+        assert "IN: " in error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_labels_must_be_as_long(tmp_path, capsys):
+    records = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2], "labels": [1]}]
+    source = write_lines(tmp_path / "bad.jsonl", records)
+    error = refused(capsys, source, tmp_path / "out", "--labels", "labels")
+    assert "labels[1] must be as long as input_ids[1], 2 tokens, got 1" in error
+
+
+def test_bad_files_and_options(tokens, tokenizer, tmp_path, capsys):
+    files = {"broken.npy": b"\x93NUMPY", "empty.npy": b"", "empty.jsonl": b"", "x.bin": b"x"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "shares.npy", [0.5, 1.0])
+    np.save(tmp_path / "square.npy", [[1, 2], [3, 4]])
+    np.save(tmp_path / "none.npy", np.empty(0, np.int64))
+    np.save(tmp_path / "negative.npy", [1, -1, 2])
+    np.save(tmp_path / "long.npy", [1, 9])
+    np.save(tmp_path / "lengths.npy", [1, 2])
+    write_lines(tmp_path / "numbers.jsonl", [{"text": 1}])
+    write_lines(tmp_path / "null.jsonl", [{"text": "a"}, {"text": None}])
+    text = ["--tokenizer", tokenizer]
+    for name, options, message in [
+        ("missing.jsonl", [], "IN: there is no file"),
+        ("missing.npy", [], "missing.npy cannot be read as one .npy array: No such file"),
+        ("*.parquet", [], "IN: no file matches"),
+        ("broken.npy", [], "broken.npy cannot be read as one .npy array"),
+        ("empty.npy", [], "empty.npy cannot be read as one .npy array"),
+        ("empty.jsonl", [], "empty.jsonl is empty"),
+        ("x.bin", [], "does not say its format"),
+        ("shares.npy", [], "holds float64 of shape (2,), takes integers"),
+        ("square.npy", [], "holds int64 of shape (2, 2), takes integers in one dimension"),
+        ("none.npy", [], "holds int64 of shape (0,)"),
+        ("negative.npy", [], "lengths[1], of length -1, is negative"),
+        ("long.npy", [], "lengths[1], of length 9, has more tokens than --capacity 8"),
+        ("lengths.npy", text, "--tokenizer: "),
+        ("lengths.npy", ["--labels", "x"], "--labels: "),
+        ("lengths.npy", ["--columns", "labels"], "--columns: "),
+        ("tokens.jsonl", ["--strategy", "best"], "strategy must be auto or one of nf (next_fit)"),
+        ("tokens.jsonl", ["--labels", "wanted"], "has no column wanted; it has input_ids"),
+        ("tokens.jsonl", [*text, "--labels", "x"], "--labels: cannot be with --tokenizer"),
+        ("tokens.jsonl", ["--tokenizer", "nowhere.json"], "--tokenizer: no file or folder"),
+        ("tokens.jsonl", text, "has no column text; it has input_ids"),
+        ("numbers.jsonl", text, "text must be a column of text, got int64"),
+        ("null.jsonl", text, "text[1] must be text, got null"),
+    ]:
+        assert message in refused(capsys, tmp_path / name, tmp_path / "out", *options), name
+    assert "capacity must be from 1" in refused(capsys, tokens, tmp_path / "out", capacity=2**31)
+
+
+def test_without_the_extra_it_says_what_to_install(tokens, tmp_path, capsys, monkeypatch):
+    found = pack.importlib.util.find_spec
+    monkeypatch.setattr(
+        pack.importlib.util, "find_spec", lambda name: None if name == "datasets" else found(name)
+    )
+    error = refused(capsys, tokens, tmp_path / "out")
+    assert error == "tokenpack: error: pack needs datasets: pip install 'tokenpack[data]'"

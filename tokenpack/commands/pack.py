@@ -1,0 +1,342 @@
+"""``tokenpack pack``: files of token lists, texts or lengths -> rows in a folder, and how full.
+
+    read    all tokens into one flat int32 array that grows in place: 4 bytes a token
+    plan    which sequences share a row (tokenpack.packing)
+    write   rows, block by block, into an Arrow file
+
+Tokens come as Arrow batches and stay NumPy; only a tokenizer's answer is ever a list of integers, a
+batch at a time. Lengths alone, in a memory-mapped ``.npy`` file, are planned shard by shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.tokens import Tokens, flatten_tokens, require_same_lengths
+from ..packing import Packer, PackResult, pack_shards
+from ..packing.sorting import offsets_of
+from . import figures, machine
+from .output import make_folder, write_json
+from .table import format_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_INT32 = np.iinfo(np.int32)
+_LENGTHS_AT_ONCE = 1 << 20
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write OUT, print the table. Returns 0; bad input raises, and leaves nothing in OUT."""
+    packer = Packer(
+        arguments.capacity,
+        arguments.strategy,
+        arguments.seed,
+        max_sequences=arguments.max_sequences,
+        window=arguments.window,
+        overlong=arguments.overlong,
+        drop_empty=arguments.drop_empty,
+    )
+    lengths_alone = Path(arguments.input).suffix == ".npy"
+    _require_agreement(arguments, lengths_alone)
+    _require_packages("tqdm", *(() if lengths_alone else ("datasets", "pyarrow")))
+    _require_nothing_in(arguments.out)
+    make_folder(arguments.out, "OUT")
+    try:
+        plan, to_read = (_plan_lengths if lengths_alone else _pack_rows)(arguments, packer)
+        written = _write_report(arguments, plan)
+    except BaseException:
+        _empty(arguments.out)
+        raise
+    by = "several strategies" if plan.strategy == "several" else plan.strategy  # of shards, windows
+    print(f"{arguments.input} at {plan.capacity:,} tokens a row, by {by}\n")
+    print(_format_metrics(plan))
+    print(f"\nto read it: {to_read}")
+    print("written: " + ", ".join(map(str, written)))
+    return 0
+
+
+def _require_agreement(arguments: argparse.Namespace, lengths_alone: bool) -> None:
+    for option in ("tokenizer", "labels", "columns"):
+        if lengths_alone and getattr(arguments, option):
+            raise ValueError(f"--{option}: {arguments.input} holds lengths alone, and no tokens")
+    if arguments.tokenizer and arguments.labels:
+        raise ValueError("--labels: cannot be with --tokenizer, whose tokens are the labels")
+
+
+def _require_packages(*names: str) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"pack needs {name}: pip install 'tokenpack[data]'")
+
+
+def _require_nothing_in(folder: Path) -> None:
+    if folder.is_dir():
+        held = next(folder.iterdir(), None)
+        if held is not None:
+            raise ValueError(
+                f"OUT: {folder} already holds {held.name}; takes a new or an empty folder"
+            )
+
+
+def _empty(folder: Path) -> None:
+    """Remove what this run wrote: there was nothing else."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+# ----------------------------------------------------------------------------------- lengths alone
+
+
+def _plan_lengths(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResult, str]:
+    from tqdm import tqdm
+
+    lengths = _map_lengths(arguments.input)
+    _require_lengths(lengths, "lengths", arguments)
+    folder = arguments.out / "plan"
+    with tqdm(total=len(lengths), desc="planning", unit=" lengths", unit_scale=True) as bar:
+        plan = pack_shards(_Watched(lengths, bar.update), packer, folder)  # type: ignore[arg-type]
+        bar.update(len(lengths) - bar.n)
+    return plan, f'tokenpack.packing.PackResult.load("{folder}")'
+
+
+def _map_lengths(path: str) -> NDArray[np.integer]:
+    try:
+        lengths = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"IN: {path} cannot be read as one .npy array: {why}") from None
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths):
+        raise ValueError(
+            f"IN: {path} holds {lengths.dtype} of shape {lengths.shape}, takes integers in one "
+            "dimension, a length per sequence"
+        )
+    return lengths
+
+
+class _Watched:
+    """An array that says how far it was read."""
+
+    def __init__(self, values: NDArray[Any], on_read: Callable[[int], object]) -> None:
+        self._values, self._on_read, self._read = values, on_read, 0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        # A shard is asked for when the one before it is done.
+        start, _, _ = part.indices(len(self))
+        self._on_read(start - self._read)
+        self._read = start
+        return self._values[part]
+
+
+# ------------------------------------------------------------------------------------ rows of files
+
+
+def _pack_rows(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResult, str]:
+    from ..data.dataset import COLUMNS, pack_dataset_from_result
+
+    names = [arguments.column]
+    make: Callable[[pa.ChunkedArray, str], Tokens] = _token_lists
+    if arguments.tokenizer:
+        from .tokenizer import load_tokenizer  # transformers, which takes a while to load
+
+        names, make = [arguments.text_column], _encoded_by(load_tokenizer(arguments.tokenizer))
+    elif arguments.labels:
+        names.append(arguments.labels)
+    tokens, *labels = _read(arguments.input, names, make)
+    _require_lengths(tokens.lengths, names[0], arguments)
+    for each in labels:
+        require_same_lengths(tokens, names[0], each, names[1])
+    plan = packer.pack(tokens.lengths)
+    rows = pack_dataset_from_result(
+        plan,
+        tokens,
+        arguments.padding_value,
+        arguments.label_padding_value,
+        labels=labels[0] if labels else None,
+        columns=arguments.columns or COLUMNS,
+        cache_dir=arguments.out,
+        num_proc=arguments.num_proc,
+        progress=True,
+    )
+    (file,) = rows.cache_files
+    path = arguments.out / "dataset.arrow"
+    Path(file["filename"]).rename(path)
+    return plan, f'datasets.Dataset.from_file("{path}")'
+
+
+def _read(
+    path: str, names: list[str], make: Callable[[pa.ChunkedArray, str], Tokens]
+) -> list[Tokens]:
+    """The sequences of each column."""
+    from tqdm import tqdm
+
+    columns = [_Growing() for _ in names]
+    rows = 0
+    with tqdm(desc="reading", unit=" rows", unit_scale=True) as bar:
+        for table in _batches(path, names):
+            for name, column in zip(names, columns):
+                try:
+                    column.append(make(table.column(name), name))
+                except (TypeError, ValueError) as error:
+                    where = f"counted from row {rows:,}: " if rows else ""
+                    raise ValueError(f"IN: {path}: {where}{error}") from None
+            rows += table.num_rows
+            bar.update(table.num_rows)
+    return [column.tokens() for column in columns]
+
+
+def _batches(path: str, names: list[str]) -> Iterator[pa.Table]:
+    from ..data.reader import streaming_dataset_reader
+
+    try:
+        yield from streaming_dataset_reader(path, columns=names, output="arrow")
+    except (ValueError, OSError) as error:
+        # The reader names arguments of its own.
+        why = str(error).removeprefix("path: ").removeprefix("columns: ")
+        if "no column" in why:
+            why += " (--column is of token lists; of a --text-column --tokenizer makes them)"
+        raise ValueError(f"IN: {why}") from None
+
+
+def _token_lists(column: pa.ChunkedArray, name: str) -> Tokens:
+    import pyarrow as pa
+
+    if column.type == pa.list_(pa.null()):  # in JSON: none of them has a token
+        column = column.cast(pa.list_(pa.int32()))
+    return flatten_tokens(column, name, empty=True)
+
+
+def _encoded_by(
+    encode: Callable[[list[str]], list[list[int]]],
+) -> Callable[[pa.ChunkedArray, str], Tokens]:
+    def make(column: pa.ChunkedArray, name: str) -> Tokens:
+        import pyarrow as pa
+
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise TypeError(f"{name} must be a column of text, got {column.type}")
+        if column.null_count:
+            at = np.flatnonzero(column.is_null())[0]
+            raise TypeError(f"{name}[{at}] must be text, got null")
+        return flatten_tokens(encode(column.to_pylist()), name, empty=True)
+
+    return make
+
+
+class _Growing:
+    """Sequences that keep coming, in one int32 array.
+
+    It grows as a file does: the system moves pages, not bytes, so nothing is there twice. Batches
+    that are kept and joined at the end would be, at the width of their file besides.
+    """
+
+    def __init__(self) -> None:
+        self._values = array("i")
+        self._lengths: list[NDArray[np.int64]] = []
+
+    def append(self, tokens: Tokens) -> None:
+        values = tokens.values
+        if len(values) and (values.min() < _INT32.min or values.max() > _INT32.max):
+            raise ValueError(f"takes ids of 32 bits, got {values[abs(values).argmax()]}")
+        narrow = np.ascontiguousarray(values, dtype=np.int32)
+        self._values.frombytes(narrow.view(np.uint8).data)
+        self._lengths.append(tokens.lengths)
+
+    def tokens(self) -> Tokens:
+        values = np.frombuffer(self._values, np.int32) if self._values else np.empty(0, np.int32)
+        return Tokens(values, offsets_of(np.concatenate(self._lengths)))
+
+
+# ------------------------------------------------------------------------------------- both of them
+
+
+def _require_lengths(lengths: NDArray[Any], name: str, arguments: argparse.Namespace) -> None:
+    """What the planner would refuse, said for all shards at once and in the command's own words."""
+    capacity = arguments.capacity
+    _refuse(lengths, lambda block: block < 0, name, "is negative")
+    if not arguments.drop_empty:
+        _refuse(
+            *(lengths, lambda block: block == 0, name),
+            "has no tokens; --drop-empty leaves such sequences out",
+        )
+    if arguments.overlong == "error":
+        _refuse(
+            *(lengths, lambda block: block > capacity, name),
+            f"has more tokens than --capacity {capacity}; --overlong takes truncate, split or drop",
+        )
+
+
+def _refuse(
+    lengths: NDArray[Any],
+    wrong: Callable[[NDArray[Any]], NDArray[np.bool_]],
+    name: str,
+    what: str,
+) -> None:
+    first, count = 0, 0
+    for start in range(0, len(lengths), _LENGTHS_AT_ONCE):
+        found = np.flatnonzero(wrong(lengths[start : start + _LENGTHS_AT_ONCE]))
+        if len(found) and not count:
+            first = start + int(found[0])
+        count += len(found)
+    if count:
+        more = f" ({count - 1:,} more like it)" if count > 1 else ""
+        raise ValueError(f"IN: {name}[{first}], of length {lengths[first]}, {what}{more}")
+
+
+def _format_metrics(plan: PackResult) -> str:
+    metrics = plan.metrics
+    counts = {
+        "sequences": metrics.num_sequences,
+        "rows": metrics.num_bins,
+        "tokens": metrics.tokens,
+        "dropped": metrics.dropped,
+        "truncated": metrics.truncated,
+        "split": metrics.split,
+    }
+    shares = {
+        "padding": 1 - metrics.efficiency,
+        "efficiency": metrics.efficiency,
+        "utilisation, mean": metrics.utilization_mean,
+        "std": metrics.utilization_std,
+        "min": metrics.utilization_min,
+        "max": metrics.utilization_max,
+    }
+    cells = {name: f"{count:,}" for name, count in counts.items()}
+    cells |= {name: f"{share:.2%}" for name, share in shares.items()}
+    cells |= {
+        "sequences per row": f"{metrics.sequences_per_bin:,.2f}",
+        "seconds to plan": f"{metrics.seconds:,.3f}",
+        "sequences per second": f"{metrics.sequences_per_second:,.0f}",
+    }
+    order = ["sequences", "rows", "tokens", *shares, "sequences per row", "dropped", "truncated"]
+    order += ["split", "seconds to plan", "sequences per second"]
+    return format_table(["", "packed"], [[name, cells[name]] for name in order])
+
+
+def _write_report(arguments: argparse.Namespace, plan: PackResult) -> list[Path]:
+    """Add the JSON and the PNG to OUT; all that is in it then."""
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    report = {
+        "versions": machine.versions(),
+        "options": {**options, "out": str(arguments.out)},
+        "strategy": plan.strategy,
+        "metrics": plan.metrics._asdict(),
+    }
+    write_json(arguments.out / "metrics.json", report)
+    if figures.available():
+        plan.plot(arguments.out / "plan.png")
+    return sorted(arguments.out.iterdir())

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=5)
 
 
 def make_lengths(shape, capacity, count):
+    """Lengths of a shape, the same on every machine."""
     rng = np.random.default_rng(0)
     lengths = {
         "lognormal": lambda: rng.lognormal(np.log(180), 1.0, count),
@@ -28,6 +29,7 @@ def make_lengths(shape, capacity, count):
 
 
 def floor(lengths):
+    """What every plan by length takes at the least."""
     np.bincount(lengths)
     lengths.argsort(kind="stable")
 
@@ -58,6 +60,7 @@ def test_plan(benchmark, by, shape, capacity, count):
 @pytest.mark.benchmark(group="plan 10,000 log-normal lengths by each strategy")
 @pytest.mark.parametrize("strategy", Packer.strategies())
 def test_strategies(benchmark, strategy):
+    """Each strategy on the same lengths."""
     lengths = make_lengths("lognormal", 2048, 10_000)
     result = benchmark(lambda: pack_lengths(lengths, 2048, strategy))
     benchmark.extra_info["efficiency"] = round(result.efficiency, 5)
@@ -122,6 +125,7 @@ def test_rows(benchmark, by):
 
 
 def token_table(lengths, dtype):
+    """An Arrow table of token lists."""
     pa = pytest.importorskip("pyarrow")
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.random.default_rng(1).integers(0, 100, offsets[-1], dtype)
@@ -130,6 +134,7 @@ def token_table(lengths, dtype):
 
 @pytest.mark.benchmark(group="plan 10,000,000 log-normal lengths from a file, in bounded memory")
 def test_shards(benchmark, tmp_path):
+    """A file of lengths to a plan in a folder."""
     lengths = np.lib.format.open_memmap(tmp_path / "l.npy", "w+", np.uint16, (10_000_000,))
     lengths[:] = make_lengths("lognormal", 2048, 10_000_000)
     folders = (tmp_path / str(number) for number in range(9))

@@ -13,17 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..packing import Packer, PackResult
-from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_same_lengths
-
-if TYPE_CHECKING:
+try:
     import datasets
     import pyarrow as pa
+    from datasets.arrow_writer import ArrowWriter
+    from datasets.fingerprint import Hasher, generate_random_fingerprint
+    from datasets.table import InMemoryTable
+except ImportError as error:
+    raise ImportError(
+        "pack_dataset needs datasets and pyarrow: pip install 'tokenpack[data]'"
+    ) from error
+
+from ..packing import Packer, PackResult
+from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_same_lengths
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "seq_lengths")
 _BLOCK_TOKENS = 1 << 22  # of one column, in a block
@@ -176,9 +183,8 @@ class _RowMaker:
 
     @property
     def features(self) -> datasets.Features:
-        from datasets import Features, List, Value
-
-        return Features({name: List(Value(self._dtypes[name].name)) for name in self.columns})
+        kinds = {name: datasets.Value(self._dtypes[name].name) for name in self.columns}
+        return datasets.Features({name: datasets.List(kind) for name, kind in kinds.items()})
 
     def blocks(self) -> list[tuple[int, int]]:
         """First and last bin of each block."""
@@ -187,16 +193,12 @@ class _RowMaker:
         return [(first, min(first + rows, total)) for first in range(0, total, rows)]
 
     def __call__(self, block: tuple[int, int]) -> pa.RecordBatch:
-        import pyarrow as pa
-
         first, last = block
         rows = Rows(self.result, self.tokens.offsets, first=first, last=last)
         arrays = [self._column(rows, name) for name in self.columns]
         return pa.RecordBatch.from_arrays(arrays, schema=self.features.arrow_schema)
 
     def _column(self, rows: Rows, name: str) -> pa.ListArray:
-        import pyarrow as pa
-
         dtype = self._dtypes[name]
         if name == "seq_lengths":
             bounds = rows.row_bounds.astype(np.int32)
@@ -214,8 +216,6 @@ class _RowMaker:
 
     def fingerprint(self) -> str:
         """The same for the same rows."""
-        from datasets.fingerprint import Hasher
-
         result = self.result
         arrays = [result.items, result.offsets, result.item_lengths]
         arrays += [] if result.item_starts is None else [result.item_starts]
@@ -243,18 +243,13 @@ def _width(tokens: Tokens, padding: int) -> np.dtype[Any]:
 
 
 def _in_memory(make: _RowMaker, threads: int, progress: bool | None) -> datasets.Dataset:
-    import pyarrow as pa
-    from datasets import Dataset, DatasetInfo
-    from datasets.fingerprint import generate_random_fingerprint
-    from datasets.table import InMemoryTable
-
     features = make.features
     batches = list(_made(make, threads, progress))
     table = pa.Table.from_batches(batches, schema=features.arrow_schema)
     # A fingerprint by content would copy the whole table to hash it.
-    return Dataset(
+    return datasets.Dataset(
         InMemoryTable(table),
-        info=DatasetInfo(features=features),
+        info=datasets.DatasetInfo(features=features),
         fingerprint=generate_random_fingerprint(),
     )
 
@@ -262,10 +257,6 @@ def _in_memory(make: _RowMaker, threads: int, progress: bool | None) -> datasets
 def _on_disk(
     make: _RowMaker, folder: Path, threads: int, progress: bool | None
 ) -> datasets.Dataset:
-    import pyarrow as pa
-    from datasets import Dataset
-    from datasets.arrow_writer import ArrowWriter
-
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = make.fingerprint()
     path = folder / f"packed-{fingerprint}.arrow"
@@ -280,17 +271,15 @@ def _on_disk(
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    return Dataset.from_file(str(path))
+    return datasets.Dataset.from_file(str(path))
 
 
 def _made(make: _RowMaker, threads: int, progress: bool | None) -> Iterator[pa.RecordBatch]:
     """The blocks in order, a few being made ahead."""
-    from datasets.utils import tqdm
-
     blocks = make.blocks()
     # Rows, not blocks: a block is nothing that a user knows.
     shown = {} if progress is None else {"disable": not progress}
-    bar = tqdm(total=len(make.result), desc="Packing", unit=" rows", **shown)
+    bar = datasets.utils.tqdm(total=len(make.result), desc="Packing", unit=" rows", **shown)
     with bar, ThreadPoolExecutor(threads) as pool:
         ahead: deque[tuple[int, Future[pa.RecordBatch]]] = deque()
         for first, last in blocks:

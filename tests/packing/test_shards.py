@@ -25,6 +25,13 @@ def test_a_plan_by_shards_is_the_merge_of_their_plans(tmp_path, overlong, strate
     assert merge_saved([tmp_path / str(n) for n in range(4)], tmp_path / "merged") == want
 
 
+def test_a_shard_may_be_dropped_whole(tmp_path):
+    packer = Packer(8, overlong="drop")
+    plan = pack_shards(np.array([9, 9, 3, 4, 9]), packer, tmp_path / "plan", shard_size=2)
+    assert [members.tolist() for members in plan] == [[3, 2]]
+    assert (plan.dropped.tolist(), plan.num_sequences) == ([0, 1, 4], 5)
+
+
 def test_memory_is_a_shards(tmp_path):
     peaks = []
     for count in (200_000, 800_000):
@@ -52,6 +59,6 @@ def test_bad_shards(tmp_path):
     with pytest.raises(FileNotFoundError):
         merge_saved([tmp_path / "none"], tmp_path / "d")
     # A plan that failed half-way is none.
-    with pytest.raises(ValueError, match="at most capacity"):
+    with pytest.raises(ValueError, match=r"begins at 2: .* at most capacity = 8, got lengths\[0\]"):
         pack_shards(np.array([3, 3, 9]), Packer(8), tmp_path / "e", shard_size=2)
     assert not (tmp_path / "e" / "plan.json").exists()

@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from .arrival import Plan
 from .sorting import group_by_bin, longest_first
 
+_BLOCK = 1024  # bins looked at together
+
 
 def first_fit_decreasing(
     lengths: NDArray[np.integer], capacity: int, max_sequences: int | None = None
 ) -> Plan:
     """From the longest on, each goes to the first bin that it fits into.
 
-    At most 11/9 of the fewest bins, plus 6/9 (Dósa, 2007). Time is of the order of distinct
-    lengths times open bins.
+    At most 11/9 of the fewest bins, plus 6/9 (Dósa, 2007). A step in Python is for a distinct
+    length and a block of bins that has room for it.
     """
     order = longest_first(lengths)
     bin_of, num_bins = _first_fit_falling(lengths[order], capacity, max_sequences)
@@ -36,30 +38,28 @@ def _first_fit_falling(
     limit = len(falling) if max_sequences is None else max_sequences
     firsts = np.flatnonzero(np.diff(falling, prepend=int(falling[0]) + 1))
     sizes, counts = falling[firsts].tolist(), np.diff(firsts, append=len(falling)).tolist()
-    number = rooms = allowed = np.empty(0, np.int64)  # of open bins, in order
-    opened = 0
+    # All bins that there may be, in blocks; a bin not open yet has the whole capacity, and none
+    # beyond the last opened is needed. What a block's roomiest bin cannot take, no bin of it can.
+    blocks = -(-len(falling) // _BLOCK)
+    rooms = np.full((blocks, _BLOCK), capacity)
+    allowed = np.full((blocks, _BLOCK), limit)
+    roomiest = np.full(blocks, capacity)
     parts = []
     for size, count in zip(sizes, counts):
-        fits = np.flatnonzero(rooms >= size)
-        takes = np.minimum(rooms[fits] // size, allowed[fits])
-        ends = np.minimum(np.cumsum(takes), count)
-        takes = np.diff(ends, prepend=0)
-        rooms[fits] -= takes * size
-        allowed[fits] -= takes
-        parts.append(np.repeat(number[fits], takes))
-        count -= int(takes.sum())
-        if count:
-            each = min(capacity // size, limit)
-            new = np.arange(opened, opened - (-count // each))
-            takes = np.full(len(new), each)
-            takes[-1] -= each * len(new) - count
-            parts.append(np.repeat(new, takes))
-            opened += len(new)
-            still = (rooms >= falling[-1]) & (allowed > 0)  # others will not be served again
-            number = np.concatenate((number[still], new))
-            rooms = np.concatenate((rooms[still], capacity - takes * size))
-            allowed = np.concatenate((allowed[still], limit - takes))
-    return np.concatenate(parts), opened
+        for block in np.flatnonzero(roomiest >= size).tolist():
+            fits = np.flatnonzero(rooms[block] >= size)
+            takes = np.minimum(rooms[block, fits] // size, allowed[block, fits])
+            takes = np.diff(np.minimum(np.cumsum(takes), count), prepend=0)
+            rooms[block, fits] -= takes * size
+            allowed[block, fits] -= takes
+            rooms[block, allowed[block] == 0] = 0
+            roomiest[block] = rooms[block].max()
+            parts.append(np.repeat(fits + block * _BLOCK, takes))
+            count -= len(parts[-1])
+            if not count:
+                break
+    bin_of = np.concatenate(parts)
+    return bin_of, int(bin_of.max()) + 1
 
 
 def modified_first_fit_decreasing(

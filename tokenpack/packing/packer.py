@@ -168,11 +168,18 @@ class Packer:
 
     def pack(self, lengths: Lengths) -> PackResult:
         """Plan which sequences share which bin; see `pack_lengths`."""
+        result = self.pack_some(lengths)
+        if not len(result):
+            raise ValueError(
+                f"lengths: no sequence is left of {result.num_sequences}, all were dropped"
+            )
+        return result
+
+    def pack_some(self, lengths: Lengths) -> PackResult:
+        """`pack`, but a plan without bins where all sequences were dropped."""
         begin = time.perf_counter()
         given = as_lengths(lengths)
         pieces = fit(given, self.capacity, self.overlong, self._drop_empty, "lengths")
-        if not len(pieces.lengths):
-            raise ValueError(f"lengths: no sequence is left of {len(given)}, all were dropped")
         compact = pieces.lengths.astype(np.min_scalar_type(self.capacity))  # 2 bytes each, mostly
         items, offsets, strategy = self._plan(compact)
         result = PackResult(
@@ -205,6 +212,8 @@ class Packer:
         self, lengths: NDArray[np.integer]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
         """``items, offsets`` and what planned them, window by window."""
+        if not len(lengths):
+            return np.empty(0, np.int64), np.zeros(1, np.int64), self.strategy
         window = self._window or len(lengths)
         firsts = range(0, len(lengths), window)  # of sequences, and so of items
         planned = [self._plan_window(lengths[first : first + window], first) for first in firsts]

@@ -39,13 +39,20 @@ def pack_shards(
 
     Raises:
         FileExistsError: if there is a plan in the folder already.
-        ValueError: as `pack_lengths`, naming the place in the shard.
+        ValueError: as `pack_lengths`, naming the shard and the place in it.
     """
     size = at_least_one("shard_size", shard_size)
     if not len(lengths):
         raise ValueError("lengths must name at least one sequence, got none")
-    parts = (packer.pack(lengths[first : first + size]) for first in range(0, len(lengths), size))
-    return _write(parts, folder, packer.overlong == "split")
+
+    def plan(first: int) -> PackResult:
+        try:
+            return packer.pack_some(lengths[first : first + size])
+        except ValueError as error:
+            raise ValueError(f"in the shard that begins at {first}: {error}") from error
+
+    plans = map(plan, range(0, len(lengths), size))
+    return _write(plans, folder, packer.overlong == "split")
 
 
 def merge_saved(folders: Sequence[str | PathLike[str]], folder: str | PathLike[str]) -> PackResult:

@@ -160,7 +160,7 @@ def test_bad_input():
         pack_dataset(TOKENS, 8, columns=("ids",))
     with pytest.raises(ValueError, match="columns must be some of"):
         pack_dataset(TOKENS, 8, columns=())
-    with pytest.raises(ValueError, match="num_proc must be 1 or more"):
+    with pytest.raises(ValueError, match="num_proc must be from 1"):
         pack_dataset(TOKENS, 8, num_proc=0)
     with pytest.raises(ValueError, match=r"labels\[1\] must be as long as token_ids\[1\]"):
         pack_dataset(TOKENS, 8, labels=[TOKENS[0], [4], *TOKENS[2:]])

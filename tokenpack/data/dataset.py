@@ -8,6 +8,7 @@ then holds the tokens and the rows; with one it is a file, memory-mapped, and me
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ except ImportError as error:
     ) from error
 
 from ..packing import Packer, PackResult
+from ..packing.packer import at_least_one
 from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_same_lengths
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "seq_lengths")
@@ -132,9 +134,10 @@ def pack_dataset_from_result(
         - ``position_ids`` list of int32, from 0 in every sequence and in the padding;
         - ``seq_lengths`` list of int32, tokens of each sequence in the row.
 
-        An attention mask of ones and zeros does not tell sequences apart. Give rows to a model by
-        `collate_packed_rows`, which does, or leave that column out: a model of transformers finds
-        the boundaries by ``position_ids`` if it is given no mask.
+        An attention mask of ones and zeros does not tell sequences apart: give rows to a model by
+        `collate_packed_rows`, which does (and to a `Trainer` with ``remove_unused_columns=False``).
+        By hand, a model of transformers finds the boundaries by ``position_ids`` if it is given no
+        mask and ``use_cache=False``, and only then.
 
     Raises:
         ImportError: if the ``data`` extra is missing.
@@ -142,8 +145,8 @@ def pack_dataset_from_result(
         ValueError: if they are not what was planned for, or a column is unknown.
     """
     make = _RowMaker(result, token_ids, labels, padding_value, label_padding_value, columns)
-    if num_proc is not None and num_proc < 1:
-        raise ValueError(f"num_proc must be 1 or more, got {num_proc}")
+    if num_proc is not None:
+        num_proc = at_least_one("num_proc", num_proc)
     if cache_dir is None:
         return _in_memory(make, num_proc or 1, progress)
     return _on_disk(make, Path(cache_dir), num_proc or 1, progress)
@@ -162,8 +165,10 @@ class _RowMaker:
         columns: Sequence[str],
     ) -> None:
         unknown = [name for name in columns if name not in COLUMNS]
-        if unknown or not columns:
-            raise ValueError(f"columns must be some of {', '.join(COLUMNS)}, got {list(columns)}")
+        if unknown or not columns or len(set(columns)) < len(columns):
+            raise ValueError(
+                f"columns must be some of {', '.join(COLUMNS)}, each once, got {list(columns)}"
+            )
         self.result = result
         self.columns = tuple(columns)
         self.tokens = flatten_tokens(token_ids, empty=True)
@@ -238,6 +243,8 @@ def _width(tokens: Tokens, padding: int) -> np.dtype[Any]:
     narrow = values.dtype.itemsize < 4 or values.dtype == np.int32
     if isinstance(padding, bool) or not isinstance(padding, (int, np.integer)):
         raise TypeError(f"padding must be an integer, got {padding!r}")
+    if not -(2**63) <= padding < 2**63:
+        raise ValueError(f"padding must be of at most 64 bits, got {padding}")
     inside = narrow or not len(values) or (values.min() >= -(2**31) and values.max() < 2**31)
     return np.dtype(np.int32 if inside and -(2**31) <= padding < 2**31 else np.int64)
 
@@ -260,9 +267,11 @@ def _on_disk(
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = make.fingerprint()
     path = folder / f"packed-{fingerprint}.arrow"
-    if not path.exists():
+    if not path.exists() or not _is_whole(path):
         # Under its own name only once it is whole; who else writes the same has the same.
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        handle, name = tempfile.mkstemp(".partial", path.stem, folder)
+        os.close(handle)
+        partial = Path(name)
         try:
             with ArrowWriter(path=str(partial), features=make.features) as writer:
                 for batch in _made(make, threads, progress):
@@ -272,6 +281,15 @@ def _on_disk(
         finally:
             partial.unlink(missing_ok=True)
     return datasets.Dataset.from_file(str(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file can be read: another program may have damaged it."""
+    try:
+        datasets.Dataset.from_file(str(path))
+    except (pa.ArrowInvalid, OSError):
+        return False
+    return True
 
 
 def _made(make: _RowMaker, threads: int, progress: bool | None) -> Iterator[pa.RecordBatch]:

@@ -189,7 +189,7 @@ def _from_tensors(torch: Any, tensors: Sequence[Any], name: str, bools: bool) ->
     )
     whole = [tensor for tensor in tensors if tensor.numel()] if 0 in lengths else list(tensors)
     values = torch.cat(whole).numpy() if whole else np.empty(0, np.int64)
-    return Tokens(_integers(values), offsets_of(lengths))
+    return Tokens(_integers(values, name), offsets_of(lengths))
 
 
 def _from_arrays(arrays: Sequence[NDArray[Any]], name: str, bools: bool) -> Tokens:
@@ -200,9 +200,11 @@ def _from_arrays(arrays: Sequence[NDArray[Any]], name: str, bools: bool) -> Toke
     whole = [each for each in arrays if len(each)]  # an empty one has no dtype worth having
     dtype = np.result_type(*set(map(attrgetter("dtype"), whole))) if whole else np.int64
     if dtype == np.float64:  # of signed and unsigned 64 bits
+        for each in whole:
+            _integers(each, name)
         dtype = np.int64
     values = np.concatenate(whole, dtype=dtype, casting="unsafe") if whole else np.empty(0, dtype)
-    return Tokens(_integers(values), offsets_of(lengths))
+    return Tokens(_integers(values, name), offsets_of(lengths))
 
 
 def _as_array(values: Any, name: str, at: int) -> NDArray[Any]:
@@ -242,7 +244,9 @@ def _require_integers(
             raise TypeError(f"{name}[{at}] must be integers, got {each.dtype}")
 
 
-def _integers(values: NDArray[Any]) -> NDArray[np.integer]:
+def _integers(values: NDArray[Any], name: str) -> NDArray[np.integer]:
+    if values.dtype == np.uint64 and len(values) and int(values.max()) >= 2**63:
+        raise ValueError(f"{name} must hold integers below 2**63, got {int(values.max())}")
     return values.view(np.uint8) if values.dtype == np.bool_ else values
 
 
@@ -277,9 +281,9 @@ def _from_arrow(column: Any, name: str, bools: bool) -> Tokens:
     _require_no_nulls(flat, offsets, name)
     parts = [values.to_numpy(zero_copy_only=False) for values in flat]
     if len(parts) == 1:
-        return Tokens(_integers(parts[0]), offsets)
+        return Tokens(_integers(parts[0], name), offsets)
     values = np.concatenate(parts) if parts else np.empty(0, np.int64)
-    return Tokens(_integers(values), offsets)
+    return Tokens(_integers(values, name), offsets)
 
 
 def _require_no_nulls(flat: list[Any], offsets: NDArray[np.int64], name: str) -> None:
@@ -366,9 +370,12 @@ class Rows:
             )
         ends = self.lengths if begins is None else self.lengths + begins
         lengths = np.diff(offsets)[self.sequences]
-        # Whole sequences must be of just the planned length; of cut ones there must be enough.
-        whole = begins is None and not len(result.truncated)
-        if (wrong := lengths != ends if whole else lengths < ends).any():
+        # A sequence ends with the last of its tokens, but for those that were cut, and pieces that
+        # are followed by another.
+        goes_on = np.isin(self.sequences, result.truncated)
+        if len(result.split):
+            goes_on |= (self.lengths == self.capacity) & np.isin(self.sequences, result.split)
+        if (wrong := np.where(goes_on, lengths < ends, lengths != ends)).any():
             at = int(wrong.argmax())
             raise ValueError(
                 f"{name}[{self.sequences[at]}] must be of the planned length, {ends[at]} tokens, "

@@ -20,7 +20,7 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from .sorting import longest_first, offsets_of, ranges, stable_argsort
+from .sorting import distinct_lengths, longest_first, offsets_of, ranges, stable_argsort
 
 _NEW = -1  # room before, of bins that a move opens
 
@@ -39,9 +39,7 @@ def best_fit_decreasing(
         ``items (n,)`` and ``offsets (num_bins + 1,)``, both int64: bins in the order in which they
         were opened, their sequences from the longest.
     """
-    histogram = np.bincount(lengths)
-    sizes = np.flatnonzero(histogram)[::-1]
-    counts = histogram[sizes]
+    sizes, counts = (each[::-1] for each in distinct_lengths(lengths))
     if max_sequences is None:
         moves = _plan(sizes, counts, capacity)
     else:

@@ -51,6 +51,8 @@ def as_lengths(values: Lengths, name: str = "lengths") -> NDArray[np.integer]:
         raise ValueError(f"{name} must name at least one sequence, got none")
     if array.dtype.kind not in "iu":
         raise TypeError(_not_integers(array, name))
+    if array.dtype == np.uint64 and (beyond := array >= 2**63).any():
+        raise ValueError(f"{name} must be below 2**63, got {_first(beyond, array, name)}")
     return array
 
 
@@ -85,13 +87,13 @@ def fit(
         keep &= lengths <= capacity
     dropped = np.flatnonzero(~keep)
     sequences = np.flatnonzero(keep)
-    kept = lengths[sequences]
+    kept = lengths[sequences].astype(np.int64)  # whatever they came in, a capacity fits
     over = sequences[kept > capacity]
     if overlong == "truncate":
         return Pieces(np.minimum(kept, capacity), sequences, None, dropped, over, none)
     if len(over) == 0:
         return Pieces(kept, sequences, None, dropped, none, none)
-    counts = -(-kept.astype(np.int64) // capacity)
+    counts = -(-kept // capacity)
     starts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts *= capacity
     pieces = np.minimum(np.repeat(kept, counts) - starts, capacity)

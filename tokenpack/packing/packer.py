@@ -19,10 +19,11 @@ from . import arrival, best_fit, decreasing, rounds
 from .arrival import Plan
 from .lengths import Lengths, as_lengths, check_overlong, fit
 from .result import PackResult
-from .sorting import shuffled
+from .sorting import distinct_lengths, shuffled
 
 # What a move of `best_fit` costs beside a sequence in `rounds`, so that `auto` takes the faster.
 _SEQUENCES_PER_LENGTH = 50
+_SMALL = 2000  # sequences, below which `obfd` takes a millisecond at most
 _WASTEFUL = 1.005  # bins over the least there can be, above which `auto` tries `obfd` too
 
 
@@ -96,8 +97,9 @@ def pack_lengths(
             Arrow or datasets column.
         capacity: tokens that a bin holds, at least 1.
         strategy: a short or a textbook's name (`Packer.strategies`), or "auto": ``obfd`` where
-            lengths repeat enough for it, else ``obfdp``, and ``obfd`` all the same where the latter
-            needs 0.5 % more bins than tokens demand at the least. The result says which it was.
+            sequences are few or their lengths repeat, else ``obfdp``, and ``obfd`` all the same
+            where the latter needs 0.5 % more bins than tokens demand at the least. The result says
+            which it was.
         seed: of the shuffle, where the strategy shuffles. None is 0: ranks that plan for themselves
             must plan alike. The same input and seed give the same bins on every machine.
         max_sequences: how many sequences a bin may hold, if there is a limit.
@@ -151,7 +153,7 @@ class Packer:
         check_overlong(overlong)
         self.capacity = at_least_one("capacity", capacity)
         self._chosen = None if strategy == "auto" else find_strategy(strategy)
-        self.seed = 0 if seed is None else seed
+        self.seed = 0 if seed is None else check_seed(seed)
         self._max_sequences = _optional("max_sequences", max_sequences)
         self._window = _optional("window", window)
         self.overlong, self._drop_empty = overlong, drop_empty
@@ -267,6 +269,20 @@ def at_least_one(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_seed(seed: Any) -> int:
+    """``seed`` as an int.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is negative.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
+    return int(seed)
+
+
 def _optional(name: str, value: int | None) -> int | None:
     return None if value is None else at_least_one(name, value)
 
@@ -276,15 +292,16 @@ def _plan_fast(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
     """What `auto` does: ``obfd`` pays by distinct lengths up to half the capacity, or ``obfdp``."""
     shareable = capacity // 2
-    if len(lengths) < _SEQUENCES_PER_LENGTH * shareable:  # else they need not be counted
-        shareable = int(np.count_nonzero(np.bincount(lengths)[: shareable + 1]))
-    if len(lengths) < _SEQUENCES_PER_LENGTH * shareable:
+    few = len(lengths) < _SMALL
+    if not few and len(lengths) < _SEQUENCES_PER_LENGTH * shareable:  # else no need to count
+        shareable = int(np.searchsorted(distinct_lengths(lengths)[0], shareable, side="right"))
+    if not few and len(lengths) < _SEQUENCES_PER_LENGTH * shareable:
         items, offsets = rounds.best_fit_in_rounds(lengths, capacity, max_sequences)
         alone = int(np.count_nonzero(lengths > capacity // 2))
         fewest = max(alone, -(-int(lengths.sum(dtype=np.int64)) // capacity))
         if max_sequences is not None:
             fewest = max(fewest, -(-len(lengths) // max_sequences))
-        if len(offsets) - 1 <= _WASTEFUL * fewest + 1:
+        if len(offsets) - 1 <= _WASTEFUL * fewest:
             return items, offsets, "obfdp"
         other_items, other_offsets = best_fit.best_fit_decreasing(lengths, capacity, max_sequences)
         if len(offsets) <= len(other_offsets):

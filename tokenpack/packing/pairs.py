@@ -109,7 +109,7 @@ def pack_pairs(
     if not len(kept):
         raise ValueError(f"source_lengths: no pair is left of {len(sides[0])}, all were dropped")
     source, target = (
-        np.minimum(side[kept], capacity).astype(np.int64)
+        np.minimum(side[kept].astype(np.int64), capacity)
         for side, capacity in zip(sides, capacities)
     )
     items, offsets = _plan(source, target, *capacities, limit)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .packer import at_least_one
+from .packer import at_least_one, check_seed
 from .result import PackResult
 from .sorting import shuffled
 
@@ -58,7 +58,7 @@ def balance_ranks(
     Raises:
         TypeError, ValueError: if a number is no integer of 1 or more.
     """
-    ranks = at_least_one("num_ranks", num_ranks)
+    ranks, seed = at_least_one("num_ranks", num_ranks), check_seed(seed)
     steps = -(-len(result) // ranks)
     window = steps if window is None else at_least_one("window", window)
     costs = bin_costs(result, hidden_size)

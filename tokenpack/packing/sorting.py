@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DIGIT = 1 << 16
+_COUNTED_BY_VALUE = 1 << 22  # up to where a counter for each value is nothing to speak of
 
 
 def stable_argsort(keys: NDArray[np.integer], end: int) -> NDArray[np.int64]:
@@ -22,6 +23,18 @@ def stable_argsort(keys: NDArray[np.integer], end: int) -> NDArray[np.int64]:
     order = (keys % _DIGIT).astype(np.uint16).argsort(kind="stable")
     higher = stable_argsort((keys // _DIGIT)[order], -(-end // _DIGIT))
     return order[higher]
+
+
+def distinct_lengths(
+    lengths: NDArray[np.integer],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which lengths there are, rising, and how many of each."""
+    if int(lengths.max()) > _COUNTED_BY_VALUE + 8 * len(lengths):
+        sizes, counts = np.unique(lengths, return_counts=True)
+        return sizes.astype(np.int64), counts
+    histogram = np.bincount(lengths)
+    sizes = np.flatnonzero(histogram)
+    return sizes, histogram[sizes]
 
 
 def longest_first(lengths: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -1,5 +1,7 @@
 """Plans as datasets: rows, columns, caching, and rows that train as their sequences would alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,12 @@ def test_a_plan_that_was_looked_at_first():
         pack_dataset_from_result(result, TOKENS[:3])
     with pytest.raises(ValueError, match=r"token_ids\[\d\] must be of the planned length"):
         pack_dataset_from_result(result, TOKENS[::-1])
+    # One that was cut does not excuse the others.
+    for overlong in ("truncate", "split"):
+        result = pack_lengths([2, 3, 9], 8, "nf", overlong=overlong)
+        for wrong in ([8, 3, 9], [2, 3, 7], [2, 3, 20][: 3 if overlong == "split" else 0]):
+            with pytest.raises(ValueError, match=r"of the planned length|must hold"):
+                pack_dataset_from_result(result, [[1] * length for length in wrong] or [[1]])
 
 
 def test_more_blocks_than_one(monkeypatch):
@@ -132,6 +140,25 @@ def test_rows_on_disk_are_made_once(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == len(others) + 2
 
 
+def test_a_damaged_file_is_made_again(tmp_path):
+    want = pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)[:]
+    (file,) = tmp_path.iterdir()
+    for content in (b"", file.read_bytes()[:40]):
+        file.unlink()
+        file.write_bytes(content)
+        assert pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)[:] == want
+
+
+def test_writers_do_not_meet(tmp_path):
+    def pack(_):
+        return pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)[:]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(pack, range(12)))
+    assert all(result == results[0] for result in results)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_run_that_failed_leaves_no_file(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("stopped")
@@ -170,5 +197,9 @@ def test_bad_input():
         pack_dataset([[1], []], 3)
     with pytest.raises(TypeError, match="padding must be an integer"):
         pack_dataset(TOKENS, 8, padding_value=None)
+    with pytest.raises(ValueError, match="below 2\\*\\*63"):
+        pack_dataset([np.array([2**63 + 5], np.uint64)], 8)
+    with pytest.raises(ValueError, match="each once"):
+        pack_dataset(TOKENS, 8, columns=("labels", "labels"))
     with pytest.raises(TypeError, match=r"token_ids\[0\]\[1\] must be an integer"):
         pack_dataset([[1, 2.5]], 8)

@@ -152,6 +152,97 @@ def test_going_on_reads_no_sample_before_the_window():
     assert min(samples.read) == state["positions"][0]["window"] > 40
 
 
+def shuffled():
+    """Shards in another order in each epoch, and samples through a buffer."""
+    source = datasets.IterableDataset.from_generator(generate, gen_kwargs={"shards": [0, 1, 2, 3]})
+    return source.shuffle(seed=3, buffer_size=20)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("source", ["shuffled", "iterable dataset"])
+def test_going_on_in_a_later_epoch_of_a_source_that_shuffles(source, num_workers):
+    def loader(epoch=None):
+        made = shuffled() if source == "shuffled" else SOURCES[source]()
+        stream = pack_stream(made, CAPACITY, "obfd", lookahead=16)
+        if epoch is not None:
+            stream.set_epoch(epoch)
+        return PackedStreamLoader(stream, batch_size=4, num_workers=num_workers)
+
+    first, states, whole = loader(epoch=1), [], []
+    for batch in first:
+        whole.append(batch)
+        states.append(json.loads(json.dumps(first.state_dict())))
+    found = sequences_of(
+        {"input_ids": ids, "seq_lengths": (bounds[:, 1] - bounds[:, 0])}
+        for batch in whole
+        for ids, bounds in zip(batch.input_ids, batch.boundaries)
+    )
+    assert sorted(found) == sorted(SAMPLES)
+    whole = as_lists(whole)
+    if source == "shuffled":
+        assert as_lists(loader(epoch=0)) != whole
+    for stop in (1, 7, len(whole) - 1):
+        again = loader()  # of a fresh process, which is told of no epoch
+        again.load_state_dict(states[stop - 1])
+        assert as_lists(again) == whole[stop:], stop
+
+
+def test_only_sources_of_datasets_deal_samples_out_to_workers():
+    class Stateful(Plain):
+        def state_dict(self):
+            raise AssertionError("asked")
+
+        load_state_dict = state_dict
+
+    loader = DataLoader(pack_stream(Stateful(), CAPACITY), batch_size=None, num_workers=2)
+    assert sorted(sequences_of(loader)) == sorted(SAMPLES)
+
+
+def test_a_state_of_other_options_is_refused():
+    state = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY)).state_dict()
+    for options, message in (
+        ({"lookahead": 16}, "lookahead=8192, and this one has lookahead=16"),
+        ({"rank": 1, "world_size": 2}, "rank=0, and this one has rank=1"),
+        ({"strategy": "nf"}, "strategy='auto', and this one has strategy='nf'"),
+    ):
+        other = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY, **options))
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+    with pytest.raises(ValueError, match="state has no 'num_workers'"):
+        PackedStreamLoader(pack_stream(SAMPLES, CAPACITY)).load_state_dict({})
+    with pytest.raises(ValueError, match="state has no 'part'"):
+        pack_stream(SAMPLES, CAPACITY).load_state_dict(state)
+
+
+def test_masks_and_labels_of_some_samples():
+    masked = [{"input_ids": [1, 2, 3, 0], "attention_mask": [1, 1, 1, 0]}]
+    assert next(iter(pack_stream(masked, 4)))["seq_lengths"].tolist() == [3]
+    some = [{"input_ids": [1, 2]}, {"input_ids": [3, 4], "labels": [-100, 4]}]
+    for samples in (some, some[::-1]):
+        with pytest.raises(ValueError, match="every sample must have 'labels' or none"):
+            list(pack_stream(samples, 4))
+    rows = [{**some[0], "seq_lengths": [2]}, {**some[1], "seq_lengths": [2]}]
+    for wrong in (rows, rows[::-1]):
+        with pytest.raises(ValueError, match="'labels'"):
+            collate_packed_rows(wrong)
+    with pytest.raises(ValueError, match="at most 2 in all, got"):
+        collate_packed_rows([{"input_ids": [1, 2], "seq_lengths": [3]}])
+    with pytest.raises(ValueError, match="at least one row"):
+        collate_packed_rows([])
+
+
+def test_accelerate_finds_batches_in_the_loader():
+    accelerate = pytest.importorskip("accelerate")
+    loader = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY, lookahead=16), batch_size=4)
+    want = as_lists(loader)
+    config = accelerate.DataLoaderConfiguration(dispatch_batches=False)
+    accelerator = accelerate.Accelerator(cpu=True, dataloader_config=config)
+    assert as_lists(accelerator.prepare(loader)) == want
+    # By default it cuts each tensor to the number of rows.
+    with pytest.raises(ValueError, match="set dispatch_batches=False"):
+        list(accelerate.Accelerator(cpu=True).prepare(loader))
+
+
 def test_an_iteration_that_was_left_begins_anew():
     loader = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY, lookahead=16), batch_size=4)
     whole = as_lists(loader)
@@ -179,7 +270,7 @@ def test_what_cannot_be_packed_is_dealt_with_as_told():
         list(pack_stream([[1] * 9], 4))
     with pytest.raises(ValueError, match="must be 1 or more"):
         list(pack_stream([[]], 4))
-    with pytest.raises(ValueError, match=r"labels\[0\] must be as long"):
+    with pytest.raises(ValueError, match=r"labels of samples\[0\] must be as long"):
         list(pack_stream([{"input_ids": [1, 2], "labels": [1]}], 4))
 
 

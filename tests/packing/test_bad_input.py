@@ -74,6 +74,24 @@ def test_what_is_no_integers(lengths, message):
         pack_lengths(lengths, 8)
 
 
+def test_numbers_at_the_ends_of_their_types():
+    narrow = np.array([3, 0, 5], np.uint8)
+    plan = pack_lengths(narrow, 2048, overlong="truncate", drop_empty=True)
+    assert plan.dropped.tolist() == [1]
+    with pytest.raises(ValueError, match=r"below 2\*\*63, got lengths\[0\]"):
+        pack_lengths(np.array([2**64 - 1, 5], np.uint64), 2**30, "nf", overlong="split")
+    capacity = 2**31 - 1
+    for name in ("auto", "bfd", "obfdp", "ffd", "nf"):
+        assert pack_lengths([capacity, capacity // 2, 5], capacity, name).num_bins == 2
+
+
+@pytest.mark.parametrize("seed, error", [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_seeds(seed, error):
+    with pytest.raises(error, match="seed must be"):
+        Packer(8, "ffs", seed)
+    assert Packer(8, "ffs", np.int64(3)).pack([1]).seed == 3
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_sequences_may_be_dropped(name):
     result = pack_lengths([2, 0, 3, 0], 8, name, drop_empty=True)

@@ -1,11 +1,13 @@
 """Pairs: no side over its capacity, each pair once, and nearly as few bins as there can be."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenpack.packing import pack_pairs
+from tokenpack.packing import PackResult, PairPackResult, bin_costs, merge_results, pack_pairs
 
 
 def check(plan, source, target, limit=None):
@@ -47,7 +49,8 @@ def first_fit_decreasing(source, target, source_capacity, target_capacity):
 
 
 @pytest.mark.parametrize(
-    "kind, slack", [("translations", 1.01), ("independent", 1.0), ("uniform", 1.09)]
+    "kind, slack",
+    [("translations", 1.01), ("independent", 1.0), ("uniform", 1.0), ("wide", 1.0), ("odd", 1.0)],
 )
 def test_as_few_bins_as_first_fit_decreasing(kind, slack):
     rng = np.random.default_rng(0)
@@ -56,9 +59,13 @@ def test_as_few_bins_as_first_fit_decreasing(kind, slack):
         "translations": lambda: np.clip(source * rng.lognormal(0.1, 0.25, 2000), 1, 256),
         "independent": lambda: np.clip(rng.lognormal(3.3, 0.7, 2000), 1, 256),
         "uniform": lambda: rng.integers(1, 257, 2000),
+        "wide": lambda: rng.integers(1, 513, 2000),
+        "odd": lambda: np.resize([300, 30], 2000),
     }[kind]().astype(int)
-    if kind == "uniform":
-        source = rng.integers(1, 257, 2000)
+    if kind in ("uniform", "wide"):
+        source = rng.integers(1, target.max() + 1, 2000)
+    elif kind == "odd":
+        source = np.resize([30, 300], 2000)
     plan = pack_pairs(source, target, 512, 512)
     check(plan, source, target)
     assert plan.num_bins <= slack * first_fit_decreasing(source, target, 512, 512)
@@ -80,6 +87,33 @@ def test_what_is_over_capacity_on_either_side(overlong):
     else:
         assert lengths == {0: (6, 1), 1: (2, 5), 2: (3, 2)}
         assert (plan.dropped.tolist(), plan.truncated.tolist()) == ([3], [0, 1])
+
+
+def test_a_plan_of_pairs_comes_back_with_its_targets(tmp_path):
+    plan = pack_pairs([3, 4, 5], [1, 2, 1], 8, 4)
+    plan.save(tmp_path / "plan")
+    back = PairPackResult.load(tmp_path / "plan")
+    assert back == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert back.bin_target_tokens.tolist() == plan.bin_target_tokens.tolist()
+    assert repr(plan).startswith("PairPackResult(")
+    assert plan != pack_pairs([3, 4, 5], [1, 1, 1], 8, 4)
+    with pytest.raises(
+        ValueError, match=r"holds a PairPackResult: load it by PairPackResult\.load"
+    ):
+        PackResult.load(tmp_path / "plan")
+    with pytest.raises(TypeError, match="of type PackResult, got PairPackResult"):
+        merge_results([plan, plan])
+    # 24 source + target tokens of the linear layers, and the pairs that attend.
+    source, target = plan.item_lengths.astype(int), plan.item_target_lengths.astype(int)
+    pairs = (source**2 + target**2 + source * target).sum() / 6
+    assert bin_costs(plan, 1).sum() == pytest.approx(12 + 4 + pairs)
+
+
+def test_narrow_integers():
+    source = np.array([3, 5], np.uint8)
+    check(pack_pairs(source, source, 512, 512), source, source)
+    assert pack_pairs(source, source, 4, 300, overlong="truncate").truncated.tolist() == [1]
 
 
 def test_bad_pairs_are_named():

@@ -134,6 +134,13 @@ def test_damaged_plans_are_named(tmp_path, plan):
     (tmp_path / "plan.json").write_text(json.dumps(facts | {"format": 99}))
     with pytest.raises(ValueError, match="another version"):
         PackResult.load(tmp_path)
+    for damage in ({"capacities": 3}, {"arrays": ["offsets"]}):
+        (tmp_path / "plan.json").write_text(json.dumps(facts | damage))
+        with pytest.raises(ValueError, match="no whole plan"):
+            PackResult.load(tmp_path)
+    (tmp_path / "plan.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"plan\.json is no plan"):
+        PackResult.load(tmp_path)
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json is no plan"):
         PackResult.load(tmp_path)

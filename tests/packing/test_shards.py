@@ -1,6 +1,8 @@
 """Plans shard by shard: the same as merged in memory, and memory that is a shard's."""
 
+import resource
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,21 @@ def test_a_plan_by_shards_is_the_merge_of_their_plans(tmp_path, overlong, strate
     for number, part in enumerate(parts):
         part.save(tmp_path / str(number))
     assert merge_saved([tmp_path / str(n) for n in range(4)], tmp_path / "merged") == want
+
+
+def test_many_shards_are_merged_without_holding_them_open(tmp_path):
+    plan = pack_lengths([3, 4, 5], 8, "nf")
+    folders = [tmp_path / str(number) for number in range(60)]
+    for folder in folders:
+        plan.save(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 60, hard))
+    try:
+        merged = merge_saved(folders, tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert merged == merge_results([plan] * 60)
 
 
 def test_a_shard_may_be_dropped_whole(tmp_path):

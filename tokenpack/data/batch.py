@@ -34,9 +34,11 @@ class PackedBatch(dict[str, Any]):
     """Sequences side by side in rows, and everything that keeps them apart.
 
     A mapping of what a model takes: ``model(**batch)``, patched or not, gives each sequence the
-    logits that it has alone, and ``loss`` is that of the same sequences padded. This holds for
-    causal language models; `isolated_by` tries it on yours. Encoders without a causal mask (BERT)
-    and models that ignore position ids are told of no boundary unless they are patched.
+    logits that it has alone, and ``loss`` is that of the same sequences padded. Unpatched, this
+    holds for causal language models whose mask transformers makes of position ids (Llama, Mistral,
+    Qwen, Gemma and their kin); `isolated_by` tries it on yours. Encoders (BERT) and models that
+    make their masks or positions themselves (OPT, BLOOM, Falcon, Mamba) are told of no boundary
+    unless they are patched. It is for forwards: ``generate`` takes no such fields.
 
     Each field is an attribute as well, to be read and set.
 
@@ -62,6 +64,25 @@ class PackedBatch(dict[str, Any]):
     """
 
     plan: PackResult | None = None
+
+    def __init__(self, *fields: Any, **more: Any) -> None:
+        super().__init__(*fields, **more)
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        """Refuse what was cut by rows, as accelerate cuts batches that it deals out to processes.
+
+        Looks at tensors on the CPU alone: elsewhere it would wait for the device.
+        """
+        ids, starts = self.get("input_ids"), self.get("cu_seqlens_padded", self.get("cu_seqlens"))
+        if not (isinstance(ids, Tensor) and isinstance(starts, Tensor) and starts.is_cpu):
+            return
+        if not len(starts) or int(starts[-1]) != ids.numel():
+            raise ValueError(
+                f"the boundaries of a packed batch must end at its {ids.numel()} slots, got "
+                f"{int(starts[-1]) if len(starts) else 'none'}: it cannot be cut by rows "
+                "(with accelerate, set dispatch_batches=False)"
+            )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -139,15 +160,20 @@ class PackedBatch(dict[str, Any]):
             batch = pack_result_to_tensors(plan, [first, [1, 0, 1, 1], last], device=device)
             del batch["labels"]
             outputs = model(**batch)
-            return (outputs[0] if isinstance(outputs, tuple) else next(iter(outputs.values())))[0]
+            if not isinstance(outputs, tuple):
+                outputs = tuple(outputs.values())
+            if not outputs:
+                raise ValueError("model gives no outputs to compare (patched with logits='never'?)")
+            return outputs[0][0]
 
-        training = model.training
+        training = [module for module in model.modules() if module.training]
         model.eval()
         try:
             with torch.no_grad():
                 one, other = logits([1, 0, 0], [1] * 6), logits([0, 1, 1], [0] * 6)
         finally:
-            model.train(training)
+            for module in training:  # and not those that were frozen
+                module.training = True
         one, other = one[3:7], other[3:7]
         # The same kernels on the same shapes: rounding has hardly a reason to differ.
         allowed = 4 * torch.finfo(one.dtype).eps * one.abs().max()
@@ -290,7 +316,7 @@ class PackedCollator:
             TypeError: if a sample, or a field of it, is nothing that can be packed.
             ValueError: if there is none, or one is empty, too long, or contradicts itself.
         """
-        ids, labels, name = _taken_apart(samples)
+        ids, labels, name = take_apart(samples)
         if self.refuses_overlong:
             instead = " (overlong= truncate, split or drop)"
             require_fits(ids, name, self.packer.capacity, "capacity", instead)
@@ -306,20 +332,23 @@ class PackedCollator:
         )
 
 
-def _taken_apart(samples: Sequence[Any]) -> tuple[Tokens, Tokens | None, str]:
-    """``(ids, labels, what errors call the ids)``, without what attention masks leave out."""
+def take_apart(samples: Sequence[Any], *, empty: bool = False) -> tuple[Tokens, Tokens | None, str]:
+    """``(ids, labels, what errors call the ids)``, without what attention masks leave out.
+
+    ``empty`` says whether samples without tokens are welcome.
+    """
     if not isinstance(samples, (list, tuple)) or not samples:
         raise TypeError(f"samples must be a list of at least one sample, got {samples!r:.80}")
     mappings = [isinstance(sample, Mapping) for sample in samples]
     if not any(mappings):
-        return flatten_tokens(samples, "samples"), None, "samples"
+        return flatten_tokens(samples, "samples", empty=empty), None, "samples"
     if not all(mappings):
         at = mappings.index(False)
         raise TypeError(
             f"samples must all be mappings or none, samples[{at}] is a "
             f"{type(samples[at]).__name__}, samples[{mappings.index(True)}] a mapping"
         )
-    ids = flatten_tokens(_field(samples, "input_ids"), _name("input_ids"))
+    ids = flatten_tokens(_field(samples, "input_ids"), _name("input_ids"), empty=empty)
     labels = mask = None
     if any("labels" in sample for sample in samples):
         labels = flatten_tokens(_field(samples, "labels"), _name("labels"), empty=True)
@@ -329,7 +358,7 @@ def _taken_apart(samples: Sequence[Any]) -> tuple[Tokens, Tokens | None, str]:
         given = _field(samples, "attention_mask")
         mask = flatten_tokens(given, mask_name, empty=True, bools=True)
         require_same_lengths(ids, _name("input_ids"), mask, mask_name)
-        ids, labels = _unmasked(ids, labels, mask)
+        ids, labels = _unmasked(ids, labels, mask, empty)
     return ids, labels, _name("input_ids")
 
 
@@ -348,7 +377,9 @@ def _name(field: str) -> str:
     return f"{field} of samples"
 
 
-def _unmasked(ids: Tokens, labels: Tokens | None, mask: Tokens) -> tuple[Tokens, Tokens | None]:
+def _unmasked(
+    ids: Tokens, labels: Tokens | None, mask: Tokens, empty: bool
+) -> tuple[Tokens, Tokens | None]:
     real = mask.values == 1
     if not (real | (mask.values == 0)).all():
         token = int((real | (mask.values == 0)).argmin())
@@ -359,7 +390,7 @@ def _unmasked(ids: Tokens, labels: Tokens | None, mask: Tokens) -> tuple[Tokens,
     if real.all():
         return ids, labels
     offsets = np.append(0, np.cumsum(real))[mask.offsets]
-    if not np.diff(offsets).all():
+    if not empty and not np.diff(offsets).all():
         at = int(np.diff(offsets).argmin())
         raise ValueError(f"{_name('attention_mask')}[{at}] must leave one token at least, got none")
     kept = None if labels is None else Tokens(labels.values[real], offsets)

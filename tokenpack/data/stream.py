@@ -12,6 +12,7 @@ read one window again. It costs one bin per window that is not full.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import islice
@@ -23,9 +24,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..packing import Packer, PackResult
 from ..packing.sorting import offsets_of
-from .batch import PackedBatch, pack_result_to_tensors
+from .batch import PackedBatch, pack_result_to_tensors, take_apart
 from .rows import as_integer
-from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_same_lengths
+from .tokens import IGNORE_INDEX, Rows, Tokens
 
 Row = dict[str, Any]
 """``input_ids``, ``labels`` and ``position_ids``, ``(capacity,)`` int64, and ``seq_lengths``."""
@@ -50,17 +51,20 @@ def pack_stream(
 
     Args:
         iterable: of samples: lists, NumPy arrays or tensors of integers, or mappings with such
-            ``input_ids`` and maybe ``labels``. It must give the same samples each time it is
-            iterated. A `datasets.IterableDataset` is asked for its own state, so that going on
-            need not read what was read; of a sequence the samples are taken by index; any other
-            iterable is read again up to where it was.
+            ``input_ids``, and maybe ``labels`` and ``attention_mask``, as for `packed_collate_fn`.
+            It must give the same samples each time it is iterated. A `datasets.IterableDataset` is
+            asked for its own state, so that going on need not read what was read; one that
+            shuffles (give it a seed) is read again up to where it was, as any other iterable is.
+            Of a sequence the samples are taken by index.
         capacity: slots of a row.
         strategy, seed, max_sequences, overlong, drop_empty: as for `pack_lengths`.
         padding_value: what stands in ``input_ids`` where there is no token.
         label_padding_value: what stands in ``labels`` where nothing is to be predicted.
         lookahead: samples in a window. More of them give fuller rows, and take more memory.
         rank, world_size: which part of the samples this process takes, of how many. Do not give
-            them where something else deals samples or batches out to ranks, as a `Trainer` does.
+            them where something else deals samples or batches out to ranks, as accelerate and a
+            `Trainer` do; with several processes those need ``dispatch_batches=False``, since
+            packed batches cannot be joined and cut by rows.
 
     Returns:
         A dataset of rows. Each worker of a `DataLoader` takes its own part of the samples.
@@ -118,10 +122,30 @@ class PackedStream(IterableDataset):
         self.source, self.packer, self.lookahead = source, packer, lookahead
         self.padding_value, self.label_padding_value = padding_value, label_padding_value
         self.rank, self.world_size = rank, world_size
+        self._epoch: int | None = None
         self._position: dict[str, Any] | None = None
         self._part = 0
         self._starts: dict[int, dict[str, Any]] = {}  # by part; what to go on from
         self._blanks: dict[int, int] = {}  # by part; see `resume`
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides which samples share a row: a state is of a stream with the same."""
+        return {
+            **self.packer.options,
+            "lookahead": self.lookahead,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch that the source was told of, here or by itself; None if it has none."""
+        return getattr(self.source, "epoch", None) if self._epoch is None else self._epoch
+
+    def set_epoch(self, epoch: int | None) -> None:
+        """Tell the source, if it shuffles by epochs; workers that persist do not hear of it."""
+        self._epoch = epoch
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
@@ -131,7 +155,7 @@ class PackedStream(IterableDataset):
         self._part, self._starts, self._blanks = part, {}, {}
         self._position = start
         yield from [{}] * blanks
-        reader = _reader(self.source, self.rank, self.world_size, part, parts)
+        reader = _reader(self.source, self._epoch, self.rank, self.world_size, part, parts)
         reader.seek(start["window"])
         skip = start["rows"]
         while True:
@@ -148,14 +172,24 @@ class PackedStream(IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """What to go on from after the rows given out so far; in a worker, those of its part."""
-        return {"part": self._part, "position": self._position}
+        return {
+            "part": self._part,
+            "position": self._position,
+            "epoch": self.epoch,
+            "options": self.options,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on from ``state``, of a stream with the same options.
+        """Let the next iteration go on from ``state``.
 
         A stream that several workers read goes on by `PackedStreamLoader`.
+
+        Raises:
+            ValueError: if it is no state, or of a stream with other options.
         """
-        self.resume({state["part"]: state["position"]}, {})
+        part, position, epoch = require_state(state, self.options, "part", "position", "epoch")
+        self.set_epoch(epoch)
+        self.resume({part: position}, {})
 
     def resume(
         self, positions: Mapping[int, dict[str, Any] | None], blanks: Mapping[int, int]
@@ -169,7 +203,8 @@ class PackedStream(IterableDataset):
         self._blanks = dict(blanks)
 
     def _rows(self, samples: list[Any]) -> Iterator[Row]:
-        ids, labels = _taken_apart(samples)
+        ids, own_labels, _ = take_apart(samples, empty=True)
+        labels = ids if own_labels is None else own_labels
         if self.packer.drops(ids.lengths).all():
             return
         plan = self.packer.pack(ids.lengths)
@@ -187,6 +222,24 @@ class PackedStream(IterableDataset):
                 row: Row = {name: column[number] for name, column in columns.items()}
                 row["seq_lengths"] = rows.lengths[bounds[number] : bounds[number + 1]]
                 yield row
+
+
+def require_state(state: dict[str, Any], options: dict[str, Any], *names: str) -> list[Any]:
+    """The entries of a state.
+
+    Raises:
+        ValueError: if one is missing, or the state is of other options, naming them.
+    """
+    missing = [name for name in (*names, "options") if name not in state]
+    if missing:
+        raise ValueError(f"state has no {missing[0]!r}, it has only {sorted(state)}")
+    differ = [name for name in options if state["options"].get(name) != options[name]]
+    if differ:
+        theirs, ours = (
+            f"{differ[0]}={each.get(differ[0])!r}" for each in (state["options"], options)
+        )
+        raise ValueError(f"state is of a stream with {theirs}, and this one has {ours}")
+    return [state[name] for name in names]
 
 
 class PackedStreamLoader(DataLoader):
@@ -221,7 +274,11 @@ class PackedStreamLoader(DataLoader):
         self._goes_on = False
         blanks = dict.fromkeys(range(self._next_part), self.batch_size or 1)
         self._stream.resume(self._positions, blanks)
-        for part, position, batch in super().__iter__():
+        for came in super().__iter__():
+            if isinstance(came, PackedBatch):
+                (part, position), batch = came.stream_position, came
+            else:
+                part, position, batch = came
             if batch is not None:
                 self._positions[part], self._next_part = position, (part + 1) % parts
                 yield batch
@@ -233,39 +290,54 @@ class PackedStreamLoader(DataLoader):
             "num_workers": self.num_workers,
             "next_part": self._next_part,
             "positions": dict(self._positions),
+            "epoch": self._stream.epoch,
+            "options": self._stream.options,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on from ``state``.
 
         Raises:
-            ValueError: if it is of another number of workers, among whom samples are dealt out.
+            ValueError: if it is no state, or of another number of workers, among whom samples are
+                dealt out, or of a stream with other options.
             RuntimeError: if workers of an earlier iteration persist, which cannot be told of it.
         """
         if self.persistent_workers and self._iterator is not None:
             raise RuntimeError("workers persist and run already: load the state into a new loader")
-        if state["num_workers"] != self.num_workers:
+        num_workers, next_part, positions, epoch = require_state(
+            state, self._stream.options, "num_workers", "next_part", "positions", "epoch"
+        )
+        if num_workers != self.num_workers:
             raise ValueError(
-                f"state is of num_workers={state['num_workers']}, and this loader has "
+                f"state is of num_workers={num_workers}, and this loader has "
                 f"num_workers={self.num_workers}: its workers would take other samples"
             )
-        self._positions = {int(part): at for part, at in state["positions"].items()}
-        self._next_part, self._goes_on = state["next_part"], True
+        self._stream.set_epoch(epoch)  # for parts that had given nothing out
+        self._positions = {int(part): at for part, at in positions.items()}
+        self._next_part, self._goes_on = next_part, True
 
 
 class _WithPosition:
-    """Runs where the rows are made, and sends along where the stream then is."""
+    """Runs where the rows are made, and sends along where the stream then is.
+
+    A `PackedBatch` carries it as an attribute, so that whoever takes the loader apart (accelerate
+    does) still finds batches in it.
+    """
 
     def __init__(self, stream: PackedStream, collate: Callable[[list[Row]], Any]) -> None:
         self.stream, self.collate = stream, collate
 
-    def __call__(self, rows: list[Row]) -> tuple[int, dict[str, Any], Any]:
+    def __call__(self, rows: list[Row]) -> Any:
         blank = not (rows[0] if isinstance(rows, list) else rows)
         worker = get_worker_info()
         # A worker iterates a copy of the stream.
         stream: Any = worker.dataset if worker else self.stream
         state = stream.state_dict()
-        return state["part"], state["position"], None if blank else self.collate(rows)
+        batch = None if blank else self.collate(rows)
+        if not isinstance(batch, PackedBatch):
+            return state["part"], state["position"], batch
+        batch.stream_position = (state["part"], state["position"])
+        return batch
 
 
 def collate_packed_rows(rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
@@ -278,16 +350,31 @@ def collate_packed_rows(rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
         The batch, of as many rows and slots.
 
     Raises:
-        ValueError: if a row lacks a field, or rows differ in their number of slots.
+        ValueError: if there is no row, one lacks a field that another has, rows differ in their
+            number of slots, or lengths do not fit into a row.
     """
+    if not isinstance(rows, Sequence) or not rows:
+        raise ValueError(f"rows must be a list of at least one row, got {rows!r:.80}")
+    names = ["input_ids", "seq_lengths", *(["labels"] if "labels" in rows[0] else [])]
     for at, row in enumerate(rows):
-        missing = [name for name in ("input_ids", "seq_lengths") if name not in row]
+        missing = [name for name in names if name not in row]
         if missing:
-            raise ValueError(f"rows[{at}] must have {missing[0]!r}, it has only {sorted(row)}")
-    slots = {len(row["input_ids"]) for row in rows}
+            raise ValueError(
+                f"rows[{at}] must have {missing[0]!r}, it has only {sorted(row)} "
+                "(a Trainer drops columns unless remove_unused_columns=False)"
+            )
+        if "labels" in row and len(names) == 2:
+            raise ValueError(f"rows[{at}] has 'labels' and rows[0] has none")
+    slots = {len(row[name]) for row in rows for name in names if name != "seq_lengths"}
     if len(slots) != 1:
         raise ValueError(f"rows must have as many slots as one another, got {sorted(slots)}")
     lengths = [np.asarray(row["seq_lengths"]) for row in rows]
+    for at, each in enumerate(lengths):
+        if not len(each) or each.min() < 1 or each.sum() > max(slots):
+            raise ValueError(
+                f"rows[{at}]['seq_lengths'] must be 1 or more each and at most {max(slots)} in "
+                f"all, got {each.tolist()}"
+            )
     item_lengths = np.concatenate(lengths)
     plan = PackResult(
         items=np.arange(len(item_lengths)),
@@ -308,19 +395,6 @@ def collate_packed_rows(rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
         if name in rows[0]:
             batch[name] = torch.from_numpy(np.stack([np.asarray(row[name]) for row in rows])).long()
     return batch
-
-
-def _taken_apart(samples: list[Any]) -> tuple[Tokens, Tokens]:
-    """Ids and labels of samples; the ids where there are no labels."""
-    if not isinstance(samples[0], Mapping):
-        ids = flatten_tokens(samples, "samples", empty=True)
-        return ids, ids
-    ids = flatten_tokens([sample["input_ids"] for sample in samples], "input_ids", empty=True)
-    if "labels" not in samples[0]:
-        return ids, ids
-    labels = flatten_tokens([sample["labels"] for sample in samples], "labels", empty=True)
-    require_same_lengths(ids, "input_ids", labels, "labels")
-    return ids, labels
 
 
 # ------------------------------------------------------------------------------- parts of a source
@@ -363,33 +437,76 @@ class _IndexReader(_Reader):
 
 
 class _DatasetReader(_Reader):
-    """A `datasets.IterableDataset`, which deals its samples out to a loader's workers by itself."""
+    """A `datasets.IterableDataset`, which deals its samples out to a loader's workers by itself.
+
+    Its own state says where it is, unless it holds samples in a buffer to shuffle them, which that
+    state leaves out. Then samples are counted, and going on takes them again.
+    """
+
+    def __init__(self, source: Any, epoch: int | None) -> None:
+        self._dataset = source
+        if epoch is not None:
+            source.set_epoch(epoch)
+        self._samples = None
+        self._begins_at: Any = {"epoch": source.epoch, "taken": 0}
+        self._taken = 0
+        self._counts = _shuffles_in_a_buffer(getattr(source, "_ex_iterable", None))
 
     def tell(self) -> Any:
         if self._samples is None:
             return self._begins_at
-        return self._source.state_dict()  # type: ignore[attr-defined]
+        state = self._dataset.state_dict()
+        return {"epoch": state["epoch"], "taken": self._taken} if self._counts else state
 
     def seek(self, position: Any) -> None:
+        if position is None:
+            return
         self._begins_at = position
-        if position is not None:
-            self._source.load_state_dict(position)  # type: ignore[attr-defined]
+        self._dataset.set_epoch(position["epoch"])  # a state of another epoch would be ignored
+        if "taken" not in position:
+            self._dataset.load_state_dict(position)
+        for _ in islice(self, position.get("taken", 0)):
+            pass
 
     def __next__(self) -> Any:
         if self._samples is None:
-            self._samples = iter(self._source)
-        return next(self._samples)
+            self._samples = iter(self._dataset)
+        sample = next(self._samples)
+        self._taken += 1
+        return sample
 
 
-def _reader(source: Iterable[Any], rank: int, world_size: int, part: int, parts: int) -> _Reader:
-    if hasattr(source, "load_state_dict") and hasattr(source, "state_dict"):
+def _shuffles_in_a_buffer(step: Any) -> bool:
+    """Whether a step of a dataset, or one before it, does. Only their classes' names tell."""
+    if step is None:
+        return True  # unknown: to count is slow, and right
+    if "BufferShuffled" in type(step).__name__:
+        return True
+    before = [each for value in vars(step).values() for each in _as_list(value)]
+    return any(_shuffles_in_a_buffer(each) for each in before if _is_step(each))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_step(value: Any) -> bool:
+    return type(value).__name__.endswith("ExamplesIterable")
+
+
+def _reader(
+    source: Iterable[Any], epoch: int | None, rank: int, world_size: int, part: int, parts: int
+) -> _Reader:
+    datasets = sys.modules.get("datasets")  # whoever has one of its has imported it
+    if datasets is not None and isinstance(source, datasets.IterableDataset):
         if world_size > 1:
             from datasets.distributed import split_dataset_by_node
 
             source = split_dataset_by_node(source, rank, world_size)
         # A state that was loaded stays in what shallow copies share.
-        return _DatasetReader(deepcopy(source), part, parts)
-    kind = (
-        _IndexReader if hasattr(source, "__getitem__") and hasattr(source, "__len__") else _Reader
-    )
+        return _DatasetReader(deepcopy(source), epoch)
+    if epoch is not None and hasattr(source, "set_epoch"):
+        source.set_epoch(epoch)
+    by_index = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    kind = _IndexReader if by_index and not isinstance(source, Mapping) else _Reader
     return kind(source, rank * parts + part, world_size * parts)

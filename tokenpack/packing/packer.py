@@ -163,6 +163,19 @@ class Packer:
         """Short name of the strategy, or "auto"."""
         return "auto" if self._chosen is None else self._chosen.short
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that decides about bins."""
+        return {
+            "capacity": self.capacity,
+            "strategy": self.strategy,
+            "seed": self.seed,
+            "max_sequences": self._max_sequences,
+            "window": self._window,
+            "overlong": self.overlong,
+            "drop_empty": self._drop_empty,
+        }
+
     @staticmethod
     def strategies() -> dict[str, str]:
         """Short names of all strategies, and what each does."""

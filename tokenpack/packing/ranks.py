@@ -4,6 +4,8 @@ A rank that has less to do waits for the others at the end of each step. What a 
 
     cost = tokens + sum of length ** 2 / (6 * hidden_size)
 
+(of pairs, the tokens of both sides, and ``source ** 2 + target ** 2 + source * target``),
+
 in units of one token's linear layers: by its shapes, a transformer layer costs
 ``24 * hidden_size ** 2`` operations per token in them, and ``4 * hidden_size`` per pair of tokens
 that attend.
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .packer import at_least_one, check_seed
+from .pairs import PairPackResult
 from .result import PackResult
 from .sorting import shuffled
 
@@ -23,9 +26,13 @@ NO_BIN = -1
 
 def bin_costs(result: PackResult, hidden_size: int = 1024) -> NDArray[np.float64]:
     """``(num_bins,)`` float64, what each bin takes; see above."""
-    squares = result.item_lengths.astype(np.float64) ** 2
-    attention = np.add.reduceat(squares, result.offsets[:-1])
-    return result.bin_tokens + attention / (6 * at_least_one("hidden_size", hidden_size))
+    source = result.item_lengths.astype(np.float64)
+    tokens, pairs = source, source**2
+    if isinstance(result, PairPackResult):
+        target = result.item_target_lengths.astype(np.float64)
+        tokens, pairs = source + target, source**2 + target**2 + source * target
+    costs = tokens + pairs / (6 * at_least_one("hidden_size", hidden_size))
+    return np.add.reduceat(costs, result.offsets[:-1])
 
 
 def balance_ranks(

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .saving import ARRAYS, PlanWriter, read_plan
+from .saving import PlanWriter, read_plan
 from .sorting import offsets_of
 
 if TYPE_CHECKING:
@@ -94,6 +94,13 @@ class PackResult(Sequence[NDArray[np.int64]]):
     seed: int | None = None
     seconds: float = 0.0
 
+    # What a saved plan holds, and what two equal plans have in common.
+    ARRAYS: ClassVar[tuple[str, ...]] = (
+        *("items", "offsets", "item_lengths", "item_starts"),
+        *("dropped", "truncated", "split"),
+    )
+    NUMBERS: ClassVar[tuple[str, ...]] = ("capacity", "num_sequences")
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -117,16 +124,17 @@ class PackResult(Sequence[NDArray[np.int64]]):
         """Whether both plans put the same items into the same bins; time does not count."""
         if not isinstance(other, PackResult):
             return NotImplemented
-        mine, theirs = ((r.capacity, r.num_sequences) for r in (self, other))
-        return mine == theirs and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in ARRAYS
+        return (
+            type(self) is type(other)
+            and all(getattr(self, name) == getattr(other, name) for name in self.NUMBERS)
+            and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in self.ARRAYS)
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return (
-            f"PackResult(num_bins={self.num_bins}, capacity={self.capacity}, "
+            f"{type(self).__name__}(num_bins={self.num_bins}, capacity={self.capacity}, "
             f"strategy={self.strategy!r}, num_sequences={self.num_sequences}, "
             f"efficiency={self.efficiency:.4f})"
         )
@@ -196,7 +204,7 @@ class PackResult(Sequence[NDArray[np.int64]]):
             FileExistsError: if there is a plan in it already.
         """
         with PlanWriter(folder) as writer:
-            for name in ARRAYS:
+            for name in self.ARRAYS:
                 if getattr(self, name) is not None:
                     writer.append(name, getattr(self, name))
             writer.finish(self._facts())
@@ -211,18 +219,37 @@ class PackResult(Sequence[NDArray[np.int64]]):
 
         Raises:
             FileNotFoundError: if there is no plan in the folder, or an array of it is missing.
-            ValueError: if a file of it is damaged, or of another version.
+            ValueError: if a file of it is damaged, of another version, or a plan of pairs where
+                there should be one of sequences, or the other way round.
         """
         facts, arrays = read_plan(folder, mmap)
         contents: dict[str, Any] = {**facts, **arrays}
-        plan = cls(**contents)
-        if len(plan.items) != len(plan.item_lengths) or plan.offsets[-1] != len(plan.items):
+        kind = contents.pop("kind", cls.__name__)
+        if kind != cls.__name__:
+            raise ValueError(
+                f"{folder} holds a {kind}: load it by {kind}.load, not {cls.__name__}'s"
+            )
+        try:
+            plan = cls(**contents)
+            whole = plan._is_whole()
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"{folder} is no whole plan: {error}") from error
+        if not whole:
             raise ValueError(f"{folder} is no whole plan: its arrays do not belong together")
         return plan
 
+    def _is_whole(self) -> bool:
+        """Whether the arrays are as long as one another says; their values are trusted."""
+        return (
+            len(self.items) == len(self.item_lengths)
+            and self.offsets[0] == 0
+            and self.offsets[-1] == len(self.items)
+            and self.items.dtype.kind == self.offsets.dtype.kind == "i"
+        )
+
     def _facts(self) -> dict[str, Any]:
-        names = ("capacity", "strategy", "num_sequences", "seed", "seconds")
-        return {name: getattr(self, name) for name in names}
+        names = (*self.NUMBERS, "strategy", "seed", "seconds")
+        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
 
 def merge_results(results: Sequence[PackResult]) -> PackResult:
@@ -231,10 +258,14 @@ def merge_results(results: Sequence[PackResult]) -> PackResult:
     The ids of a shard go on where those of the one before it ended, and so do the bins.
 
     Raises:
+        TypeError: if one is a plan of pairs; those are planned whole.
         ValueError: if there is none, or capacities differ.
     """
     if not results:
         raise ValueError("results must be at least one plan, got none")
+    for result in results:
+        if type(result) is not PackResult:
+            raise TypeError(f"results must be of type PackResult, got {type(result).__name__}")
     capacities = sorted({result.capacity for result in results})
     if len(capacities) > 1:
         raise ValueError(f"results must have one capacity, got {capacities}")

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 FORMAT = 1
-ARRAYS = ("items", "offsets", "item_lengths", "item_starts", "dropped", "truncated", "split")
 
 
 class PlanWriter:
@@ -87,15 +86,23 @@ def read_plan(folder: str | PathLike[str], mmap: bool) -> tuple[dict[str, Any], 
         FileNotFoundError: if there is no plan in the folder, or an array of it is missing.
         ValueError: if a file of it is damaged, or of another version.
     """
+    facts = read_facts(folder)
+    present = facts.pop("arrays")
+    return facts, {name: _read(Path(folder) / f"{name}.npy", mmap) for name in present}
+
+
+def read_facts(folder: str | PathLike[str]) -> dict[str, Any]:
+    """What is no array, and under "arrays" the names of those; errors as `read_plan`."""
     file = Path(folder) / "plan.json"
     try:
         facts = json.loads(file.read_text())
-        version, present = facts.pop("format"), facts.pop("arrays")
-    except (KeyError, AttributeError, ValueError) as error:
+        version = facts.pop("format")
+        facts["arrays"] = [str(name) for name in facts["arrays"]]
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no plan: {error!r}") from error
     if version != FORMAT:
         raise ValueError(f"{file} is a plan of another version: {version}, not {FORMAT}")
-    return facts, {name: _read(Path(folder) / f"{name}.npy", mmap) for name in present}
+    return facts
 
 
 def _read(path: Path, mmap: bool) -> NDArray[Any]:

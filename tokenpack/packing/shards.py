@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .packer import Packer, at_least_one
 from .result import PackResult
-from .saving import PlanWriter
+from .saving import PlanWriter, read_facts
 
 
 def pack_shards(
@@ -72,11 +72,13 @@ def merge_saved(folders: Sequence[str | PathLike[str]], folder: str | PathLike[s
     """
     if not folders:
         raise ValueError("folders must be at least one shard's, got none")
-    shards = [PackResult.load(shard) for shard in folders]
-    capacities = sorted({shard.capacity for shard in shards})
+    facts = [read_facts(shard) for shard in folders]
+    capacities = sorted({each["capacity"] for each in facts})
     if len(capacities) > 1:
         raise ValueError(f"folders must be of one capacity, got {capacities}")
-    return _write(shards, folder, any(shard.item_starts is not None for shard in shards))
+    with_starts = any("item_starts" in each["arrays"] for each in facts)
+    # One at a time: each that is mapped is a file held open.
+    return _write((PackResult.load(shard) for shard in folders), folder, with_starts)
 
 
 def _write(
@@ -103,6 +105,7 @@ def _write(
             strategies.add(part.strategy)
         writer.finish(
             {
+                "kind": PackResult.__name__,
                 "capacity": part.capacity,
                 "strategy": strategies.pop() if len(strategies) == 1 else "several",
                 "num_sequences": num_sequences,

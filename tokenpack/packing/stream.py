@@ -128,15 +128,20 @@ class StreamPacker:
             "held": self._held.tolist(),
             "added": list(self._added),
             "plan_at": self._plan_at,
+            "options": self._options,
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the packer that gave ``state`` was; options must be the same.
+        """Go on where the packer that gave ``state`` was.
 
         Raises:
-            KeyError: if an entry is missing.
+            ValueError: if that had other options.
         """
+        if state.get("options") != self._options:
+            raise ValueError(
+                f"state must be of a packer with {self._options}, got {state.get('options')}"
+            )
         held = np.array(state["held"], np.int64).reshape(3, -1)
         added, plan_at = list(state["added"]), int(state["plan_at"])
         counts = {name: int(state[name]) for name in _COUNTS}
@@ -144,6 +149,11 @@ class StreamPacker:
         self._tokens = int(held[1].sum()) + sum(added)
         for name, count in counts.items():
             setattr(self, name, count)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options = {"lookahead": self.lookahead, "overlong": self._overlong}
+        return {**self._packer.options, **options, "drop_empty": self._drop_empty}
 
     def _fit(self, lengths: NDArray[np.integer]) -> Pieces:
         return fit(lengths, self.capacity, self._overlong, self._drop_empty, "lengths")

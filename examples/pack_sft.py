@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
         model = AutoModelForCausalLM.from_pretrained(options.model)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
 
-    token_ids = tokenizer(texts)["input_ids"]
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    token_ids = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     rows = pack_dataset(
         token_ids,
         options.capacity,

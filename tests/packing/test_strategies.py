@@ -125,6 +125,27 @@ def test_decreasing_strategies_keep_their_bounds(name, case):
     assert pack_lengths(lengths, capacity, name).num_bins >= fewest
 
 
+def cut_into_pieces(rng, capacity, count):
+    """Full bins cut up, so that it is known how few there can be."""
+    pieces = []
+    for _ in range(count):
+        cuts = rng.choice(np.arange(1, capacity), rng.integers(1, 4), replace=False)
+        pieces += np.diff([0, *np.sort(cuts), capacity]).tolist()
+    return rng.permutation(pieces)
+
+
+@pytest.mark.parametrize("name", ["ffd", "bfd", "obfd", "mffd"])
+def test_decreasing_strategies_keep_their_bounds_on_bins_cut_up(name):
+    rng = np.random.default_rng(6)
+    for _ in range(60):
+        capacity, optimum = int(rng.integers(20, 400)), int(rng.integers(5, 60))
+        lengths = cut_into_pieces(rng, capacity, optimum)
+        bound = 71 / 60 * optimum + 1 if name == "mffd" else 11 / 9 * optimum + 6 / 9
+        assert optimum <= pack_lengths(lengths, capacity, name).num_bins <= bound
+        # What takes them as they come does not: the bound is none of any plan's.
+    assert pack_lengths(lengths, capacity, "nf").num_bins > bound
+
+
 def fewest_bins(lengths, capacity):
     """By trying every assignment that is not the same but for the order of bins."""
     best = len(lengths)

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    token_ids = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    token_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     rows = pack_dataset(
         token_ids,
         options.capacity,

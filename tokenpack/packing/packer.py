@@ -23,6 +23,7 @@ from .sorting import distinct_lengths, shuffled
 
 # What a move of `best_fit` costs beside a sequence in `rounds`, so that `auto` takes the faster.
 _SEQUENCES_PER_LENGTH = 50
+_SAMPLE = 10_000  # sequences that it looks at for how many lengths there are
 _SMALL = 2000  # sequences, below which `obfd` takes a millisecond at most
 _WASTEFUL = 1.005  # bins over the least there can be, above which `auto` tries `obfd` too
 
@@ -306,8 +307,9 @@ def _plan_fast(
     """What `auto` does: ``obfd`` pays by distinct lengths up to half the capacity, or ``obfdp``."""
     shareable = capacity // 2
     few = len(lengths) < _SMALL
-    if not few and len(lengths) < _SEQUENCES_PER_LENGTH * shareable:  # else no need to count
-        shareable = int(np.searchsorted(distinct_lengths(lengths)[0], shareable, side="right"))
+    if not few and len(lengths) < _SEQUENCES_PER_LENGTH * shareable:  # else no need to look
+        some, _ = distinct_lengths(lengths[:: -(-len(lengths) // _SAMPLE)])
+        shareable = int(np.searchsorted(some, shareable, side="right"))
     if not few and len(lengths) < _SEQUENCES_PER_LENGTH * shareable:
         items, offsets = rounds.best_fit_in_rounds(lengths, capacity, max_sequences)
         alone = int(np.count_nonzero(lengths > capacity // 2))

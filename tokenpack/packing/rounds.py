@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .sorting import group_by_bin, longest_first, stable_argsort
 
-_ROOMY = 3  # deal to bins that have room for this many of the longest sequence
+_ROOMY = 5  # deal to bins that have room for this many of the longest sequence
 _MANY = 2.5  # sequences per bin, down to which tight fits are not looked for yet,
 _FEW = 1.02  # and below which they are not needed: a bin each is enough
 
@@ -106,7 +106,11 @@ class _Bins:
         if self.allowed is not None:
             fits &= self.allowed > 0
         kept = np.flatnonzero(fits)
-        kept = kept[stable_argsort(self.fill[kept], self.capacity + 1)]
+        fill = self.fill[kept]
+        if (fill[1:] <= fill[:-1]).all():  # after a round over empty bins, which gave longest first
+            kept = kept[::-1]
+        else:
+            kept = kept[stable_argsort(fill, self.capacity + 1)]
         self.number, self.fill = self.number[kept], self.fill[kept]
         if self.allowed is not None:
             self.allowed = self.allowed[kept]

@@ -308,9 +308,9 @@ def _keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next array; once a process.
 
     glibc maps each large array anew, and hands it back, until an array as large was freed once. A
-    planner's arrays are short-lived, and a third of its time would go into fresh pages. So one of 30
-    MB is allocated and freed, without ever being touched: 10 µs, no memory. Other allocators do not
-    mind.
+    planner's arrays are short-lived, and a third of its time would go into fresh pages. So one of
+    30 MB is allocated and freed, without ever being touched: 10 µs, no memory. Other allocators do
+    not mind.
     """
     np.empty(30 << 20, np.uint8)
 

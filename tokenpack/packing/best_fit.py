@@ -160,15 +160,20 @@ def _place(
     places[opening] = offsets[:-1]
     filled += offsets[bins]
     places[later] = filled
-    if len(places) < len(order):  # some step takes several
-        takes = np.repeat(each, moving)
-        taken = np.cumsum(takes)
-        taken -= takes
+    items = np.empty(len(order), np.int64)
+    takes = np.repeat(each, moving)
+    taken = np.cumsum(takes)  # by the steps before
+    taken -= takes
+    if len(order) - len(places) > len(places) // 4:  # many steps take several
         places -= taken
         places = np.repeat(places, takes)
         places += naturals
-    items = np.empty(len(order), np.int64)
-    items[places] = order
+        items[places] = order
+    else:  # the first of each step, and then the few others
+        items[places] = order[taken]
+        several = np.flatnonzero(takes > 1)
+        others = takes[several] - 1
+        items[ranges(places[several] + 1, others)] = order[ranges(taken[several] + 1, others)]
     return items, offsets
 
 

@@ -293,7 +293,6 @@ def packed_collate_fn(
         as_integer("padding_value", padding_value),
         as_integer("label_padding_value", label_padding_value),
         labels_shifted,
-        overlong == "error",
         stream,
     )
 
@@ -306,7 +305,6 @@ class PackedCollator:
     padding_value: int
     label_padding_value: int
     labels_shifted: bool
-    refuses_overlong: bool
     stream: bool
 
     def __call__(self, samples: Sequence[Any]) -> PackedBatch:
@@ -317,7 +315,7 @@ class PackedCollator:
             ValueError: if there is none, or one is empty, too long, or contradicts itself.
         """
         ids, labels, name = take_apart(samples)
-        if self.refuses_overlong:
+        if self.packer.overlong == "error":
             instead = " (overlong= truncate, split or drop)"
             require_fits(ids, name, self.packer.capacity, "capacity", instead)
         return _batch(

@@ -267,7 +267,8 @@ def _on_disk(
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = make.fingerprint()
     path = folder / f"packed-{fingerprint}.arrow"
-    if not path.exists() or not _is_whole(path):
+    rows = _read(path)
+    if rows is None:
         # Under its own name only once it is whole; who else writes the same has the same.
         handle, name = tempfile.mkstemp(".partial", path.stem, folder)
         os.close(handle)
@@ -280,16 +281,16 @@ def _on_disk(
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    return datasets.Dataset.from_file(str(path))
+        rows = datasets.Dataset.from_file(str(path))
+    return rows
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file can be read: another program may have damaged it."""
+def _read(path: Path) -> datasets.Dataset | None:
+    """The rows of an earlier call; None where there are none, or the file was damaged since."""
     try:
-        datasets.Dataset.from_file(str(path))
+        return datasets.Dataset.from_file(str(path))
     except (pa.ArrowInvalid, OSError):
-        return False
-    return True
+        return None
 
 
 def _made(make: _RowMaker, threads: int, progress: bool | None) -> Iterator[pa.RecordBatch]:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..packing import PackResult
+from ..packing.lengths import arrow_column
 from ..packing.sorting import offsets_of, ranges
 
 IGNORE_INDEX = -100
@@ -73,7 +74,7 @@ def flatten_tokens(
     """
     if isinstance(sequences, Tokens):
         tokens = sequences
-    elif (column := _arrow_column(sequences)) is not None:
+    elif (column := arrow_column(sequences)) is not None:
         tokens = _from_arrow(column, name, bools)
     else:
         tokens = _from_sequence(_as_list(sequences, name), name, bools)
@@ -248,16 +249,6 @@ def _integers(values: NDArray[Any], name: str) -> NDArray[np.integer]:
     if values.dtype == np.uint64 and len(values) and int(values.max()) >= 2**63:
         raise ValueError(f"{name} must hold integers below 2**63, got {int(values.max())}")
     return values.view(np.uint8) if values.dtype == np.bool_ else values
-
-
-def _arrow_column(values: Any) -> Any:
-    """The Arrow array in or behind ``values``, or None; no loop over a datasets column."""
-    if hasattr(values, "null_count"):
-        return values
-    source, column = getattr(values, "source", None), getattr(values, "column_name", None)
-    if source is None or column is None or not hasattr(source, "with_format"):
-        return None
-    return source.with_format("arrow")[column]
 
 
 def _from_arrow(column: Any, name: str, bools: bool) -> Tokens:

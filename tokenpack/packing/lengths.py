@@ -111,7 +111,7 @@ def _as_array(values: Any, name: str) -> NDArray[Any]:
         return values
     if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
         raise TypeError(f"{name} must be integers, one per sequence, got {type(values).__name__}")
-    arrow = _arrow_column(values)
+    arrow = arrow_column(values)
     if arrow is not None:
         if arrow.null_count:
             raise TypeError(f"{name} must be integers, got a column with {arrow.null_count} nulls")
@@ -125,8 +125,8 @@ def _as_array(values: Any, name: str) -> NDArray[Any]:
         raise ValueError(f"{name} must be one-dimensional, got a ragged sequence") from error
 
 
-def _arrow_column(values: Any) -> Any:
-    """The Arrow array in or behind ``values``, or None; no loop over a datasets column."""
+def arrow_column(values: Any) -> Any:
+    """The Arrow array that ``values`` is, or that a datasets column reads, or None."""
     if hasattr(values, "null_count"):
         return values
     source, column = getattr(values, "source", None), getattr(values, "column_name", None)

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..kernels import layout_from_cu_seqlens, repad
 from ..packing import Packer, PackResult
+from .pairs import pad_rows
 from .rows import as_integer
 from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
 
@@ -164,14 +164,12 @@ class PackedBatch(dict[str, Any]):
             ``input_ids``, ``attention_mask`` and maybe ``labels``: ``(num_seqs, max_seqlen)``.
         """
         every = self.select(torch.arange(len(self.cu_seqlens) - 1))
-        layout = layout_from_cu_seqlens(
-            every.cu_seqlens, every.input_ids.shape[1], device=every.input_ids.device
-        )
-        names = [name for name in ("input_ids", "labels") if name in every]
-        fill = [pad_token_id if name == "input_ids" else IGNORE_INDEX for name in names]
-        ones = torch.ones_like(every.input_ids[0])
-        rows = repad([ones, *(every[name][0] for name in names)], layout, fill=[0, *fill])
-        return dict(zip(["attention_mask", *names], rows))
+        lengths = every.cu_seqlens.cpu().diff()
+        rows, mask = pad_rows(every.input_ids[0], lengths, pad_token_id)
+        batch = {"input_ids": rows, "attention_mask": mask.long()}
+        if "labels" in every:
+            batch["labels"], _ = pad_rows(every.labels[0], lengths, IGNORE_INDEX)
+        return batch
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

@@ -26,13 +26,19 @@ NO_BIN = -1
 
 def bin_costs(result: PackResult, hidden_size: int = 1024) -> NDArray[np.float64]:
     """``(num_bins,)`` float64, what each bin takes; see above."""
-    source = result.item_lengths.astype(np.float64)
-    tokens, pairs = source, source**2
-    if isinstance(result, PairPackResult):
-        target = result.item_target_lengths.astype(np.float64)
-        tokens, pairs = source + target, source**2 + target**2 + source * target
-    costs = tokens + pairs / (6 * at_least_one("hidden_size", hidden_size))
+    target = result.item_target_lengths if isinstance(result, PairPackResult) else 0
+    costs = sequence_costs(result.item_lengths, target, hidden_size)
     return np.add.reduceat(costs, result.offsets[:-1])
+
+
+def sequence_costs(
+    source: NDArray[np.integer], target: NDArray[np.integer] | int, hidden_size: int = 1024
+) -> NDArray[np.float64]:
+    """``(n,)`` float64, what each sequence or pair takes; a target of 0 is none."""
+    one = source.astype(np.float64)
+    other = np.asarray(target, np.float64)
+    pairs = one**2 + other**2 + one * other
+    return one + other + pairs / (6 * at_least_one("hidden_size", hidden_size))
 
 
 def balance_ranks(

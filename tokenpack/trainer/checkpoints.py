@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 from transformers.utils import logging
 
@@ -53,8 +54,8 @@ _ASIDE = "-before"  # of a checkpoint whose step is being saved again
 _FOLDER = re.compile(rf"checkpoint-(\d+)({_ASIDE})?")
 
 
-class CheckpointsMixin:
-    """Saving and finding checkpoints. Mix in before a `Trainer`.
+class CheckpointsMixin(Trainer):
+    """Saving and finding checkpoints.
 
     Attributes:
         first_epoch: the epoch that `train` began with.
@@ -83,7 +84,7 @@ class CheckpointsMixin:
                 _delete(folder)
         self.accelerator.wait_for_everyone()
         with self._deleting_none():
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
         self._mark_whole(folder)
         if self.args.should_save:
             _delete(aside)
@@ -92,12 +93,12 @@ class CheckpointsMixin:
     def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
         """What is uploaded bears the mark as well."""
         self._mark_whole(Path(checkpoint_folder))
-        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self: Any, *args: Any) -> Any:
         """A run that was stopped keeps its last checkpoint, though it may not be the best."""
         with self._deleting_none() if self.stop_agreed else contextlib.nullcontext():
-            return super()._finalize_training(*args)  # type: ignore[misc]
+            return super()._finalize_training(*args)
 
     @contextlib.contextmanager
     def _deleting_none(self: Any) -> Iterator[None]:
@@ -220,7 +221,7 @@ class CheckpointsMixin:
         trial: Any,
     ) -> tuple[int, int]:
         """The epoch to go on in, and batches of it to skip."""
-        epoch, skipped = super()._init_training_state(  # type: ignore[misc]
+        epoch, skipped = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         mark = self._resumed or {}
@@ -251,7 +252,7 @@ class CheckpointsMixin:
         if checkpoint is not None and checkpoint == self._rng_loaded:
             self._rng_loaded = None  # transformers' way is to do this after the first batches
             return
-        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        super()._load_rng_state(checkpoint)
 
     def take_up_random_numbers(self: Any) -> None:
         """Before the first batches of a resumed epoch are collated."""
@@ -285,7 +286,7 @@ class CheckpointsMixin:
         dice = Dice(self.accelerator.device)
         python, numpy = random.getstate(), np.random.get_state()
         try:
-            return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+            return super()._evaluate(*args, **kwargs)
         finally:
             dice.roll_back()
             random.setstate(python)

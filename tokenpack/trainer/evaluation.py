@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import (
     EvalPrediction,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -155,8 +156,8 @@ class _Evaluation(TrainerCallback):
         self.step += 1
 
 
-class EvaluationMixin:
-    """Evaluation for the trainers. Mix in before a `Trainer`."""
+class EvaluationMixin(Trainer):
+    """Evaluation for the trainers."""
 
     _evaluation: _Evaluation | None = None
 
@@ -171,14 +172,14 @@ class EvaluationMixin:
         if can_be_planned(dataset):
             return self._evaluation_loader(dataset, "Evaluation")
         with self._collating_rows():
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self: Any, test_dataset: Any) -> DataLoader:
         """The same for `predict`."""
         if can_be_planned(test_dataset):
             return self._evaluation_loader(test_dataset, "test")
         with self._collating_rows():
-            return super().get_test_dataloader(test_dataset)  # type: ignore[misc]
+            return super().get_test_dataloader(test_dataset)
 
     def _evaluation_loader(self: Any, dataset: Any, description: str) -> DataLoader:
         lengths = self._lengths_of(dataset)
@@ -229,7 +230,7 @@ class EvaluationMixin:
                 self.compute_metrics = _metrics_by(plan, running, user_metrics)
         try:
             with self._prepared_for_now():
-                output = super().evaluation_loop(  # type: ignore[misc]
+                output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             loss = self._mean_evaluation_loss()
@@ -306,8 +307,8 @@ class EvaluationMixin:
         batch.pop(self.budget.length_column_name, None)  # collators add it; no model takes it
         asking = self.runner.asking(batch)
         count = int(self.runner.measure(asking).asked.sum()) if own else 0
-        with self._by_itself(), self._compute_loss_takes_targets():
-            loss, logits, labels = super().prediction_step(  # type: ignore[misc]
+        with self._by_itself(), self._told_of_targets():
+            loss, logits, labels = super().prediction_step(
                 model,
                 self._with_decoder_inputs(asking),
                 prediction_loss_only,
@@ -338,10 +339,11 @@ class EvaluationMixin:
         return rows, int(np.clip(state.remainder - self.args.process_index * rows, 0, rows))
 
     @contextlib.contextmanager
-    def _compute_loss_takes_targets(self: Any) -> Iterator[None]:
+    def _told_of_targets(self: Any) -> Iterator[None]:
         """transformers tells ``compute_loss`` how many there are; a user's may not want to know."""
         compute = self.compute_loss
-        if takes(compute, "num_items_in_batch"):
+        parameters = inspect.signature(compute).parameters.values()
+        if any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters):
             yield
             return
 
@@ -360,13 +362,7 @@ class EvaluationMixin:
     def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device) -> Any:
         """Targets of one batch on this rank: losses are weighed afterwards."""
         with self._by_itself():
-            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
-
-
-def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function can be called with a keyword of that name."""
-    parameters = inspect.signature(function).parameters.values()
-    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+            return super()._get_num_items_in_batch(batch_samples, device)
 
 
 def can_be_planned(dataset: Any) -> bool:

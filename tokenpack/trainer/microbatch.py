@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.tokens import IGNORE_INDEX
+from ..packing.batches import cut_groups
+from ..packing.ranks import sequence_costs
 
 _TARGET = ("labels", "shift_labels")  # beside what begins with decoder_
 
@@ -54,15 +56,7 @@ class PlannedBatch(dict[str, Any]):
 
     def pin_memory(self) -> PlannedBatch:
         """The same in page-locked memory; ``DataLoader`` calls this."""
-        pin = getattr(self.inputs, "pin_memory", None)
-        if pin is not None:
-            inputs = pin()
-        else:
-            inputs = {
-                name: value.pin_memory() if isinstance(value, Tensor) else value
-                for name, value in self.inputs.items()
-            }
-        return PlannedBatch(inputs, self.examples, self.repeated)
+        return PlannedBatch(_pinned(self.inputs), self.examples, self.repeated)
 
 
 class Rows(NamedTuple):
@@ -91,6 +85,10 @@ class Rows(NamedTuple):
     def columns(self) -> NDArray[np.int64]:
         """``(n,)`` int64, what the source takes in a padded batch; holes in the mask included."""
         return self.last - self.first
+
+    def sizes(self, multiple: int) -> NDArray[np.int64]:
+        """``(n,)`` int64, slots of each row when it is padded by itself."""
+        return rounded_up(self.columns, multiple) + rounded_up(self.target, multiple)
 
 
 def is_packed(inputs: Mapping[str, Any]) -> bool:
@@ -246,22 +244,20 @@ def plan_microbatches(
     Returns:
         Row numbers of each micro-batch; together every row once.
     """
+    sizes = rows.sizes(multiple) if padded else rows.tokens
+    groups = [np.array([row]) for row in np.flatnonzero(sizes > max_tokens)]
+    rest = np.flatnonzero(sizes <= max_tokens)
+    at_least = max(at_least - len(groups), 1)
+    if not len(rest):
+        return groups
     if padded:
-        return _plan_padded(rows, max_tokens, multiple, at_least)
-    tokens = rows.tokens
-    source, target = rows.source.astype(float), rows.target.astype(float)
-    costs = tokens + (source**2 + target**2 + source * target) / (6 * hidden_size)
-    alone = np.flatnonzero(tokens > max_tokens)
-    rest = np.flatnonzero(tokens <= max_tokens)
+        return groups + _group_similar(rows, rest, max_tokens, multiple, at_least)
+    costs = sequence_costs(rows.source, rows.target, hidden_size)
     rest = rest[np.argsort(-costs[rest], kind="stable")]
-    groups = [np.array([row]) for row in alone]
-    count = max(-(-int(tokens[rest].sum()) // max_tokens), at_least - len(alone), 1)
-    while len(rest):
-        dealt = _deal(rest, tokens, costs, min(count, len(rest)), max_tokens)
-        if dealt is not None:
-            return groups + dealt
+    count = max(-(-int(sizes[rest].sum()) // max_tokens), at_least)
+    while (dealt := _deal(rest, sizes, costs, min(count, len(rest)), max_tokens)) is None:
         count += 1
-    return groups
+    return groups + dealt
 
 
 def _deal(
@@ -285,42 +281,29 @@ def _deal(
     return [np.array(group) for group in groups]
 
 
-def _plan_padded(
-    rows: Rows, max_tokens: int, multiple: int, at_least: int
+def _group_similar(
+    rows: Rows, rest: NDArray[np.int64], max_tokens: int, multiple: int, at_least: int
 ) -> list[NDArray[np.int64]]:
-    order = np.lexsort((-rows.target, -rows.columns))
-    source = rounded_up(rows.columns[order], multiple)
-    target = rounded_up(rows.target[order], multiple)
-    bounds = _split(source, target, max_tokens)
-    low, high = 1, max_tokens
+    """Groups of similar lengths, ``rest`` being the rows that fit alone."""
+    order = rest[np.lexsort((-rows.target[rest], -rows.columns[rest]))]
+    sides = rounded_up(np.stack([rows.columns[order], rows.target[order]], axis=1), multiple)
+    fewest = len(cut_groups(sides, max_tokens))
+    low, high = int(sides.sum(1).max()), max_tokens
     while low < high:  # the smallest bound that takes no more micro-batches
         middle = (low + high) // 2
-        if len(_split(source, target, middle)) <= len(bounds):
+        if len(cut_groups(sides, middle)) <= fewest:
             high = middle
         else:
             low = middle + 1
-    groups = np.split(order, _split(source, target, high)[1:])
+    groups = np.split(order, cut_groups(sides, high)[1:-1])
     while len(groups) < min(at_least, len(order)):
         largest = max(range(len(groups)), key=lambda at: len(groups[at]))
         groups[largest : largest + 1] = np.array_split(groups[largest], 2)
     return groups
 
 
-def _split(source: NDArray[np.int64], target: NDArray[np.int64], max_tokens: int) -> list[int]:
-    """Where each group begins, filled in order with as many rows as ``max_tokens`` slots hold."""
-    begins = [0]
-    wide = deep = 0
-    for row, (one, other) in enumerate(zip(source.tolist(), target.tolist())):
-        wide, deep = max(wide, one), max(deep, other)
-        count = row - begins[-1] + 1
-        if count > 1 and count * (wide + deep) > max_tokens:
-            begins.append(row)
-            wide, deep = one, other
-    return begins
-
-
-def rounded_up(lengths: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
-    """Lengths rounded up to a multiple."""
+def rounded_up(lengths: Any, multiple: int) -> Any:
+    """An integer, or an array of them, rounded up to a multiple."""
     return -(-lengths // multiple) * multiple
 
 
@@ -328,14 +311,14 @@ def rounded_up(lengths: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
 
 
 def select_rows(
-    inputs: Mapping[str, Any],
+    inputs: Any,
     rows: Rows,
     chosen: NDArray[np.int64],
     *,
     two_sided: bool,
     padded: bool = False,
     multiple: int = 1,
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """Some rows of a batch, without the columns that are padding in all of them.
 
     Args:
@@ -347,15 +330,15 @@ def select_rows(
         multiple: keep widths that are divisible by this, as far as the batch is that wide.
     """
     if is_packed(inputs):
-        return inputs.select(chosen)  # type: ignore[attr-defined]
+        return inputs.select(chosen)
     count, columns = _main(inputs).shape[:2]
     first = int(rows.first[chosen].min()) if padded else 0
     last = max(int(rows.last[chosen].max()), first + 1)
-    width = min(-(-(last - first) // multiple) * multiple, columns)
+    width = min(rounded_up(last - first, multiple), columns)
     first = max(0, min(first, columns - width))
     source = slice(first, first + width)
     depth = int(rows.target[chosen].max(initial=0))
-    target = slice(0, max(-(-depth // multiple) * multiple, 1))
+    target = slice(0, max(rounded_up(depth, multiple), 1))
     index = torch.from_numpy(np.ascontiguousarray(chosen))
     whole = len(chosen) == count and bool((chosen == np.arange(count)).all())
 

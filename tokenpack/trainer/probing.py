@@ -62,8 +62,7 @@ class _Probe:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.model = self.trainer.model_wrapped
-        lengths = np.asarray(self.trainer.plan.lengths)
-        self._lengths = lengths.reshape(len(lengths), -1).sum(1)
+        self._lengths = self.trainer.plan.lengths.sum(1)
         self._order = np.argsort(-self._lengths, kind="stable")
         self.longest = int(self._lengths[self._order[0]])
 

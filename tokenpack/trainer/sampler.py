@@ -29,6 +29,7 @@ from ..packing.arrival import next_fit
 from ..packing.batches import count_batches, cut_groups, find_plan, group_similar
 from ..packing.lengths import as_lengths
 from ..packing.packer import at_least_one, check_seed
+from ..packing.ranks import sequence_costs
 from ..packing.sorting import longest_first, offsets_of, ranges
 
 _GRAIN = 1 / 400  # of a rank's tokens: a lead that small is none, and cost decides
@@ -301,9 +302,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return _share_groups(self.lengths[items].astype(np.int64), bounds, self.num_ranks)
 
     def _costs(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
-        sides = self.lengths[items].astype(np.float64)
-        pairs = (sides**2).sum(1) + (sides.prod(1) if sides.shape[1] > 1 else 0)
-        return sides.sum(1) + pairs / (6 * self.hidden_size)
+        source, *target = self.lengths[items].T
+        return sequence_costs(source, target[0] if target else 0, self.hidden_size)
 
     def _describe_batch(self, number: int, items: NDArray[np.int64]) -> list[str]:
         tokens = self._tokens(items)

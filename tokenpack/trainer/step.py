@@ -98,7 +98,6 @@ class Done:
     tokens: int = 0
     slots: int = 0
     longest: int = 0
-    longest_example: int = -1
 
 
 class Micro(NamedTuple):
@@ -258,7 +257,8 @@ class StepRunner:
 
     def _measured(self, batch: PlannedBatch, inputs: Mapping[str, Any]) -> Rows:
         rows = self.measure(inputs)
-        limit, sizes = self.budget.max_tokens_per_microbatch, self._sizes(rows)
+        limit = self.budget.max_tokens_per_microbatch
+        sizes = rows.sizes(self.shape.multiple) if self.shape.padded else rows.tokens
         if bool((sizes > limit).any()):
             row = int(sizes.argmax())
             name = "a row" if batch.examples is None else f"example {batch.examples[row]}"
@@ -267,14 +267,7 @@ class StepRunner:
                 f" after collating and the bound is {limit}: raise it, give the collator caps, or "
                 "pass overlong='truncate' or 'drop'"
             )
-        return rows._replace(asked=np.zeros_like(rows.asked)) if batch.filler else rows
-
-    def _sizes(self, rows: Rows) -> NDArray[np.int64]:
-        """``(n,)``, what each row counts against the budget when it stands alone."""
-        if not self.shape.padded:
-            return rows.tokens
-        multiple = self.shape.multiple
-        return rounded_up(rows.columns, multiple) + rounded_up(rows.target, multiple)
+        return rows
 
     # ------------------------------------------------------------------------------ micro-batches
 
@@ -371,7 +364,7 @@ class StepRunner:
                 self.backward(part)
             loss += part.detach()
 
-    def _piece(self, step: _Step, micro: Micro) -> Mapping[str, Any]:
+    def _piece(self, step: _Step, micro: Micro) -> dict[str, Any]:
         piece = select_rows(
             step.inputs[micro.batch],
             step.shares[micro.batch],
@@ -385,7 +378,7 @@ class StepRunner:
             # A mean over nothing is no number, and zero times that is none either.
             labels = labels.clone()
             labels.view(len(labels), -1)[0, -1] = 0
-            piece["labels"] = labels  # type: ignore[index]
+            piece["labels"] = labels
         return piece
 
     # ---------------------------------------------------------------------------- between ranks
@@ -526,10 +519,8 @@ class StepRunner:
         self.done.tokens += sum(micro.tokens for micro in real)
         self.done.slots += sum(micro.slots for micro in real)
         for batch, rows in zip(step.batches, step.shares):
-            row = int(rows.tokens.argmax())
-            if not batch.filler and rows.tokens[row] > self.done.longest:
-                self.done.longest = int(rows.tokens[row])
-                self.done.longest_example = -1 if batch.examples is None else batch.examples[row]
+            if not batch.filler:
+                self.done.longest = max(self.done.longest, int(rows.tokens.max()))
 
 
 class Dice:

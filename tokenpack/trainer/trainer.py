@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 
@@ -36,7 +36,7 @@ from ..kernels import layout_from_cu_seqlens, repad, unpad
 from .arguments import FROM_ARGS, TokenBudget, budget_of
 from .callbacks import PlanCallback
 from .checkpoints import CheckpointsMixin, seeded
-from .evaluation import EvaluationMixin, can_be_planned, takes
+from .evaluation import EvaluationMixin, can_be_planned
 from .lengths import dataset_lengths
 from .loading import Caps, PlannedCollator, PlannedDataset
 from .microbatch import PlannedBatch, is_packed
@@ -51,7 +51,7 @@ logger = logging.get_logger(__name__)
 _FUSED_WITH_BACKWARD = ("lomo", "adalomo")
 
 
-class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin, Trainer):
+class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
     """`transformers.Trainer` that batches by tokens, and accepts all that it does.
 
     Further keywords are the fields of `TokenBudget`. They outweigh those of `TokenBudgetArguments`,
@@ -179,7 +179,6 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin, Trainer):
             logger.warning(
                 f"train_sampling_strategy={strategy!r} plays no part: batches are planned by tokens"
             )
-        most = min(self.budget.max_tokens_per_microbatch, self.budget.max_tokens_per_batch)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._plan = TokenBudgetBatchSampler(
             lengths,
@@ -190,7 +189,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin, Trainer):
             shuffle=strategy != "sequential",
             hidden_size=self.runner.shape.hidden_size,
             padded=self.runner.shape.padded,
-            max_tokens_per_group=most if self.runner.shape.padded else None,
+            max_tokens_per_group=self._longest_fitting if self.runner.shape.padded else None,
         )
         return self._plan
 
@@ -208,12 +207,16 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin, Trainer):
             lengths = np.stack([lengths, np.zeros_like(lengths)], axis=1)
         return lengths
 
+    @property
+    def _longest_fitting(self) -> int:
+        """Tokens of the longest training example that the budget allows."""
+        return min(self.budget.max_tokens_per_microbatch, self.budget.max_tokens_per_batch)
+
     def _fitted(
         self, lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], Caps | None]:
         """Examples that are kept, their lengths, and where they are cut, by ``overlong``."""
-        budget, shape = self.budget, self.runner.shape
-        most = min(budget.max_tokens_per_microbatch, budget.max_tokens_per_batch)
+        budget, shape, most = self.budget, self.runner.shape, self._longest_fitting
         source_cap = most if budget.max_encoder_len is None else budget.max_encoder_len
         target_cap = most if budget.max_decoder_len is None else budget.max_decoder_len
         if not shape.two_sided:
@@ -351,11 +354,8 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin, Trainer):
         inputs = self._with_decoder_inputs(inputs)
         inputs.pop(self.budget.length_column_name, None)  # collators add it; no model takes it
         count = torch.full((), targets, device=self.args.device)
-        with self.compute_loss_context_manager(), self._by_itself():
-            options = {}
-            if takes(self.compute_loss, "num_items_in_batch"):
-                options["num_items_in_batch"] = count
-            return self.compute_loss(model, inputs, **options)
+        with self.compute_loss_context_manager(), self._by_itself(), self._told_of_targets():
+            return self.compute_loss(model, inputs, num_items_in_batch=count)
 
     def _backward(self, loss: Tensor) -> None:
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
@@ -445,7 +445,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin, Trainer):
         if every and self.state.global_step // every > self._longest_logged:
             self._longest_logged = self.state.global_step // every
             logs["longest_sequence"] = done.longest
-        self.runner.done = Done(longest=done.longest, longest_example=done.longest_example)
+        self.runner.done = Done(longest=done.longest)
         return logs
 
 

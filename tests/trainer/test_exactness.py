@@ -292,3 +292,43 @@ def test_each_rank_by_itself_if_asked(tmp_path):
     expected = {name: (a[name] + b[name]) / 2 for name in a}
     assert distance(first[2][0], expected) < TOLERANCE
     assert first[3][0] == pytest.approx(np.mean([loss_a, loss_b]), rel=1e-5)
+
+
+def train_where_half_asks_nothing(rank, folder, options):
+    examples = make_examples(12)
+    for each in examples[::2]:
+        each["labels"] = [-100] * len(each["labels"])
+    seen = Seen()
+    trainer = make_trainer(
+        "T5",
+        folder,
+        examples,
+        callbacks=[seen],
+        max_tokens_per_microbatch=62,
+        max_tokens_per_batch=62,
+        learning_rate=0.0,
+        **options,
+    )
+    seen.trainer = trainer
+    trainer.train()
+    return seen.examples, seen.steps
+
+
+@pytest.mark.parametrize("oom_max_retries", [0, 3])
+@pytest.mark.parametrize("average", [False, True])
+def test_a_rank_without_targets(average, oom_max_retries, tmp_path):
+    """It has a gradient of zeros to average with, and the others do not wait for it."""
+    options = {"average_tokens_across_devices": average, "oom_max_retries": oom_max_retries}
+    ranks = on_ranks(2, train_where_half_asks_nothing, tmp_path, options)
+    examples = make_examples(12)
+    alone = 0
+    for first, second, gradient in zip(ranks[0][0], ranks[1][0], ranks[0][1], strict=True):
+        asking = [[examples[i] for i in chosen if i % 2] for chosen in (first, second)]
+        if all(asking) or not any(asking):
+            continue
+        alone += 1
+        _, expected = padded_gradient("T5", asking[0] or asking[1])
+        if not average:  # the mean over ranks of each rank's mean, one of which is 0
+            expected = {name: grad / 2 for name, grad in expected.items()}
+        assert distance(gradient, expected) < TOLERANCE
+    assert alone

@@ -223,7 +223,7 @@ class StepRunner:
             loss, failed = self._attempt(step, micros, total)
             failures, unused = self._agree(step, failed)
             if not failures:
-                self._reduce(model, unused, total)
+                self._reduce(model, unused)
                 self._note(step, micros)
                 return loss, stop
             model.zero_grad(set_to_none=True)
@@ -327,7 +327,7 @@ class StepRunner:
         self, step: _Step, micros: Sequence[Micro], total: int
     ) -> tuple[Tensor, Micro | None]:
         """Forward and backward of all: the loss, and the micro-batch that memory failed, if any."""
-        if not self.communicates(step.model):  # then what has no weight need not run
+        if not self._waits(step.model):  # then what has no weight need not run
             micros = [micro for micro in micros if micro.asked]
         loss = torch.zeros((), device=self.accelerator.device)
         reached: list[Micro] = []
@@ -424,10 +424,10 @@ class StepRunner:
         mine = torch.tensor([numbers], device=self.accelerator.device)
         return self.accelerator.gather(mine).tolist()
 
-    def _reduce(self, model: nn.Module, unused: bool, total: int) -> None:
+    def _reduce(self, model: nn.Module, unused: bool) -> None:
         """Average gradients over ranks, if the last backward did not."""
         ddp = _ddp(model)
-        if ddp is None or not self._may_retry(model) or not total:
+        if ddp is None or self._waits(model):
             return
         parameters = [p for p in ddp.parameters() if p.requires_grad]
         used = torch.ones(len(parameters), dtype=torch.int32, device=self.accelerator.device)
@@ -449,15 +449,20 @@ class StepRunner:
         return self.budget.oom_max_retries > 0 and not self.communicates(model)
 
     def communicates(self, model: nn.Module) -> bool:
-        """Whether forward and backward wait for other ranks, so that all must run as many."""
+        """Whether each forward waits for other ranks, so that all must run as many."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return True
         return self.accelerator.num_processes > 1 and _ddp(model) is None
 
+    def _waits(self, model: nn.Module) -> bool:
+        """Whether ranks wait for each other within forward or backward, if but in the last."""
+        within_backward = _ddp(model) is not None and self.budget.oom_max_retries == 0
+        return within_backward or self.communicates(model)
+
     @contextlib.contextmanager
     def _sync(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """A forward and backward; gradients are reduced in the last, unless `_reduce` does that."""
-        reduces = last and (_ddp(model) is None or not self._may_retry(model))
+        reduces = last and (_ddp(model) is None or self._waits(model))
         self.accelerator.gradient_state._set_sync_gradients(reduces)  # DeepSpeed steps by this
         try:
             with contextlib.nullcontext() if reduces else self._no_sync(model):

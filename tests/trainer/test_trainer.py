@@ -18,7 +18,7 @@ from tokenpack.trainer import (
 )
 
 from ..adapters.models import EOS, PAD
-from .setting import CASES, collate, make_examples, make_trainer
+from .setting import CASES, collate, make_examples, make_trainer, on_ranks
 from .test_exactness import Seen
 
 
@@ -159,6 +159,16 @@ def test_arguments_carry_the_same_fields_and_keywords_outweigh_them(tmp_path):
 def test_nonsense_is_refused(wrong, message, tmp_path):
     with pytest.raises((TypeError, ValueError), match=message):
         make_trainer("T5", tmp_path, make_examples(3), **wrong)
+
+
+def made_without_use_cpu(rank, folder):
+    with pytest.raises(ValueError, match=r"started 2 processes.* use_cpu=True"):
+        make_trainer("T5", folder, make_examples(3), use_cpu=False)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="ranks know of each other then")
+def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path):
+    on_ranks(2, made_without_use_cpu, tmp_path)
 
 
 def test_a_model_that_cannot_be_packed_is_refused_unless_asked(tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -455,6 +456,13 @@ def _refuse(args: TrainingArguments) -> None:
         raise ValueError("auto_find_batch_size counts rows: pass auto_find_microbatch=True instead")
     if str(getattr(args.optim, "value", args.optim)) in _FUSED_WITH_BACKWARD:
         raise ValueError(f"optim={args.optim!r} updates weights in each backward, not in each step")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and args.world_size == 1:
+        raise ValueError(
+            f"the launcher started {processes} processes, but without an accelerator transformers "
+            "takes each for a run of its own, on all of the data: pass use_cpu=True to train on "
+            "the CPUs together"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process (DataParallel) cannot share a token plan: start one "

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tokenpack.trainer import OutOfMemoryInStepError
 from tokenpack.trainer.step import is_out_of_memory
@@ -213,12 +214,51 @@ def test_is_left_out_and_counted_if_asked(tmp_path):
     trainer.train()
     assert trainer.runner.counts.skipped_sequences == 1
     assert trainer.runner.counts.skipped_steps == 0
+    assert trainer.runner.max_tokens == 200  # it was lowered in vain
     rest = [each for i, each in enumerate(examples) if i != longest]
     from .setting import padded_gradient
 
     loss, expected = padded_gradient("T5", rest)
     assert distance(seen.steps[0], expected) < 1e-5
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("why", ["asks for nothing", "is left out"])
+def test_a_scaler_takes_a_step_without_gradients(why, tmp_path):
+    """fp16's: it wants a gradient to look at. Nothing is learned, and training goes on."""
+    examples = [{"input_ids": [5] * 20, "labels": [5] * 20} for _ in range(6)]
+    if why == "asks for nothing":
+        for each in examples[:2]:
+            each["labels"] = [-100] * 20
+    trainer = make_trainer(
+        "Llama",
+        tmp_path,
+        examples,
+        max_tokens_per_batch=40,
+        max_tokens_per_microbatch=40,
+        oom_max_retries=1,
+        oom_skip_batch_on_fail=True,
+        train_sampling_strategy="sequential",
+    )
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    if why == "is left out":
+        # Two sequences at once, then another one alone: more than one retry.
+        fault = Fault(trainer.model, 0, "forward", times=2)
+        fault.at = 0
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    after_first = {}
+
+    class First(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if not after_first:
+                after_first.update({n: p.clone() for n, p in trainer.model.named_parameters()})
+
+    trainer.add_callback(First())
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.runner.counts.skipped_steps == (why == "is left out")
+    assert all(torch.equal(before[name], after_first[name]) for name in before)
+    assert not all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
 
 
 def test_the_budget_is_saved_and_restored(tmp_path):
@@ -278,6 +318,24 @@ def test_one_rank_of_two(at, where, accumulation, tmp_path):
         assert ours[3] == 1
     assert faulty[0][2] == faulty[1][2] < 80
     assert distance(faulty[0][0][0], faulty[1][0][0]) == 0
+
+
+def probe_on_rank(rank, folder, failing, options):
+    trainer = make_trainer(
+        "Llama", folder, make_examples(20, causal=True), auto_find_microbatch=True, **options
+    )
+    if rank in failing:
+        Fault(trainer.accelerator.unwrap_model(trainer.model), 0, "forward", times=2)
+    trainer.train()
+    return trainer.runner.max_tokens, trainer.state.global_step
+
+
+@pytest.mark.parametrize("options", [{}, {"oom_max_retries": 0}, {"ddp_broadcast_buffers": True}])
+def test_probing_where_one_rank_has_less_memory(options, tmp_path):
+    """Llama has buffers, which DDP would send around in a forward that one does not come to."""
+    first, second = on_ranks(2, probe_on_rank, tmp_path, [1], options)
+    assert first == second
+    assert first[0] < 300
 
 
 def fails_on_rank(rank, folder):

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 from tokenpack import is_patched, packing_stats
 from tokenpack.data import CappedSeq2SeqCollator
@@ -154,6 +155,9 @@ def test_arguments_carry_the_same_fields_and_keywords_outweigh_them(tmp_path):
         ({"overlong": "split"}, "overlong must be 'error', 'truncate' or 'drop'"),
         ({"auto_find_batch_size": True}, "auto_find_microbatch"),
         ({"optim": "lomo"}, "in each backward"),
+        ({"optim": "galore_adamw_layerwise"}, "in each backward"),
+        ({"neftune_noise_alpha": 5.0}, "pass pack=False"),
+        ({"pack": "no"}, "pack must be True or False"),
     ],
 )
 def test_nonsense_is_refused(wrong, message, tmp_path):
@@ -411,6 +415,86 @@ def test_the_largest_budget_that_fits_is_found(tmp_path, monkeypatch):
     assert all(p.grad is None for p in trainer.model.parameters())
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_probing_takes_the_longest_targets_too(pack, tmp_path):
+    """Logits are of targets alone. And padded, slots count."""
+    examples = [
+        {"input_ids": [5] * source, "labels": [6] * target}
+        for source, target in [(60, 2), (2, 20)] * 40
+    ]
+    trainer = make_trainer(
+        "T5",
+        tmp_path,
+        examples,
+        max_tokens_per_batch=600,
+        auto_find_microbatch=True,
+        max_steps=1,
+        pack=pack,
+    )
+    inner, tried = trainer.runner.mean_loss, []
+
+    def noting(model, inputs, targets):
+        tried.append((inputs["input_ids"].numel(), inputs["labels"].numel()))
+        return inner(model, inputs, targets)
+
+    trainer.runner.mean_loss = noting
+    trainer._get_train_sampler()
+    trainer.get_train_dataloader()
+    trainer.find_microbatch()
+    assert trainer.runner.max_tokens == 600
+    assert max(targets for _, targets in tried) >= 20 * (600 // 22)
+    assert pack or max(map(sum, tried)) <= 600
+
+
+def test_what_a_search_tries_outweighs_keywords(tmp_path):
+    """As optuna's: fields of the arguments are set before each trial."""
+    args = TokenBudgetArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = HierarchicalTokenTrainer(
+        CASES["T5"].build(),
+        args,
+        train_dataset=make_examples(20),
+        data_collator=collate,
+        max_tokens_per_batch=300,
+        max_tokens_per_microbatch=100,
+    )
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    trainer.hp_space = lambda trial: trial.params
+    trainer.runner.max_tokens = 7
+    trainer._hp_search_setup(SimpleNamespace(params={"max_tokens_per_batch": 600}))
+    assert trainer.budget.max_tokens_per_batch == 600
+    assert trainer.budget.max_tokens_per_microbatch == trainer.runner.max_tokens == 100
+    assert trainer.runner.accelerator is trainer.accelerator
+
+
+def log_on_first_rank(rank, folder):
+    trainer = make_trainer("T5", folder, make_examples(20))
+    inner = trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        if rank == 0:
+            trainer.log({"loss": 1.0})
+        return inner(*args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "tokens_per_second" in entry]
+
+
+def test_a_user_may_log_on_one_rank(tmp_path):
+    """Only the trainer's own logs ask the other ranks, and take up the counts."""
+    first, second = on_ranks(2, log_on_first_rank, tmp_path)
+    assert len(first) == len(second) > 0
+    assert all(entry["tokens_per_second"] > 0 for entry in first)
+
+
+def test_the_longest_is_logged_in_each_training(tmp_path):
+    trainer = make_trainer("T5", tmp_path, make_examples(20), log_longest_every=1)
+    for _ in range(2):
+        trainer.train()
+        assert any("longest_sequence" in entry for entry in trainer.state.log_history)
+        trainer.state.log_history.clear()
 
 
 def test_a_causal_trainer_has_no_caps_of_its_own(tmp_path):

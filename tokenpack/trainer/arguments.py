@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Final, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -80,10 +81,14 @@ class TokenBudget:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
+            object.__setattr__(self, name, int(value))
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.overlong not in ("error", "truncate", "drop"):
             raise ValueError(
                 f"overlong must be 'error', 'truncate' or 'drop', got {self.overlong!r}"
@@ -99,6 +104,13 @@ _LEAST = {
     "log_longest_every": 0,
     "oom_max_retries": 0,
 }
+_SWITCHES = (
+    "use_cpu_microbatch",
+    "pack",
+    "auto_find_microbatch",
+    "debug",
+    "oom_skip_batch_on_fail",
+)
 _OPTIONAL = ("max_encoder_len", "max_decoder_len")
 # `TrainingArguments.debug` is something else.
 _IN_ARGS = {"debug": "debug_batches"}
@@ -162,6 +174,11 @@ class TokenBudgetArguments(Seq2SeqTrainingArguments):
     )
 
 
+def args_name(name: str) -> str:
+    """What `TokenBudgetArguments` call a field of `TokenBudget`."""
+    return _IN_ARGS.get(name, name)
+
+
 def budget_of(
     args: TrainingArguments, given: dict[str, Any], defaults: dict[str, Any]
 ) -> TokenBudget:
@@ -175,5 +192,5 @@ def budget_of(
         if given[each.name] is not FROM_ARGS:
             values[each.name] = given[each.name]
         elif isinstance(args, TokenBudgetArguments):
-            values[each.name] = getattr(args, _IN_ARGS.get(each.name, each.name))
+            values[each.name] = getattr(args, args_name(each.name))
     return TokenBudget(**values)

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from .microbatch import PlannedBatch
 
-_SOURCE = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_TOKENS = ("input_ids",)
+_BESIDE_TOKENS = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
 
 
 class Caps(NamedTuple):
@@ -58,23 +59,38 @@ class PlannedDataset(Dataset[Any]):
     def _cut(self, index: int, example: Any) -> Any:
         assert self.caps is not None
         source, target = int(self.caps.source[index]), int(self.caps.target[index])
-        two_sided = target > 0
         changed = {}
-        for name in (*_SOURCE, "labels"):
-            if name in example and hasattr(example[name], "__len__"):
-                at_most = target if name == "labels" and two_sided else source
-                changed[name] = _cut(example[name], at_most)
+        for name in (*_TOKENS, *_BESIDE_TOKENS):
+            if name in example and _is_sequence(example[name]):
+                changed[name] = _cut(example[name], source, keep_last=name in _TOKENS)
+        labels = example.get("labels")
+        if target > 0 and _is_sequence(labels):
+            changed["labels"] = _cut(labels, target, keep_last=True)
+        elif _is_sequence(labels) and len(labels) == _length(example.get("input_ids")):
+            changed["labels"] = _cut(labels, source, keep_last=True)
         return {**example, **changed}
 
 
-def _cut(tokens: Any, at_most: int) -> Any:
-    """The first tokens, the last among them the sequence's own last: an end mark stays."""
+def _length(value: Any) -> int:
+    return len(value) if _is_sequence(value) else -1
+
+
+def _is_sequence(value: Any) -> bool:
+    """Of tokens, and not a text, or the class of the whole."""
+    if isinstance(value, (list, tuple)):
+        return True
+    return getattr(value, "ndim", 0) > 0
+
+
+def _cut(tokens: Any, at_most: int, *, keep_last: bool) -> Any:
+    """The first tokens; if asked, the last among them the sequence's own last: an end mark."""
     if len(tokens) <= at_most:
         return tokens
-    cut = tokens[:at_most]
-    cut = (
-        cut.copy() if isinstance(cut, np.ndarray) else cut.clone() if hasattr(cut, "clone") else cut
-    )
+    if not keep_last:
+        return tokens[:at_most]
+    if isinstance(tokens, (list, tuple)):
+        return type(tokens)([*tokens[: at_most - 1], tokens[-1]])
+    cut = tokens[:at_most].copy() if isinstance(tokens, np.ndarray) else tokens[:at_most].clone()
     cut[-1] = tokens[-1]
     return cut
 

@@ -127,7 +127,7 @@ def measure(inputs: Mapping[str, Any], *, two_sided: bool, shifts_labels: bool) 
             each token's neighbour for its target.
 
     Raises:
-        ValueError: if there is nothing to count tokens by.
+        ValueError: if there is nothing to count tokens by, or labels ask for padding.
     """
     if is_packed(inputs):
         return _measure_packed(inputs)
@@ -139,8 +139,12 @@ def measure(inputs: Mapping[str, Any], *, two_sided: bool, shifts_labels: bool) 
         asked = (_numbers(labels) != IGNORE_INDEX).astype(np.int64)
     elif _by_token(labels, inputs, two_sided):
         valid = _numbers(labels) != IGNORE_INDEX
+        if not two_sided:
+            _refuse_labels_of_padding(valid, inputs)
         asked = valid[:, int(shifts_labels and "shift_labels" not in inputs) :].sum(1)
         target = _extent(valid) if two_sided else target
+    else:  # what it asks for may be columns, counted from the left, as answers to questions are
+        first = np.zeros_like(first)
     if two_sided:
         target = np.maximum(target, _decoder_extent(inputs, has_labels=labels is not None))
     return Rows(source, target, asked, first, last)
@@ -183,6 +187,18 @@ def _sources(inputs: Mapping[str, Any]) -> tuple[NDArray[np.int64], ...]:
     real = _numbers(mask) != 0
     some = real.any(1)
     return real.sum(1), np.where(some, real.argmax(1), 0), _extent(real)
+
+
+def _refuse_labels_of_padding(valid: NDArray[np.bool_], inputs: Mapping[str, Any]) -> None:
+    """Padding is not computed, so its labels cannot count, and they were hardly meant to."""
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == valid.shape:
+        wrong = int((valid & (_numbers(mask) == 0)).sum())
+        if wrong:
+            raise ValueError(
+                f"labels must be {IGNORE_INDEX} where attention_mask is 0, but {wrong} are not: a "
+                "data collator that copies input_ids to labels has to leave padding out"
+            )
 
 
 def _decoder_extent(inputs: Mapping[str, Any], *, has_labels: bool) -> NDArray[np.int64] | int:
@@ -322,8 +338,9 @@ def select_rows(
     """Some rows of a batch, without the columns that are padding in all of them.
 
     Args:
-        inputs: a packed batch with ``select``, or a padded one. There, tensors as long as the batch
-            has rows, and lists, are cut; anything else is handed on.
+        inputs: a packed batch with ``select``, or a padded one. There, tensors and lists with an
+            entry for each row are cut, and tensors with one for each token by columns as well;
+            anything else is handed on.
         chosen: row numbers.
         two_sided: labels are of a decoder; else they are of the source.
         padded: drop the columns before the first real token as well.
@@ -345,17 +362,28 @@ def select_rows(
     def one(name: str, value: Any) -> Any:
         if isinstance(value, list) and len(value) == count:
             return [value[row] for row in chosen]
-        if not isinstance(value, Tensor) or not value.dim() or len(value) != count:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        if name == "position_ids" and value.shape == (1, columns):  # the same for all rows
+            return value[:, source]
+        if len(value) != count:
             return value
         decoder = name.startswith("decoder_") or (name in _TARGET and two_sided)
         by_column = name in _BY_COLUMN
         if name in _TARGET:
             by_column = _by_token(value, inputs, two_sided)
+        elif not by_column and value.dim() == 2:  # of the user's own loss: weights of tokens, say
+            decoder = two_sided and value.shape == _shape_of(inputs.get("labels"))
+            by_column = decoder or value.shape[1] == columns
         if value.dim() > 1 and by_column:
             value = value[:, target if decoder else source]
         return value if whole else value.index_select(0, index.to(value.device))
 
     return {name: one(name, value) for name, value in inputs.items()}
+
+
+def _shape_of(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
 
 
 _BY_COLUMN = frozenset(

@@ -1,9 +1,9 @@
 """The largest micro-batch budget that memory suffices for, found before the first step.
 
-A micro-batch of the longest sequences, up to a budget, is computed forward and backward; nothing
-else in training takes more at the same budget, since attention costs most in long sequences. Beside
-it lies what an optimizer will hold: two tensors a trainable parameter, as Adam does, unless the
-optimizer has its state already.
+A micro-batch of the longest sequences, up to a budget, is computed forward and backward, since
+attention costs most in them; and with a decoder another one, of the longest targets, since logits
+are of targets alone. Beside it lies what an optimizer will hold: two tensors a trainable parameter,
+as Adam does, unless the optimizer has its state already.
 
     double the budget until it does not fit; then halve the gap until it is under 1/16
 """
@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from ..packing.batches import cut_groups
+from .microbatch import rounded_up
 from .step import Dice, is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
@@ -62,9 +65,13 @@ class _Probe:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.model = self.trainer.model_wrapped
-        self._lengths = self.trainer.plan.lengths.sum(1)
-        self._order = np.argsort(-self._lengths, kind="stable")
-        self.longest = int(self._lengths[self._order[0]])
+        shape, sides = trainer.runner.shape, trainer.plan.lengths.astype(np.int64)
+        self._sides = rounded_up(sides, shape.multiple) if shape.padded else sides
+        whole = self._sides.sum(1)
+        self._orders = [np.argsort(-whole, kind="stable")]
+        if shape.two_sided:
+            self._orders.append(np.lexsort((-whole, -self._sides[:, 1])))
+        self.longest = int(whole.max())
 
     @property
     def _dataset(self) -> Any:
@@ -73,12 +80,11 @@ class _Probe:
     def fits(self, budget: int) -> bool:
         """Whether forward and backward of ``budget`` tokens fit on every rank."""
         trainer = self.trainer
-        ends = self._lengths[self._order].cumsum()
-        count = max(int(np.searchsorted(ends, budget, side="right")), 1)
         dice = Dice(trainer.accelerator.device)
         try:
             reserved = self._optimizer_state()
-            self._run(self._order[:count].tolist())
+            for order in self._orders:
+                self._run(order[: self._how_many(order, budget)].tolist())
             fits = True
             del reserved
         except Exception as error:
@@ -89,6 +95,13 @@ class _Probe:
         release_memory()
         dice.roll_back()
         return all(numbers[0] for numbers in trainer.runner.gather([int(fits)]))
+
+    def _how_many(self, order: NDArray[np.int64], budget: int) -> int:
+        """How many of the first sequences in ``order`` the budget allows; one at the least."""
+        sides = self._sides[order[:budget]]
+        if self.trainer.runner.shape.padded:
+            return int(cut_groups(sides, budget)[1])
+        return max(int(np.searchsorted(sides.sum(1).cumsum(), budget, side="right")), 1)
 
     def _run(self, items: list[int]) -> None:
         trainer = self.trainer

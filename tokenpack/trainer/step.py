@@ -63,6 +63,8 @@ class Shape:
         two_sided: it has a decoder of its own, which labels belong to.
         shifts_labels: its loss takes the label of each token's neighbour.
         padded: it computes rows x columns, not real tokens alone.
+        floats: its positions are relative, or counted from the first real token: columns of padding
+            on the left can be left out.
         multiple: what padded widths are divisible by.
         hidden_size: how much attention weighs beside linear layers.
     """
@@ -70,6 +72,7 @@ class Shape:
     two_sided: bool
     shifts_labels: bool
     padded: bool
+    floats: bool = True
     multiple: int = 1
     hidden_size: int = 1024
 
@@ -153,6 +156,7 @@ class _Step:
     batches: Sequence[PlannedBatch]
     shares: list[Rows]
     inputs: list[Mapping[str, Any]]
+    max_tokens: int  # the budget that it began with
     # Sequences by (batch, row):
     left_out: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     failed_alone: set[tuple[int, int]] = dataclasses.field(default_factory=set)
@@ -163,7 +167,8 @@ class StepRunner:
     """Runs optimizer steps for a trainer.
 
     Attributes:
-        max_tokens: the micro-batch budget in force; it only shrinks.
+        max_tokens: the micro-batch budget in force. It only shrinks; but a step in which a sequence
+            turned out not to fit at all leaves it as it was.
         counts: see `Counts`.
         done: see `Done`.
         average_over_ranks: divide by the targets of all ranks, not by each rank's own.
@@ -209,12 +214,10 @@ class StepRunner:
         """
         asking = [self.asking(batch.inputs) for batch in batches]
         shares = [self._measured(batch, inputs) for batch, inputs in zip(batches, asking)]
-        step = _Step(model, batches, shares, [self._placed(inputs) for inputs in asking])
-        ddp = _ddp(model)
-        if ddp is not None and self._may_retry(model) and not self.broadcasts_buffers:
-            # DDP would broadcast buffers in the first forward, and a rank that ran out of memory
-            # before it came to that would leave the others waiting.
-            ddp.require_forward_param_sync = False
+        placed = [self._placed(inputs) for inputs in asking]
+        step = _Step(model, batches, shares, placed, self.max_tokens)
+        if self._may_retry(model):
+            self._send_buffers(model, first_ones=self.broadcasts_buffers)
         dice = Dice(self.accelerator.device)
         while True:
             micros = self._plan(step)
@@ -224,21 +227,36 @@ class StepRunner:
             failures, unused = self._agree(step, failed)
             if not failures:
                 self._reduce(model, unused)
+                self._satisfy_scaler(model)
                 self._note(step, micros)
                 return loss, stop
             model.zero_grad(set_to_none=True)
             if not self._recover(step, failures, failed):
+                self._satisfy_scaler(model)
                 return torch.zeros_like(loss), stop
             dice.roll_back()
 
     def compute_once(self, model: nn.Module, batch: PlannedBatch) -> None:
         """Forward and backward of a whole batch as one micro-batch, to see whether it fits."""
         inputs = self.asking(batch.inputs)
-        step = _Step(model, [batch], [self._measured(batch, inputs)], [self._placed(inputs)])
+        shares = [self._measured(batch, inputs)]
+        step = _Step(model, [batch], shares, [self._placed(inputs)], self.max_tokens)
         micro = self._micro(step, 0, np.arange(len(step.shares[0].source)))
+        self._send_buffers(model, first_ones=False)
         piece = next(self._feed(iter([self._piece(step, micro)])))
         with self._no_sync(model):
             self.backward(self.mean_loss(model, piece, max(micro.asked, 1)))
+
+    def _send_buffers(self, model: nn.Module, *, first_ones: bool) -> None:
+        """Now, if at all: DDP would do it in the next forward.
+
+        A rank that ran out of memory before it came to that would leave the others waiting.
+        """
+        ddp = _ddp(model)
+        if ddp is not None:
+            if first_ones and ddp.will_sync_module_buffers():
+                ddp._sync_buffers()
+            ddp.require_forward_param_sync = False
 
     def _placed(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.budget.use_cpu_microbatch:
@@ -251,12 +269,15 @@ class StepRunner:
 
     def measure(self, inputs: Mapping[str, Any]) -> Rows:
         """The batch's sequences, by what the model is."""
-        return measure(
+        rows = measure(
             inputs, two_sided=self.shape.two_sided, shifts_labels=self.shape.shifts_labels
         )
+        return rows if self.shape.floats else rows._replace(first=np.zeros_like(rows.first))
 
     def _measured(self, batch: PlannedBatch, inputs: Mapping[str, Any]) -> Rows:
         rows = self.measure(inputs)
+        if batch.examples is not None and len(batch.examples) != len(rows.source):
+            batch.examples = None  # the collator joined or split what it was given
         limit = self.budget.max_tokens_per_microbatch
         sizes = rows.sizes(self.shape.multiple) if self.shape.padded else rows.tokens
         if bool((sizes > limit).any()):
@@ -373,12 +394,12 @@ class StepRunner:
             padded=self.shape.padded,
             multiple=self.shape.multiple,
         )
-        labels = piece.get("labels")
-        if not micro.asked and isinstance(labels, Tensor):
-            # A mean over nothing is no number, and zero times that is none either.
-            labels = labels.clone()
-            labels.view(len(labels), -1)[0, -1] = 0
-            piece["labels"] = labels
+        for name in ("labels", "shift_labels"):
+            labels = piece.get(name)
+            if not micro.asked and isinstance(labels, Tensor):
+                # A mean over nothing is no number, and zero times that is none either.
+                piece[name] = labels = labels.clone()
+                labels.view(len(labels), -1)[0, -1] = 0
         return piece
 
     # ---------------------------------------------------------------------------- between ranks
@@ -444,6 +465,20 @@ class StepRunner:
             for parameter, is_used in zip(parameters, used.tolist()):
                 parameter.grad = parameter.grad if is_used else None
 
+    def _satisfy_scaler(self, model: nn.Module) -> None:
+        """A gradient of zeros where there is none at all: fp16's scaler cannot step on nothing.
+
+        Of the smallest parameter alone, since an optimizer leaves those without a gradient as they
+        are, weight decay included.
+        """
+        scaler = self.accelerator.scaler
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if scaler is None or not trained or any(p.grad is not None for p in trained):
+            return
+        least = min(trained, key=lambda p: p.numel())
+        scaler.scale(least.new_zeros((), dtype=torch.float32))  # sets it up, if that was the first
+        least.grad = torch.zeros_like(least)
+
     def _may_retry(self, model: nn.Module) -> bool:
         """Whether a step can be done again after it failed on some rank."""
         return self.budget.oom_max_retries > 0 and not self.communicates(model)
@@ -494,6 +529,8 @@ class StepRunner:
             known = sequence in step.failed_alone
             (step.left_out if known else step.failed_alone).add(sequence)
         several = [failure.size for failure in failures if failure.sequences > 1]
+        if hopeless:  # whatever it was that it cost the budget, that was in vain
+            self.max_tokens, step.shrinks = step.max_tokens, 0
         if len(hopeless) == len(failures):
             return True
         if step.shrinks == self.budget.oom_max_retries:

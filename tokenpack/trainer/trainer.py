@@ -34,7 +34,7 @@ from transformers.utils import logging
 from ..adapters import is_patched, patch_model
 from ..adapters.inputs import shift_right
 from ..kernels import layout_from_cu_seqlens, repad, unpad
-from .arguments import FROM_ARGS, TokenBudget, budget_of
+from .arguments import FROM_ARGS, TokenBudget, args_name, budget_of
 from .callbacks import PlanCallback
 from .checkpoints import CheckpointsMixin, seeded
 from .evaluation import EvaluationMixin, can_be_planned
@@ -94,6 +94,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         passed = dict(locals())
         given = {each.name: passed[each.name] for each in dataclasses.fields(TokenBudget)}
         args = Seq2SeqTrainingArguments("tmp_trainer") if args is None else args
+        self._given = given
         self.budget = budget_of(args, given, self._own_defaults)
         self._begin(model, args)
         super().__init__(model, args, *positional, **keywords)
@@ -109,7 +110,13 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         self._stop_agreed = False
         self._last_logged = time.perf_counter()
         self._longest_logged = 0
+        self._step_is_logged = False
         _refuse(args)
+        if self.budget.pack and args.neftune_noise_alpha:
+            raise ValueError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha} divides its noise by the width of "
+                "the padded batch, and a packed one has none: pass pack=False"
+            )
         if self.budget.oom_max_retries:
             _leave_gradients_to_us(args)
         if model is not None:
@@ -117,13 +124,23 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
 
     def _finish(self) -> None:
         """After transformers' own construction: what the model is decides how steps run."""
+        if self.args.n_gpu > 1:  # not so for a model that lies on several by its device_map
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel) cannot share a token plan: "
+                "start one process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
+        self._make_runner()
+        self.add_callback(PlanCallback(self))
+
+    def _make_runner(self) -> None:
         config = getattr(self.model, "config", None)
         two_sided = bool(getattr(config, "is_encoder_decoder", False))
         padded = not self.budget.pack
         shape = Shape(
             two_sided,
-            bool(self._loss_shifts_labels),
+            bool(self._loss_shifts_labels) and not _prepends_tokens(self.model),
             padded,
+            _positions_float(config),
             int(getattr(self.data_collator, "pad_to_multiple_of", None) or 1) if padded else 1,
             int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0) or 1024),
         )
@@ -131,7 +148,6 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
             self.accelerator, self.budget, shape, self._mean_loss, self._backward
         )
         self.runner.broadcasts_buffers = bool(self.args.ddp_broadcast_buffers)
-        self.add_callback(PlanCallback(self))
 
     def _patch(self, model: Any) -> None:
         if not self.budget.pack or is_patched(model):
@@ -150,6 +166,20 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         model = super().call_model_init(trial)
         self._patch(model)
         return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """A trial's budget outweighs the keywords, and memory begins anew."""
+        before = vars(self.args).copy()
+        super()._hp_search_setup(trial)
+        if self.hp_search_backend is None or trial is None:
+            return
+        tried = {name for name, value in vars(self.args).items() if before.get(name) != value}
+        given = {
+            name: FROM_ARGS if args_name(name) in tried else value
+            for name, value in self._given.items()
+        }
+        self.budget = budget_of(self.args, given, self._own_defaults)
+        self._make_runner()
 
     # ----------------------------------------------------------------------------------------- data
 
@@ -222,8 +252,11 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         target_cap = most if budget.max_decoder_len is None else budget.max_decoder_len
         if not shape.two_sided:
             target_cap = 0
-        target = np.minimum(lengths[:, 1], np.minimum(target_cap, max(most - 1, 0)))
-        source = np.minimum(lengths[:, 0], np.minimum(source_cap, most - target))
+        source = np.minimum(lengths[:, 0], source_cap)
+        target = np.minimum(lengths[:, 1], target_cap)
+        # Of both together the longer is cut, down to half of the room if need be.
+        target = np.minimum(target, np.maximum(most - source, most // 2))
+        source = np.minimum(source, most - target)
         over = np.flatnonzero((source < lengths[:, 0]) | (target < lengths[:, 1]))
         everyone = np.arange(len(lengths))
         if not len(over):
@@ -337,7 +370,8 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         """
         batches = self._step_batches
         if not any(inputs is batch for batch in batches):  # called by hand
-            batches = [inputs if isinstance(inputs, PlannedBatch) else PlannedBatch(inputs)]
+            inputs = inputs if isinstance(inputs, PlannedBatch) else PlannedBatch(inputs)
+            batches = [inputs]
         if inputs is not batches[-1]:
             return torch.zeros((), device=self.args.device)
         model.train()
@@ -352,7 +386,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
 
     def _mean_loss(self, model: nn.Module, inputs: Mapping[str, Any], targets: int) -> Tensor:
         """The mean loss of a micro-batch's targets, whichever way the loss is defined."""
-        inputs = self._with_decoder_inputs(inputs)
+        inputs = self._with_decoder_inputs(self._prepare_inputs(dict(inputs)))
         inputs.pop(self.budget.length_column_name, None)  # collators add it; no model takes it
         count = torch.full((), targets, device=self.args.device)
         with self.compute_loss_context_manager(), self._by_itself(), self._told_of_targets():
@@ -416,12 +450,22 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         """
         resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         self._stop_agreed = False
+        self._longest_logged = 0
         with self._stop:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """All ranks come here together, and nowhere else may a log ask them for their tokens."""
+        self._step_is_logged = True
+        try:
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._step_is_logged = False
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a training log what the step's tokens and memory were."""
-        if "loss" in logs and self.is_in_train:
+        if "loss" in logs and self._step_is_logged:
+            self._step_is_logged = False
             logs.update(self._token_logs())
         super().log(logs, start_time)
 
@@ -454,19 +498,17 @@ def _refuse(args: TrainingArguments) -> None:
     """Arguments that say something else than a token plan does."""
     if args.auto_find_batch_size:
         raise ValueError("auto_find_batch_size counts rows: pass auto_find_microbatch=True instead")
-    if str(getattr(args.optim, "value", args.optim)) in _FUSED_WITH_BACKWARD:
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer in _FUSED_WITH_BACKWARD or optimizer.endswith("layerwise"):
         raise ValueError(f"optim={args.optim!r} updates weights in each backward, not in each step")
+    if getattr(args, "ddp_static_graph", False):
+        raise ValueError("ddp_static_graph=True: micro-batches are not known to be alike to DDP")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and args.world_size == 1:
         raise ValueError(
             f"the launcher started {processes} processes, but without an accelerator transformers "
             "takes each for a run of its own, on all of the data: pass use_cpu=True to train on "
             "the CPUs together"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process (DataParallel) cannot share a token plan: start one "
-            "process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES"
         )
     parallelism = getattr(args, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):
@@ -475,6 +517,18 @@ def _refuse(args: TrainingArguments) -> None:
                 f"parallelism_config.{name} must be 1: plans deal whole sequences to data-parallel "
                 "ranks"
             )
+
+
+def _prepends_tokens(model: Any) -> bool:
+    """Prompt tuning: a virtual token before each row is asked for its first."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def _positions_float(config: Any) -> bool:
+    """Whether a row may be moved to the left, out of columns of padding, and stay the same."""
+    relative = ("rope_parameters", "rope_theta", "relative_attention_num_buckets")
+    from_first_token = getattr(config, "model_type", None) == "m2m_100"
+    return from_first_token or any(getattr(config, name, None) for name in relative)
 
 
 def _leave_gradients_to_us(args: TrainingArguments) -> None:

@@ -1,5 +1,6 @@
 """Batches of uneven lengths, and how a call is timed on either kind of device."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,13 +10,34 @@ from torch import Tensor
 
 from tokenpack.memory import allocations
 
+from . import lengths
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+DEVICE_NAME = torch.cuda.get_device_name() if ON_GPU else "cpu"
+DEFAULT_SIZES = ("tiny", "small", "base") if ON_GPU else ("tiny", "small")
+
+
+@dataclasses.dataclass
+class Chosen:
+    """What the suites were asked to run on; see the options in `conftest`."""
+
+    lengths: str = lengths.DEFAULT
+    sizes: tuple[str, ...] = DEFAULT_SIZES
+
+    def check(self) -> None:
+        """Raise for lengths and sizes that there are not, before anything runs."""
+        lengths.draw(self.lengths, 1)
+        if unknown := set(self.sizes) - {"tiny", "small", "base"}:
+            raise ValueError(f"--sizes takes tiny, small and base, got {sorted(unknown)}")
+
+
+chosen = Chosen()
 
 
 class Batch(NamedTuple):
-    """Lengths as text has them: many short, a few long, the longest sets the width."""
+    """Lengths of a batch's rows, and where its real tokens are; the longest sets the width."""
 
     lengths: Tensor
     mask: Tensor
@@ -26,14 +48,21 @@ class Batch(NamedTuple):
         return 1.0 - self.lengths.sum().item() / self.mask.numel()
 
 
-def make_batch(rows: int, longest: int) -> Batch:
-    """``rows`` lengths up to ``longest``, log-normal, the same on every machine."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (torch.randn(rows, generator=generator) * 0.8).exp() * longest / 6
-    lengths = lengths.long().clamp(1, longest)
-    lengths[0] = longest
-    lengths = lengths.to(DEVICE)
-    return Batch(lengths, torch.arange(longest, device=DEVICE) < lengths[:, None])
+def make_batch(rows: int, longest: int, preset: str | None = None) -> Batch:
+    """``rows`` of ``longest`` tokens at most, prompt and completion in one."""
+    drawn = lengths.draw(preset or chosen.lengths, rows).sum(axis=1)
+    return _batch(lengths.scaled_to(drawn, longest))
+
+
+def make_pair_batch(rows: int, longest: int, preset: str | None = None) -> tuple[Batch, Batch]:
+    """Sources and targets, ``longest`` the longest of both."""
+    drawn = lengths.scaled_to(lengths.draw(preset or chosen.lengths, rows), longest)
+    return _batch(drawn[:, 0]), _batch(drawn[:, 1])
+
+
+def _batch(of_rows: lengths.Lengths) -> Batch:
+    tensor = torch.from_numpy(of_rows).to(DEVICE)
+    return Batch(tensor, torch.arange(int(of_rows.max()), device=DEVICE) < tensor[:, None])
 
 
 def measure(
@@ -58,7 +87,6 @@ def measure(
             torch.cuda.synchronize()
 
     notes = benchmark.extra_info
-    notes["device"] = torch.cuda.get_device_name() if ON_GPU else "cpu"
     notes["dtype"] = str(DTYPE)
     if batch is not None:
         notes["real tokens"] = int(batch.lengths.sum())

@@ -1,55 +1,64 @@
-"""Packed cross entropy on logits beside PyTorch's and Liger's, forward and backward.
+"""Packed losses beside PyTorch's, Liger's and cut-cross-entropy's, over vocabularies.
 
-The floor is a copy: the loss reads the logits twice and writes their gradient once.
+On logits that a head has just written, forward and backward; there the limit is a copy: the loss
+reads the logits twice and writes their gradient once. And head and loss in one, without logits,
+where memory is what is allocated at the peak beyond the gradients.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenpack.kernels import packed_cross_entropy
+from tokenpack.kernels import packed_cross_entropy, packed_linear_cross_entropy
 
 from .common import DEVICE, DTYPE, ON_GPU, liger, measure, peak_memory
 
-TOKENS, CLASSES = (8192, 128_256) if ON_GPU else (512, 32_000)
-LABELS = torch.randint(CLASSES, (TOKENS,), device=DEVICE)
+VOCABULARIES = (32_768, 131_072, 262_144)
+LOGITS_TOKENS = 8192 if ON_GPU else 256
+TOKENS, HIDDEN = (8192, 2048) if ON_GPU else (512, 128)
+BASELINES = ("PyTorch", "logits")
+LIMITS = ("copies of the same bytes",)
+
+pytestmark = pytest.mark.benchmark(max_time=1.0, min_rounds=3)
 
 
-def _by_pytorch(logits):
+def _by_pytorch(labels):
     """As transformers computes it, in float32."""
-    return F.cross_entropy(logits.float(), LABELS)
+    return lambda logits: F.cross_entropy(logits.float(), labels)
 
 
-def _liger():
+def _liger_of_logits(labels):
     fused = liger("liger_cross_entropy")
-    return lambda logits: fused(logits, LABELS)
+    return lambda logits: fused(logits, labels)
 
 
 # Each gives the function to time, or skips before anything is timed.
-CONTENDERS = {
-    "tokenpack": lambda: lambda logits: packed_cross_entropy(logits, LABELS),
-    "tokenpack, in place": lambda: (
-        lambda logits: packed_cross_entropy(logits, LABELS, inplace_backward=True)
+ON_LOGITS = {
+    "tokenpack": lambda labels: lambda logits: packed_cross_entropy(logits, labels),
+    "tokenpack, in place": lambda labels: (
+        lambda logits: packed_cross_entropy(logits, labels, inplace_backward=True)
     ),
-    "PyTorch": lambda: _by_pytorch,
-    "Liger, in place": _liger,
+    "PyTorch": _by_pytorch,
+    "Liger, in place": _liger_of_logits,
 }
 
 
-@pytest.mark.benchmark(group="cross entropy of logits, forward and backward", max_time=2.0)
-@pytest.mark.parametrize("by", [*CONTENDERS, "copies of the same bytes"])
-def test_cross_entropy(benchmark, by):
-    """The gradient of the logits, from logits that a head has just written."""
-    leaf = torch.randn(TOKENS, CLASSES, device=DEVICE, dtype=DTYPE).requires_grad_()
+@pytest.mark.parametrize("by", [*ON_LOGITS, "copies of the same bytes"])
+@pytest.mark.parametrize("classes", VOCABULARIES)
+def test_cross_entropy(benchmark, classes, by):
+    """The gradient of the logits."""
+    benchmark.group = f"cross entropy of logits, {LOGITS_TOKENS} tokens x {classes} classes"
+    labels = torch.randint(classes, (LOGITS_TOKENS,), device=DEVICE)
+    leaf = torch.randn(LOGITS_TOKENS, classes, device=DEVICE, dtype=DTYPE).requires_grad_()
     size = leaf.numel() * leaf.element_size()
     if by == "copies of the same bytes":  # three moves of the logits, of which a copy is two
         spare = torch.empty_like(leaf.detach())
 
         def step():
             spare.copy_(leaf.detach())
-            spare[: TOKENS // 2].copy_(leaf.detach()[: TOKENS // 2])
+            spare[: LOGITS_TOKENS // 2].copy_(leaf.detach()[: LOGITS_TOKENS // 2])
     else:
-        function = CONTENDERS[by]()
+        function = ON_LOGITS[by](labels)
 
         def step():
             torch.autograd.grad(function(leaf), leaf)
@@ -57,3 +66,63 @@ def test_cross_entropy(benchmark, by):
     step()
     benchmark.extra_info["peak memory over the logits'"] = round(peak_memory(step) / size, 2)
     measure(benchmark, step, moved=3 * size)
+
+
+def _tokenpack():
+    return lambda hidden, weight, labels: packed_linear_cross_entropy(
+        hidden, weight, None, labels, num_valid=TOKENS
+    )
+
+
+def _logits():
+    return lambda hidden, weight, labels: F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+
+def _pytorch_chunked():
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("F.linear_cross_entropy goes by chunks from PyTorch 2.13 on")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda hidden, weight, labels: F.linear_cross_entropy(
+        hidden, weight, labels, options=options
+    )
+
+
+def _liger():
+    fused = liger("liger_fused_linear_cross_entropy")
+    return lambda hidden, weight, labels: fused(hidden, weight, labels)
+
+
+def _cut():
+    if not ON_GPU:
+        pytest.skip("cut-cross-entropy's kernels need a GPU")
+    return pytest.importorskip("cut_cross_entropy").linear_cross_entropy
+
+
+WITHOUT_LOGITS = {
+    "tokenpack": _tokenpack,
+    "logits": _logits,
+    "F.linear_cross_entropy": _pytorch_chunked,
+    "Liger": _liger,
+    "cut-cross-entropy": _cut,
+}
+
+
+@pytest.mark.parametrize("by", WITHOUT_LOGITS)
+@pytest.mark.parametrize("classes", VOCABULARIES)
+def test_linear_cross_entropy(benchmark, classes, by):
+    """One training step of the head."""
+    function = WITHOUT_LOGITS[by]()
+    benchmark.group = f"head and loss, {TOKENS} tokens x {classes} classes x {HIDDEN}"
+    hidden = torch.randn(TOKENS, HIDDEN, device=DEVICE, dtype=DTYPE).requires_grad_()
+    weight = torch.randn(classes, HIDDEN, device=DEVICE, dtype=DTYPE).mul_(0.05).requires_grad_()
+    labels = torch.randint(classes, (TOKENS,), device=DEVICE)
+    leaves = (hidden, weight)
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+    def step():
+        torch.autograd.grad(function(hidden, weight, labels), leaves)
+
+    step()
+    extra = (peak_memory(step) - gradients) / 2**20
+    benchmark.extra_info["extra memory, MiB"] = round(extra, 1)
+    measure(benchmark, step, rounds=10 if ON_GPU else 3)

@@ -13,6 +13,9 @@ from tokenpack.packing import Packer, StreamPacker, pack_lengths, pack_shards
 SHAPES = ("lognormal", "uniform", "exponential", "all short")
 COUNTS = (10_000, 100_000, 1_000_000)
 
+BASELINES = ("TRL bfd",)
+LIMITS = ("floor",)
+
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=5)
 
 

@@ -1,10 +1,11 @@
-"""Layouts, unpad and repad beside plain PyTorch indexing, and a copy of the bytes they must write.
+"""Layouts, unpad and repad beside plain indexing, others' functions, and a copy of the same bytes.
 
-The copy is the floor: what moves as many rows cannot be faster.
+The copy is the limit: what moves as many rows cannot be faster.
 """
 
 import pytest
 import torch
+from transformers import modeling_flash_attention_utils as of_transformers
 
 from tokenpack.kernels import layout_from_lengths, layout_from_mask, repad, unpad
 
@@ -12,6 +13,8 @@ from .common import DEVICE, DTYPE, ON_GPU, make_batch, measure
 
 ROWS, LONGEST, WIDTH = (256, 4096, 2048) if ON_GPU else (32, 512, 256)
 BATCH = make_batch(ROWS, LONGEST)
+BASELINES = ("plain indexing", "plain torch from a mask")
+LIMITS = ("copy of the same bytes",)
 
 pytestmark = pytest.mark.benchmark(max_time=0.5)
 
@@ -25,16 +28,23 @@ def _plain_layout(mask):
 
 
 @pytest.mark.benchmark(group="layout")
-@pytest.mark.parametrize("from_what", ["mask", "lengths on the host", "plain torch from a mask"])
-def test_layout(benchmark, from_what):
+@pytest.mark.parametrize(
+    "by", ["mask", "lengths on the host", "plain torch from a mask", "transformers from a mask"]
+)
+def test_layout(benchmark, by):
     """Once for each batch."""
     lengths = BATCH.lengths.tolist()
     functions = {
         "mask": lambda: layout_from_mask(BATCH.mask),
         "lengths on the host": lambda: layout_from_lengths(lengths, device=DEVICE),
         "plain torch from a mask": lambda: _plain_layout(BATCH.mask),
+        "transformers from a mask": lambda: of_transformers._get_unpad_data(BATCH.mask),
     }
-    measure(benchmark, functions[from_what], batch=BATCH)
+    measure(benchmark, functions[by], batch=BATCH)
+
+
+def _bert_padding():
+    return pytest.importorskip("flash_attn.bert_padding", reason="flash-attn is not installed")
 
 
 def _bytes(tensors):
@@ -50,7 +60,16 @@ def _padded_tensors(kind):
 
 
 @pytest.mark.parametrize("kind", ["hidden states", "hidden states and three of ids"])
-@pytest.mark.parametrize("by", ["unpad", "plain indexing", "copy of the same bytes"])
+@pytest.mark.parametrize(
+    "by",
+    [
+        "unpad",
+        "plain indexing",
+        "transformers",
+        "flash-attn bert_padding",
+        "copy of the same bytes",
+    ],
+)
 def test_unpad(benchmark, by, kind):
     """Padded rows to the stream of real tokens."""
     benchmark.group = f"unpad, {kind}"
@@ -61,13 +80,28 @@ def test_unpad(benchmark, by, kind):
     functions = {
         "unpad": lambda: unpad(padded, layout),
         "plain indexing": lambda: [tensor.flatten(0, 1)[indices] for tensor in padded],
+        "transformers": lambda: [
+            of_transformers._index_first_axis(tensor, indices) for tensor in padded
+        ],
         "copy of the same bytes": lambda: [stream.clone() for stream in streams],
     }
+    if by == "flash-attn bert_padding":
+        index = _bert_padding().index_first_axis
+        functions[by] = lambda: [index(tensor.flatten(0, 1), indices) for tensor in padded]
     measure(benchmark, functions[by], batch=BATCH, moved=2 * _bytes(streams))
 
 
 @pytest.mark.parametrize("kind", ["hidden states", "hidden states and three of ids"])
-@pytest.mark.parametrize("by", ["repad", "plain indexing", "copy of the same bytes"])
+@pytest.mark.parametrize(
+    "by",
+    [
+        "repad",
+        "plain indexing",
+        "transformers",
+        "flash-attn bert_padding",
+        "copy of the same bytes",
+    ],
+)
 def test_repad(benchmark, by, kind):
     """The stream of real tokens back to padded rows."""
     benchmark.group = f"repad, {kind}"
@@ -84,8 +118,14 @@ def test_repad(benchmark, by, kind):
     functions = {
         "repad": lambda: repad(streams, layout),
         "plain indexing": lambda: [plain(stream) for stream in streams],
+        "transformers": lambda: [
+            of_transformers._pad_input(stream, indices, ROWS, LONGEST) for stream in streams
+        ],
         "copy of the same bytes": lambda: [tensor.clone() for tensor in padded],
     }
+    if by == "flash-attn bert_padding":
+        pad = _bert_padding().pad_input
+        functions[by] = lambda: [pad(stream, indices, ROWS, LONGEST) for stream in streams]
     read = padded if by == "copy of the same bytes" else streams
     moved = _bytes(read) + _bytes(padded)
     measure(benchmark, functions[by], batch=BATCH, moved=moved)

@@ -23,6 +23,7 @@ from .common import ON_GPU, peak_memory
 SIZE = SIZES["large" if ON_GPU else "small"]
 TEXTS, EXAMPLES = (20_000, 20_000) if ON_GPU else (3_000, 320)
 STEP, MICRO = (65_536, 16_384) if ON_GPU else (4_096, 1_024)
+BASELINES = ("fixed batches",)
 TRAINERS = ("token budget", "fixed batches", "fixed batches, accumulated", "group_by_length")
 
 
@@ -57,15 +58,15 @@ class RealTokens:
         return self.inner(rows)
 
 
-def make_trainer(which, name, folder, steps=-1):
+def make_trainer(by, name, folder, steps=-1):
     """One contender, and the count of the real tokens that it was fed."""
     build, rows, pad = material(name)
     torch.manual_seed(0)
     counted = RealTokens(collator(pad))
     mean = sum(len(row["input_ids"]) + len(row["labels"]) for row in rows) / len(rows)
-    pieces = 1 if which in ("token budget", "fixed batches") else STEP // MICRO
+    pieces = 1 if by in ("token budget", "fixed batches") else STEP // MICRO
     options = {}
-    if which == "group_by_length":
+    if by == "group_by_length":
         options["train_sampling_strategy"] = "group_by_length"
     args = Seq2SeqTrainingArguments(
         str(folder),
@@ -83,7 +84,7 @@ def make_trainer(which, name, folder, steps=-1):
         **options,
     )
     common = {"train_dataset": rows, "data_collator": counted}
-    if which == "token budget":
+    if by == "token budget":
         trainer = HierarchicalTokenTrainer(
             build(),
             args,
@@ -96,15 +97,15 @@ def make_trainer(which, name, folder, steps=-1):
     return trainer, counted
 
 
-@pytest.mark.parametrize("which", TRAINERS)
+@pytest.mark.parametrize("by", TRAINERS)
 @pytest.mark.parametrize("name", ["t5", "nllb"])
-def test_training(benchmark, which, name, tmp_path):
+def test_training(benchmark, by, name, tmp_path):
     """An epoch, from ``train()`` to its end."""
     benchmark.group = f"an epoch of {name}, steps of {STEP:,} tokens, micro-batches of {MICRO:,}"
     figures = []
 
     def setup():
-        return make_trainer(which, name, tmp_path), {}
+        return make_trainer(by, name, tmp_path), {}
 
     def train(trainer, counted):
         trainer.train()
@@ -112,9 +113,8 @@ def test_training(benchmark, which, name, tmp_path):
 
     benchmark.pedantic(train, setup=setup, rounds=3)
     notes = benchmark.extra_info
-    notes["device"] = torch.cuda.get_device_name() if ON_GPU else "cpu"
     notes["real tokens"] = figures[-1]
     if benchmark.stats is not None:
         notes["tokens/s"] = round(figures[-1] / benchmark.stats.stats.median, 1)
-    trainer, _ = make_trainer(which, name, tmp_path, steps=1)
+    trainer, _ = make_trainer(by, name, tmp_path, steps=1)
     notes["peak MiB of a step"] = round(peak_memory(trainer.train) / 2**20)

@@ -1,0 +1,266 @@
+"""A report of a results folder: ``report.md``, plots, and ``report.html`` that needs nothing else.
+
+    python -m bench.report FOLDER               writes them into the folder
+    python -m bench.report --compare A B        prints how B's medians compare with A's
+
+Ratios come first, then medians, their spread and the number of rounds. There are no means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import plots
+from .results import PAIRED, Result, Run, grouped, read, speed_up
+
+SUITES = {
+    "training_step": "Training steps",
+    "trainer": "Training end to end",
+    "attention": "Attention",
+    "loss": "Losses",
+    "padding": "Layouts, unpad and repad",
+    "packing": "Planning",
+    "span_corruption": "Span corruption",
+}
+
+Table = list[list[str]]  # the first row is the head
+
+
+def write(folder: Path) -> None:
+    """Write the report of what lies in ``folder``."""
+    results = read(folder)
+    pictures = plots.draw(results)
+    (folder / "report.md").write_text(_markdown(results, pictures), encoding="utf-8")
+    (folder / "report.html").write_text(_html(results, pictures), encoding="utf-8")
+    print(f"wrote {folder / 'report.md'} and report.html")
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def summary(results: Run) -> list[str]:
+    """What the figures depend on, a line each."""
+    environment = results.environment
+    machine, versions = environment["machine"], environment["versions"]
+    installed = [f"{name} {v}" for name, v in versions.items() if v != "not installed"]
+    absent = [name for name, version in versions.items() if version == "not installed"]
+    lines = [
+        f"Device: {environment['device']}",
+        f"Machine: {machine['cpu']}, {machine['physical_cores']} cores, "
+        f"{environment['threads']} threads, {machine['memory_gib']} GiB",
+        f"Date: {environment['date']}",
+        f"Lengths: {environment['asked']['lengths']}",
+        f"Versions: {', '.join(installed)}",
+        f"Not installed: {', '.join(absent) or 'nothing'}",
+    ]
+    if environment["device"] == "cpu":
+        lines.append("No GPU took part: nothing here says anything about one.")
+    return lines
+
+
+def ratio_table(results: Sequence[Result]) -> Table:
+    """A line per group: how many times the baseline's speed each contender has."""
+    groups = grouped(list(results))
+    contenders = list(dict.fromkeys(each.by for each in results))
+    head = ["times the speed of the baseline", *contenders]
+    rows = []
+    for group, members in groups.items():
+        ratios = {each.by: speed_up(each, members) for each in members}
+        if any(ratio is not None for ratio in ratios.values()) and len(members) > 1:
+            rows.append(
+                [group, *("" if not ratios.get(by) else f"{ratios[by]:.2f}" for by in contenders)]
+            )
+    return [head, *rows]
+
+
+def detail_table(members: Sequence[Result]) -> Table:
+    """All of one group."""
+    names = list(dict.fromkeys(key for each in members for key in each.notes if key != PAIRED))
+    labels = _labels(members)
+    rows = [["", "x baseline", "median", "spread", "rounds", *names]]
+    for each, label in sorted(zip(members, labels), key=lambda pair: pair[0].median):
+        ratio = speed_up(each, list(members))
+        role = "" if each.role == "contender" else f" ({each.role})"
+        rows.append(
+            [
+                f"{label}{role}",
+                "" if ratio is None else f"{ratio:.2f}",
+                _seconds(each.median),
+                f"{each.spread:.0%}",
+                str(each.rounds),
+                *(_value(each.notes.get(name)) for name in names),
+            ]
+        )
+    return rows
+
+
+def _labels(members: Sequence[Result]) -> list[str]:
+    """What tells a group's members apart: who, or else by which parameters."""
+    if len({each.by for each in members}) == len(members):
+        return [each.by for each in members]
+    return [each.name.partition("[")[2].rstrip("]") or each.name for each in members]
+
+
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _gaps(results: Run) -> list[str]:
+    """Who was skipped and why, what failed, and what did not run."""
+    reasons: dict[tuple[str, str], int] = {}
+    for part, _, reason in results.skipped:
+        reasons[part, reason] = reasons.get((part, reason), 0) + 1
+    lines = [f"Skipped: {part}, {count}: {why}" for (part, why), count in reasons.items()]
+    lines += [f"FAILED: {part}, {name}" for part, name, _ in results.failed]
+    return lines + [f"Not run: {part}" for part in results.missing]
+
+
+# -------------------------------------------------------------------------------------- documents
+
+
+def _markdown(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
+    blocks = ["# Benchmarks of tokenpack", "\n".join(f"- {line}" for line in summary(results))]
+    for suite, title in SUITES.items():
+        members = results.of(suite)
+        if not members:
+            continue
+        blocks.append(f"## {title}")
+        blocks += [f"![{each.title}]({each.path.name})" for each in pictures.get(suite, [])]
+        ratios = ratio_table(members)
+        if len(ratios) > 1:
+            blocks.append(_markdown_table(ratios))
+        for group, own in grouped(members).items():
+            blocks += [f"### {group}", _markdown_table(detail_table(own))]
+    if gaps := _gaps(results):
+        blocks += ["## What is not here", "\n".join(f"- {line}" for line in gaps)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    head, *rows = table
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_STYLE = """
+:root { --ink: #1d2730; --soft: #66727d; --line: #e3e7ea; --ours: #2a6f97; --back: #fbfbfa; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+       max-width: 74rem; margin: 2.5rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; margin-bottom: .3rem; }
+h2 { margin-top: 3rem; border-bottom: 2px solid var(--ours); padding-bottom: .2rem; }
+ul.facts { color: var(--soft); padding-left: 1.1rem; }
+img { max-width: 100%; display: block; margin: 1.2rem 0; }
+table { border-collapse: collapse; margin: .8rem 0 1.4rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th { font-weight: 600; color: var(--soft); font-size: .85em; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+.wide { overflow-x: auto; }
+details { margin: .4rem 0; }
+summary { cursor: pointer; color: var(--ours); }
+td.up { font-weight: 650; color: var(--ours); }
+"""
+
+
+def _html(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>Benchmarks of tokenpack</title><style>{_STYLE}</style></head><body>",
+        "<h1>Benchmarks of tokenpack</h1>",
+        _list(summary(results)),
+    ]
+    for suite, title in SUITES.items():
+        members = results.of(suite)
+        if not members:
+            continue
+        parts.append(f"<h2>{html.escape(title)}</h2>")
+        for each in pictures.get(suite, []):
+            data = base64.b64encode(each.path.read_bytes()).decode()
+            parts.append(
+                f"<img alt='{html.escape(each.title)}' src='data:image/png;base64,{data}'>"
+            )
+        ratios = ratio_table(members)
+        if len(ratios) > 1:
+            parts.append(_html_table(ratios))
+        for group, own in grouped(members).items():
+            table = _html_table(detail_table(own))
+            parts.append(f"<details><summary>{html.escape(group)}</summary>{table}</details>")
+    if gaps := _gaps(results):
+        parts += ["<h2>What is not here</h2>", _list(gaps)]
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def _list(lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<ul class='facts'>{items}</ul>"
+
+
+def _html_table(table: Table) -> str:
+    head, *rows = table
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    for row in rows:
+        cells = [f"<td>{html.escape(row[0])}</td>"]
+        for cell in row[1:]:
+            up = cell.replace(".", "", 1).isdigit() and "." in cell and float(cell) >= 1.05
+            mark = " class='up'" if up and head[0] else ""
+            cells.append(f"<td{mark}>{html.escape(cell)}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<div class='wide'><table>{''.join(lines)}</table></div>"
+
+
+# ---------------------------------------------------------------------------------------- compare
+
+
+def compare(first: Run, second: Run) -> Table:
+    """How many times as fast ``second`` is, where both measured the same; changes first."""
+    before = {(each.group, each.name): each for each in first.results}
+    rows = []
+    for each in second.results:
+        old = before.get((each.group, each.name))
+        if old is not None:
+            ratio = old.median / each.median
+            noise = max(old.spread, each.spread)
+            verdict = "" if abs(ratio - 1) <= noise else "faster" if ratio > 1 else "slower"
+            rows.append((abs(ratio - 1), [each.name, each.group, f"{ratio:.2f}", verdict]))
+    rows.sort(key=lambda row: -row[0])
+    head = ["benchmark", "group", "times as fast", "beyond the spread"]
+    return [head, *(row for _, row in rows)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write a report, or print a comparison."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report")
+    parser.add_argument("folder", type=Path, nargs="?", help="of results")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"))
+    given = parser.parse_args(arguments)
+    try:
+        if given.compare:
+            runs = [read(folder) for folder in given.compare]
+            print(_markdown_table(compare(*runs)))
+        elif given.folder:
+            write(given.folder)
+        else:
+            parser.error("name a folder, or --compare two")
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

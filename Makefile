@@ -10,6 +10,7 @@ SHELL := bash
 VENV_PYTHON ?= python3# what .venv is made with
 WORKERS ?= 2# test processes; each runs on one thread
 RESULTS ?= bench/results
+SECONDS_A_CALL ?= 400# of make gpu, after which it begins no part: the same command goes on
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -73,7 +74,7 @@ gpu: $(READY) ## the tests marked gpu and the benchmarks, written to bench/resul
 		if [[ $$status == 5 ]]; then echo 'no test is marked gpu'; elif [[ $$status != 0 ]]; then exit $$status; fi; \
 		touch "$$out/tests.passed"; \
 	fi; \
-	$(call BENCHMARKS,$$out)
+	$(call BENCHMARKS,$$out --seconds $(SECONDS_A_CALL))
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -114,7 +115,7 @@ PLUGIN_FLAGS = from importlib.util import find_spec; \
 	find_spec("pytest_timeout") and print("--timeout 300")
 
 # Runs what is missing of the suites in bench/, and writes figures and report into the folder $(1).
-BENCHMARKS = { $(PY) -c '$(call MISSING,pytest_benchmark)' && PYTHONPATH=. $(PY) -m bench.run "$(1)" $(ARGS); }
+BENCHMARKS = { $(PY) -c '$(call MISSING,pytest_benchmark)' && PYTHONPATH=. $(PY) -m bench.run $(1) $(ARGS); }
 
 # Prints the folder that figures from this machine belong in: bench/results/DEVICE-DATE.
 define RESULTS_FOLDER

@@ -8,11 +8,13 @@ import torch
 
 from tokenpack import packing_stats
 from tokenpack.data import CappedSeq2SeqCollator, packed_collate_fn
+from tokenpack.trainer.microbatch import measure, plan_microbatches
 
 from ..adapters.models import EOS, PAD
 from .setting import (
     CASES,
     KeepGradients,
+    collate,
     collate_left,
     distance,
     make_examples,
@@ -97,23 +99,23 @@ def test_one_process(name, microbatches, accumulation, smoothing, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_seven_microbatches_in_one_batch(name, tmp_path):
     """7 to the letter: a bound is found that cuts the batch so."""
-    examples = make_examples(30, causal=is_causal(name))
-    for bound in range(200, 40, -1):
-        seen = Seen()
-        trainer = make_trainer(
-            name,
-            tmp_path,
-            examples,
-            callbacks=[seen],
-            max_tokens_per_batch=10_000,
-            max_tokens_per_microbatch=bound,
-            learning_rate=0.0,
-            max_steps=1,
-        )
-        seen.trainer = trainer
-        trainer.train()
-        if seen.microbatches == [7]:
-            break
+    causal = is_causal(name)
+    examples = make_examples(30, causal=causal)
+    rows = measure(collate(examples), two_sided=not causal, shifts_labels=causal)
+    bounds = (bound for bound in range(200, 40, -1) if len(plan_microbatches(rows, bound)) == 7)
+    seen = Seen()
+    trainer = make_trainer(
+        name,
+        tmp_path,
+        examples,
+        callbacks=[seen],
+        max_tokens_per_batch=10_000,
+        max_tokens_per_microbatch=next(bounds),
+        learning_rate=0.0,
+        max_steps=1,
+    )
+    seen.trainer = trainer
+    trainer.train()
     assert seen.microbatches == [7]
     loss, expected = padded_gradient(name, examples)
     assert distance(seen.steps[0], expected) < TOLERANCE

@@ -1,6 +1,7 @@
 """Lengths as data have them: named presets, or a file of the user's own.
 
-A preset states what was published, mean lengths mostly; how lengths scatter around a mean, seldom
+A preset states what was published, mean lengths mostly (written down from memory of the papers that
+are named, and not yet checked against them); how lengths scatter around a mean, seldom
 published, is taken to be log-normal with a standard deviation of 0.7 in the logarithm, so that one
 in twenty is over three times the median. Where a suite's batches are smaller than the data's, all
 lengths are divided by one number: padding depends on their shape alone.

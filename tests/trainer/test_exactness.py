@@ -221,12 +221,17 @@ def test_a_compute_loss_of_the_user(which, tmp_path):
     check("T5", 0.0, examples, gradients, losses)
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_examples_without_targets(pack, tmp_path):
-    """Some batches ask for nothing, some micro-batches ask for nothing."""
+def half_of_which_ask_nothing():
     examples = make_examples(12)
     for each in examples[::2]:
         each["labels"] = [-100] * len(each["labels"])
+    return examples
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_examples_without_targets(pack, tmp_path):
+    """Some batches ask for nothing, some micro-batches ask for nothing."""
+    examples = half_of_which_ask_nothing()
     seen = Seen()
     trainer = make_trainer(
         "T5",
@@ -297,9 +302,7 @@ def test_each_rank_by_itself_if_asked(tmp_path):
 
 
 def train_where_half_asks_nothing(rank, folder, options):
-    examples = make_examples(12)
-    for each in examples[::2]:
-        each["labels"] = [-100] * len(each["labels"])
+    examples = half_of_which_ask_nothing()
     seen = Seen()
     trainer = make_trainer(
         "T5",

@@ -338,6 +338,35 @@ def test_probing_where_one_rank_has_less_memory(options, tmp_path):
     assert first[0] < 300
 
 
+def buffers_on_rank(rank, folder, broadcasts):
+    """What each forward of a rank finds in a buffer that every rank had put its number into."""
+    model, found = CASES["Llama"].build(), []
+    model.register_buffer("number", torch.zeros(()))
+
+    class Number(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            model.number.fill_(rank)
+
+    trainer = make_trainer(
+        "Llama",
+        folder,
+        make_examples(20, causal=True),
+        model=model,
+        callbacks=[Number()],
+        max_steps=3,
+        ddp_broadcast_buffers=broadcasts,
+    )
+    model.model.register_forward_pre_hook(lambda *_: found.append(model.number.item()))
+    trainer.train()
+    return set(found)
+
+
+@pytest.mark.parametrize("broadcasts", [True, False])
+def test_buffers_of_the_first_rank_before_each_step_if_asked(broadcasts, tmp_path):
+    ranks = on_ranks(2, buffers_on_rank, tmp_path, broadcasts)
+    assert ranks == [{0.0}, {0.0 if broadcasts else 1.0}]
+
+
 def fails_on_rank(rank, folder):
     """What each rank's error says, when a sequence of rank 1 does not fit alone."""
     _, longest, _, trainer = run_with_a_long_one(folder)

@@ -254,7 +254,7 @@ class StepRunner:
         """
         ddp = _ddp(model)
         if ddp is not None:
-            if first_ones and ddp.will_sync_module_buffers():
+            if first_ones:
                 ddp._sync_buffers()
             ddp.require_forward_param_sync = False
 

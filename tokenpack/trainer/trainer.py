@@ -386,7 +386,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
 
     def _mean_loss(self, model: nn.Module, inputs: Mapping[str, Any], targets: int) -> Tensor:
         """The mean loss of a micro-batch's targets, whichever way the loss is defined."""
-        inputs = self._with_decoder_inputs(self._prepare_inputs(dict(inputs)))
+        inputs = self._with_decoder_inputs(inputs)
         inputs.pop(self.budget.length_column_name, None)  # collators add it; no model takes it
         count = torch.full((), targets, device=self.args.device)
         with self.compute_loss_context_manager(), self._by_itself(), self._told_of_targets():

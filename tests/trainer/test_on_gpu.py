@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tokenpack.trainer import HierarchicalTokenTrainer
+
 from .setting import CASES, distance, make_examples, make_trainer, padded_gradient
-from .test_exactness import Seen, is_causal
+from .test_exactness import Seen, is_causal, packing_collator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +41,20 @@ def test_the_gradient_is_that_of_the_whole_batch(name, ahead, tmp_path):
     )
     _, expected = padded_gradient(name, examples)
     assert distance(gradient, expected) < 1e-3  # TF32 is off; other kernels, other order of sums
+
+
+def test_boundaries_of_packed_batches_stay_on_the_host(tmp_path):
+    """On the device, each forward would have to wait for them."""
+    seen = []
+
+    class Watching(HierarchicalTokenTrainer):
+        def compute_loss(self, model, inputs, **options):
+            seen.append((inputs["input_ids"].device.type, inputs["cu_seqlens"].device.type))
+            return super().compute_loss(model, inputs, **options)
+
+    options = {"trainer_class": Watching, "data_collator": packing_collator("T5")}
+    one_step("T5", tmp_path, make_examples(60), max_tokens_per_microbatch=100, **options)
+    assert set(seen) == {("cuda", "cpu")}
 
 
 def test_a_step_that_really_runs_out_of_memory_is_done_again(tmp_path):

@@ -148,23 +148,15 @@ def _rate(each: Result) -> float:
 
 def _memory(results: Sequence[Result], path: Path, title: str) -> bool:
     chosen = [each for each in results if "extra memory, MiB" in each.notes]
-    if not chosen:
-        return False
-    figure, axes = _figure()
-    (axis,) = axes.flat
-    _lines(
-        axis,
+    figure, axis = _by_contender(
         chosen,
         lambda each: each.parameters["classes"] / 1024,
         lambda each: max(each.notes["extra memory, MiB"], 0.1),
-        _colours(_ordered(each.by for each in chosen)),
     )
-    axis.set_yscale("log")
     axis.set(
         xlabel="vocabulary, thousands of 1,024", ylabel="MiB beyond the gradients, at the peak"
     )
-    axis.legend(frameon=False)
-    return _save(figure, path, title)
+    return bool(chosen) and _save(figure, path, title)
 
 
 def _packing(results: Sequence[Result], path: Path, title: str) -> bool:
@@ -173,22 +165,26 @@ def _packing(results: Sequence[Result], path: Path, title: str) -> bool:
         for each in results
         if each.parameters.get("shape") == "lognormal" and each.parameters.get("capacity") == 2048
     ]
-    if not chosen:
-        return False
-    figure, axes = _figure()
-    (axis,) = axes.flat
-    _lines(
-        axis,
-        chosen,
-        lambda each: each.parameters["count"],
-        lambda each: each.median * 1e3,
-        _colours(_ordered(each.by for each in chosen), limits=("floor",)),
+    figure, axis = _by_contender(
+        chosen, lambda each: each.parameters["count"], lambda each: each.median * 1e3
     )
     axis.set_xscale("log")
-    axis.set_yscale("log")
     axis.set(xlabel="sequences (log-normal lengths, bins of 2,048)", ylabel="milliseconds")
-    axis.legend(frameon=False)
-    return _save(figure, path, title)
+    return bool(chosen) and _save(figure, path, title)
+
+
+def _by_contender(
+    results: Sequence[Result], x: Callable[[Result], float], y: Callable[[Result], float]
+) -> tuple:
+    """A figure of one plot, with a line for each contender over a logarithmic axis."""
+    figure, axes = _figure()
+    (axis,) = axes.flat
+    limits = [each.by for each in results if each.role == "limit"]
+    _lines(axis, results, x, y, _colours(_ordered(each.by for each in results), limits))
+    axis.set_yscale("log")
+    if results:
+        axis.legend(frameon=False)
+    return figure, axis
 
 
 def _ordered(names: Sequence[str]) -> list[str]:

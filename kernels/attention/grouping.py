@@ -53,6 +53,18 @@ class Group(NamedTuple):
         _put(stream, values, self.span_k, self.keys, self.real_keys)
 
 
+class Plan(NamedTuple):
+    """All groups, those of one sequence first and as they lie in the stream.
+
+    ``slots`` ``(total_q,)`` int64 is where each row of the stream is among the slots of all groups,
+    laid end to end; None where that is the stream's own order. (A row without keys, of no group,
+    has the slot 0.)
+    """
+
+    groups: tuple[Group, ...]
+    slots: Tensor | None
+
+
 @lru_cache(maxsize=32)  # the layers of a model ask for the same plan, one after the other
 @torch.inference_mode(False)  # an evaluation may ask first, and training must be able to save it
 def plan_groups(
@@ -61,7 +73,7 @@ def plan_groups(
     heads: int,
     one_offset: bool,
     device: torch.device,
-) -> tuple[Group, ...]:
+) -> Plan:
     """Group all sequences that have both queries and keys.
 
     Args:
@@ -82,7 +94,24 @@ def plan_groups(
             groups[-1].append(s)
         else:
             groups.append([s])
-    return tuple(_group(members, lengths, starts_q, starts_k, device) for members in groups)
+    groups.sort(key=lambda members: (len(members) > 1, members[0] if len(members) == 1 else 0))
+    made = tuple(_group(members, lengths, starts_q, starts_k, device) for members in groups)
+    return Plan(made, _slots(made, starts_q[-1], device))
+
+
+def _slots(groups: tuple[Group, ...], total: int, device: torch.device) -> Tensor | None:
+    alone = [group.span_q for group in groups if group.span_q is not None]
+    if len(alone) == len(groups) and sum(last - first for first, last in alone) == total:
+        return None
+    slots = torch.zeros(total, dtype=torch.long, device=device)
+    begin = 0
+    for group in groups:
+        members = 1 if group.rows is None else len(group.rows)
+        end = begin + members * group.width_q
+        of_group = torch.arange(begin, end, device=device)
+        group.put_rows(slots, of_group.view(members, group.width_q))
+        begin = end
+    return slots
 
 
 def _joins(

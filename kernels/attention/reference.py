@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .grouping import Group, plan_groups
+from .grouping import Group, Plan, plan_groups
 from .relative_bias import bias_line, line_distances
 from .spec import AttentionSpec
 
@@ -55,10 +55,10 @@ def attend_by_sequence(
         # PyTorch's flag aligns top-left
         and (not spec.causal or all(rows == keys for rows, keys in lengths if rows))
     )
-    groups = plan_groups(starts_q, starts_k, q.shape[1], not fused or spec.causal, q.device)
-    if fused and groups:
-        return _fused(q, k, v, groups, [rows for rows, _ in lengths], spec)
-    return _ExplicitAttention.apply(q, k, v, relative_bias, groups, spec)
+    plan = plan_groups(starts_q, starts_k, q.shape[1], not fused or spec.causal, q.device)
+    if fused and plan.groups:
+        return _fused(q, k, v, plan, spec)
+    return _ExplicitAttention.apply(q, k, v, relative_bias, plan.groups, spec)
 
 
 def _host_starts(name: str, cu_seqlens: Tensor, stream: Tensor) -> tuple[int, ...]:
@@ -78,24 +78,16 @@ def _host_starts(name: str, cu_seqlens: Tensor, stream: Tensor) -> tuple[int, ..
 # -------------------------------------------------------------------------- PyTorch's fused kernel
 
 
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: tuple[Group, ...],
-    rows_of: list[int],
-    spec: AttentionSpec,
-) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spec: AttentionSpec) -> Tensor:
     options: dict[str, Any] = {
         "dropout_p": spec.dropout_p,
         "scale": spec.scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
-    alone = [group for group in groups if group.span_q is not None]
+    alone = [group for group in plan.groups if group.span_q is not None]
     parts: list[Tensor] = []
-    places: list[Tensor] = []
     # split, not slices: its backward writes one gradient, a slice's a whole one for each sequence.
-    for (q_s, k_s, v_s), group in zip(_split(q, k, v, alone), alone, strict=True):
+    for q_s, k_s, v_s in _split(q, k, v, alone):
         out = scaled_dot_product_attention(
             q_s.transpose(0, 1)[None],
             k_s.transpose(0, 1)[None],
@@ -104,10 +96,7 @@ def _fused(
             **options,
         )  # [1, heads, rows, head_dim]
         parts.append(out[0].transpose(0, 1))
-        places.append(torch.arange(*group.span_q, device=q.device))
-    for group in groups:
-        if group.span_q is not None:
-            continue
+    for group in plan.groups[len(alone) :]:
         seen = None
         if not spec.causal and group.real_keys is not None:
             # Causal and square, no real query sees the padding behind it anyway.
@@ -120,19 +109,9 @@ def _fused(
             is_causal=spec.causal,
             **options,
         ).transpose(1, 2)  # [members, width_q, heads, head_dim]
-        if group.real_rows is None:
-            parts.append(out.flatten(0, 1))
-            places.append(group.rows.flatten())
-        else:
-            parts.append(out[group.real_rows])
-            places.append(group.rows[group.real_rows])
-    if len(alone) == len(groups) == sum(rows > 0 for rows in rows_of):
-        ordered = sorted(range(len(parts)), key=lambda i: alone[i].span_q)
-        return torch.cat([parts[i] for i in ordered])
-    order = torch.cat(places)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=q.device)
-    return torch.cat(parts).index_select(0, inverse)
+        parts.append(out.flatten(0, 1))
+    slots = torch.cat(parts)
+    return slots if plan.slots is None else slots.index_select(0, plan.slots)
 
 
 def _split(
@@ -145,17 +124,12 @@ def _split(
         (k, [group.span_k for group in alone]),
         (v, [group.span_k for group in alone]),
     ):
-        sizes: list[int] = []
-        owners: list[int | None] = []
+        sizes: list[int] = []  # of the gap before each span, and of the span
         end = 0
-        for i in sorted(range(len(spans)), key=lambda i: spans[i]):
-            first, last = spans[i]
+        for first, last in spans:
             sizes += [first - end, last - first]
-            owners += [None, i]
             end = last
-        pieces = stream.split([*sizes, stream.shape[0] - end])
-        mine = {owner: piece for owner, piece in zip(owners, pieces, strict=False)}
-        cuts.append([mine[i] for i in range(len(spans))])
+        cuts.append(stream.split([*sizes, stream.shape[0] - end])[1::2])
     return list(zip(*cuts, strict=True))
 
 

@@ -18,7 +18,7 @@ def starts(lengths):
 
 def plan(lengths_q, lengths_k=None, *, heads=4, one_offset=False):
     lengths_k = lengths_q if lengths_k is None else lengths_k
-    return plan_groups(starts(lengths_q), starts(lengths_k), heads, one_offset, CPU)
+    return plan_groups(starts(lengths_q), starts(lengths_k), heads, one_offset, CPU).groups
 
 
 def real_slots(span, where, real):
@@ -140,7 +140,7 @@ def test_short_sequences_of_many_lengths_need_few_calls():
 
 def test_long_sequences_of_different_lengths_stay_alone():
     groups = plan([1000, 2000, 3000], heads=8)
-    assert [group.span_q for group in groups] == [(3000, 6000), (1000, 3000), (0, 1000)]
+    assert [group.span_q for group in groups] == [(0, 1000), (1000, 3000), (3000, 6000)]
 
 
 def test_different_offsets_share_a_call_only_where_distances_do_not_matter():
@@ -152,3 +152,15 @@ def test_different_offsets_share_a_call_only_where_distances_do_not_matter():
 @pytest.mark.parametrize("lengths", [([0, 0], [0, 0]), ([0, 0], [3, 2]), ([3, 2], [0, 0])])
 def test_nothing_to_compute_is_no_group(lengths):
     assert plan(*lengths) == ()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 12) | st.integers(0, 400), min_size=1, max_size=12))
+def test_slots_find_each_row_in_the_groups_laid_end_to_end(lengths):
+    groups, slots = plan_groups(starts(lengths), starts(lengths), 4, False, CPU)
+    stream = torch.arange(sum(lengths))
+    laid = [group.take_rows(stream).flatten() for group in groups]
+    if not laid:
+        return
+    laid = torch.cat(laid)
+    assert torch.equal(laid if slots is None else laid[slots], stream)

@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from tokenpack.cost import Ceilings, measure_ceilings, read_ceilings
 from tokenpack.memory import allocations
 
 from . import lengths
@@ -16,7 +19,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 DEVICE_NAME = torch.cuda.get_device_name() if ON_GPU else "cpu"
-DEFAULT_SIZES = ("tiny", "small", "base") if ON_GPU else ("tiny", "small")
 
 
 @dataclasses.dataclass
@@ -24,13 +26,11 @@ class Chosen:
     """What the suites were asked to run on; see the options in `conftest`."""
 
     lengths: str = lengths.DEFAULT
-    sizes: tuple[str, ...] = DEFAULT_SIZES
+    ceilings: Path | None = None
 
     def check(self) -> None:
-        """Raise for lengths and sizes that there are not, before anything runs."""
+        """Raise for lengths that there are not, before anything runs."""
         lengths.draw(self.lengths, 1)
-        if unknown := set(self.sizes) - {"tiny", "small", "base"}:
-            raise ValueError(f"--sizes takes tiny, small and base, got {sorted(unknown)}")
 
 
 chosen = Chosen()
@@ -109,6 +109,12 @@ def peak_memory(function: Callable[[], object]) -> int:
     torch.cuda.reset_peak_memory_stats()
     function()
     return torch.cuda.max_memory_allocated() - before
+
+
+@cache
+def ceilings() -> Ceilings:
+    """Of this device: those that the run began with, or measured now."""
+    return measure_ceilings() if chosen.ceilings is None else read_ceilings(chosen.ceilings)
 
 
 def liger(name: str) -> Any:

@@ -23,9 +23,9 @@ def pytest_addoption(parser):
         help=f"of the batches: {', '.join(PRESETS)}, or a file with one or two integers a line",
     )
     group.addoption(
-        "--sizes",
-        default=",".join(common.DEFAULT_SIZES),
-        help="of the models in training steps: any of tiny, small, base",
+        "--ceilings",
+        type=Path,
+        help="of the device, a JSON file of tokenpack.cost's; by default they are measured",
     )
     group.addoption(
         "--record-outcome",
@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Suites make their batches while they are imported."""
     common.chosen.lengths = config.getoption("--lengths")
-    common.chosen.sizes = tuple(config.getoption("--sizes").split(","))
+    common.chosen.ceilings = config.getoption("--ceilings")
     try:
         common.chosen.check()
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ from .results import PAIRED, Result, Run, grouped, read, speed_up
 
 SUITES = {
     "training_step": "Training steps",
+    "profile": "Where a step's time goes",
     "trainer": "Training end to end",
     "attention": "Attention",
     "loss": "Losses",

@@ -1,10 +1,12 @@
 """Run the suites one part after another into a folder, and go on where an earlier call stopped.
 
-    python -m bench.run FOLDER [--seconds 480] [--only loss] [--lengths NAME_OR_FILE] [--sizes ...]
+    python -m bench.run FOLDER [--seconds 480] [--only loss] [--lengths NAME_OR_FILE]
 
 A part is one test function of a suite. What it measured lies in ``FOLDER/raw/SUITE.FUNCTION.json``
 (pytest-benchmark's), who was skipped and why beside it (``.outcome.json``); a part whose files are
-there is not run again. `bench.report` is called at the end, on what there is by then.
+there is not run again. What the device can do at the best is measured first
+(``FOLDER/ceilings.json``), for the predictions. `bench.report` is called at the end, on what there
+is by then.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != HERE.
 import torch  # noqa: E402
 
 from tokenpack.commands.machine import describe_machine, versions  # noqa: E402
+from tokenpack.cost import measure_ceilings, write_ceilings  # noqa: E402
 
 from . import report  # noqa: E402
 from .lengths import DEFAULT  # noqa: E402
 from .results import parts  # noqa: E402
 
+CEILINGS = "ceilings.json"
+LONG_ON_A_CPU = ("profile.test_base", "training_step.test_base")
 _PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "fast-axolotl", "seqpacker", "accelerate")
 
 
@@ -42,15 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="begin no part after this long")
     parser.add_argument("--only", default="", help="parts whose names have this in them")
     parser.add_argument("--lengths", default=DEFAULT, help="of the batches; see bench/lengths.py")
-    parser.add_argument("--sizes", help="of the models in training steps")
     given = parser.parse_args(arguments)
     raw = given.folder / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     _write_environment(given)
+    if not (given.folder / CEILINGS).exists():
+        write_ceilings(measure_ceilings(), given.folder / CEILINGS)
 
     begin, failed, left = time.monotonic(), [], []
     for part in parts():
         if given.only not in part or (raw / f"{part}.json").exists():
+            continue
+        if not given.only and not torch.cuda.is_available() and part in LONG_ON_A_CPU:
+            print(f"== {part}: takes minutes on a CPU; --only {part} runs it", flush=True)
             continue
         if given.seconds is not None and time.monotonic() - begin > given.seconds:
             left.append(part)
@@ -76,7 +85,7 @@ def _run(part: str, raw: Path, given: argparse.Namespace) -> bool:
         *(f"--benchmark-json={unfinished}", f"--record-outcome={outcome}"),
         *("--benchmark-columns=median,iqr,rounds", "--benchmark-warmup=off"),
         f"--lengths={given.lengths}",
-        *([f"--sizes={given.sizes}"] if given.sizes else []),
+        f"--ceilings={raw.parent / CEILINGS}",
     ]
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
@@ -95,7 +104,7 @@ def _run(part: str, raw: Path, given: argparse.Namespace) -> bool:
 def _write_environment(given: argparse.Namespace) -> None:
     """What the figures depend on. Of a folder that is gone on with, what it was begun with."""
     path = given.folder / "environment.json"
-    asked = {"lengths": given.lengths, "sizes": given.sizes or "default"}
+    asked = {"lengths": given.lengths}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["asked"] != asked:

@@ -89,6 +89,18 @@ the second, of rows as `tokenpack pack` makes them:
               less than to tokenize them
 For an encoder-decoder, pairs are planned for rows with a capacity of each side (pack_pairs).
 
+the third, with --gpus: what `tokenpack.cost` predicts of training with AdamW on so many devices,
+from operations and bytes counted and what a device can do at its best. That is measured on this
+machine's, in some seconds, unless --ceilings names a file with another's (ceilings.json of --out,
+or of a benchmark's results). Times are those of a device at its best; the ratios are what to
+believe.
+  rows        of a random batch
+  seconds     of its step, padded and packed
+  GiB         weights, optimizer and what the step keeps, of the largest such batch
+Of many ranks: DDP and FSDP over links of --link gigabytes a second, nothing hidden behind the
+backward. Balance is the mean rank's work over the busiest one's, in batches as the trainer plans
+them, a token budget to each rank.
+
 shapes: for "text" data, llama-1b (default), llama-8b
         for "source" and "target", t5-base (default), t5-small, t5-large, nllb-600m, and the llamas
 
@@ -96,6 +108,7 @@ examples:
   tokenpack inspect --data my.jsonl --tokenizer google-t5/t5-base
   tokenpack inspect --data my.txt --tokenizer checkpoints/run1 --shape llama-8b --max-length 2048
   tokenpack inspect --data my.txt --tokenizer tokenizer.json --capacity 4096 --out inspected
+  tokenpack inspect --data my.jsonl --tokenizer my --model-config my/config.json --gpus 8
 """
 
 _PACK = """\
@@ -245,6 +258,31 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         "--shape", metavar="NAME", help="whose operations to count (default: by the kind of data)"
     )
     inspect.add_argument(
+        "--model-config",
+        metavar="NAME_OR_PATH",
+        help="a config.json, its folder or a name on the hub, instead of --shape",
+    )
+    inspect.add_argument(
+        "--gpus",
+        type=_positive,
+        metavar="N",
+        help="predict step time, memory and token budget on so many devices",
+    )
+    inspect.add_argument(
+        "--ceilings",
+        type=Path,
+        metavar="FILE",
+        help="with --gpus: what a device can do (default: this machine's, measured)",
+    )
+    inspect.add_argument(
+        "--link",
+        type=_positive_number,
+        metavar="GB/S",
+        default=25.0,
+        help="with --gpus: gigabytes a second between ranks, each way (default: 25, which is 200 "
+        "Gbit/s a device)",
+    )
+    inspect.add_argument(
         "--max-length",
         type=_positive,
         metavar="N",
@@ -388,6 +426,16 @@ def _add_command(
 
 def _positive(text: str) -> int:
     return _integer(text, least=1)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes a number above 0")
+    return number
 
 
 def _not_negative(text: str) -> int:

@@ -4,24 +4,26 @@
     speed-up      = operations(padded) / operations(packed)
 
 The operations are those that ``tokenpack.cost`` counts for a model of a published shape. What a
-machine makes of them, `tokenpack demo` measures. All that is of padded batches, whose padding a
-patched model leaves out. How full rows get that are packed beforehand, `strategies` plans.
+machine makes of them, `tokenpack demo` measures and `prediction` forecasts. All that is of padded
+batches, whose padding a patched model leaves out. How full rows get that are packed beforehand,
+`strategies` plans.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ..cost import BatchCount, ModelCost, model_cost, training_operations
+from ..cost import ModelCost, model_cost, training_operations
 from ..data.text import Text, read_texts
-from . import figures, machine, strategies
-from .models import SHAPES, build_shape
+from . import figures, machine, prediction, strategies
+from .epochs import Sides, add, count_packed, count_padded, random_orders, sorted_order
+from .models import SHAPES, build_config, build_shape
 from .output import make_folder, write_json
 from .table import format_table
 from .tokenizer import Encode, load_tokenizer
@@ -29,18 +31,8 @@ from .tokenizer import Encode, load_tokenizer
 BATCH_SIZES = (8, 16, 32, 64, 128)
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
 
-# Random batches of few texts vary; enough epochs of them to draw this many texts.
-_TEXTS_DRAWN = 50_000
 _BARS = 10
 _CHUNK = 1000
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Tokens of each text, ``(texts,)`` int64. ``encoder`` is ``None`` in a decoder-only model."""
-
-    encoder: np.ndarray | None
-    decoder: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -56,15 +48,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the tables, write the PNG and the JSON. Returns 0; bad input raises."""
     texts = read_texts(arguments.data)
     has_target = texts[0].target is not None
-    shape = arguments.shape or ("t5-base" if has_target else "llama-1b")
-    model = build_shape(shape)
+    if arguments.model_config is not None:
+        option, shape = "--model-config", arguments.model_config
+        model = build_config(shape)
+    else:
+        option, shape = "--shape", arguments.shape or ("t5-base" if has_target else "llama-1b")
+        model = build_shape(shape)
     encoder_decoder = model.config.is_encoder_decoder
     if encoder_decoder and not has_target:
         raise ValueError(
-            f"--shape: {shape} is an encoder-decoder and needs 'source' and 'target', but "
-            f"{arguments.data} holds texts alone; takes one of "
-            f"{', '.join(name for name in SHAPES if name.startswith('llama'))}"
+            f"{option}: {shape} is an encoder-decoder and needs 'source' and 'target', but "
+            f"{arguments.data} holds texts alone; takes a decoder-only model, for instance --shape "
+            f"{next(name for name in SHAPES if name.startswith('llama'))}"
         )
+    device = prediction.ceilings_of(arguments)
     make_folder(arguments.out, "--out")
     lengths = _measure(texts, load_tokenizer(arguments.tokenizer))
     cut = _cut(lengths, arguments.max_length)
@@ -83,7 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{_caption(shape, arguments.max_length, cut, len(texts))}")
     packing, table = _pack(sides, arguments.capacity, arguments.seed)
     print(f"\n{table}")
-    _write(arguments, shape, lengths, cut, ways, packing)
+    predicted = None
+    if device is not None:
+        predicted = prediction.predict(model, sides, device, arguments)
+        print(f"\n{prediction.format_prediction(predicted)}")
+    _write(arguments, shape, lengths, cut, ways, packing, predicted)
     return 0
 
 
@@ -137,56 +138,15 @@ def forecast(sides: Sides, batch_size: int, cost: ModelCost, seed: int | None) -
         cost: of the model's forward.
         seed: of the shuffling; ``None`` takes the texts in order of length, the encoder's first.
     """
-    orders = [_sorted_order(sides)] if seed is None else _random_orders(len(sides.decoder), seed)
-    padded = _sum([_count_padded(sides, order, batch_size) for order in orders])
-    packed = _sum([_count_packed(sides)] * len(orders))
+    orders = [sorted_order(sides)] if seed is None else random_orders(len(sides.decoder), seed)
+    padded = add([count_padded(sides, order, batch_size) for order in orders])
+    packed = add([count_packed(sides)] * len(orders))
     before, after = training_operations(cost, padded), training_operations(cost, packed)
     return Forecast(
         padding_share=1 - packed.tokens / padded.tokens,
         linear_speed_up=before.linear / after.linear,
         speed_up=before.total / after.total,
     )
-
-
-def _random_orders(texts: int, seed: int) -> list[np.ndarray]:
-    random = np.random.default_rng(seed)
-    return [random.permutation(texts) for _ in range(-(-_TEXTS_DRAWN // texts))]
-
-
-def _sorted_order(sides: Sides) -> np.ndarray:
-    if sides.encoder is None:
-        return np.argsort(sides.decoder)
-    return np.lexsort((sides.decoder, sides.encoder))
-
-
-def _count_packed(sides: Sides) -> BatchCount:
-    return _count(sides.encoder, sides.decoder, np.ones_like(sides.decoder))
-
-
-def _count_padded(sides: Sides, order: np.ndarray, batch_size: int) -> BatchCount:
-    starts = np.arange(0, len(order), batch_size)
-    rows = np.diff([*starts, len(order)])
-    encoder = None
-    if sides.encoder is not None:
-        encoder = np.maximum.reduceat(sides.encoder[order], starts)
-    return _count(encoder, np.maximum.reduceat(sides.decoder[order], starts), rows)
-
-
-def _count(encoder: np.ndarray | None, decoder: np.ndarray, rows: np.ndarray) -> BatchCount:
-    """Tokens and pairs of batches with ``rows`` rows each, all of them as long as given."""
-    if encoder is None:
-        encoder = np.zeros_like(decoder)
-    return BatchCount(
-        encoder_tokens=int((rows * encoder).sum()),
-        decoder_tokens=int((rows * decoder).sum()),
-        encoder_pairs=int((rows * encoder**2).sum()),
-        decoder_pairs=int((rows * decoder**2).sum()),
-        cross_pairs=int((rows * encoder * decoder).sum()),
-    )
-
-
-def _sum(counts: Sequence[BatchCount]) -> BatchCount:
-    return BatchCount(*map(sum, zip(*map(astuple, counts))))
 
 
 # ----------------------------------------------------------------------------------------- packing
@@ -268,6 +228,7 @@ def _write(
     cut: dict[str, int],
     ways: dict[str, list[Forecast]],
     packing: dict[str, Any],
+    predicted: prediction.Prediction | None,
 ) -> None:
     report = {
         "versions": machine.versions(),
@@ -294,6 +255,8 @@ def _write(
         },
         "packing": packing,
     }
+    if predicted is not None:
+        report["prediction"] = prediction.as_json(predicted)
     written = [arguments.out / "inspect.json"]
     write_json(written[0], report)
     if figures.available():

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     LlamaConfig,
     LlamaForCausalLM,
     M2M100Config,
@@ -213,3 +216,24 @@ def build_shape(name: str) -> PreTrainedModel:
         raise ValueError(f"shape: got {name!r}, takes one of {', '.join(SHAPES)}")
     with torch.device("meta"):
         return SHAPES[name]()
+
+
+def build_config(name_or_path: str) -> PreTrainedModel:
+    """The language model of a config, on the meta device.
+
+    Args:
+        name_or_path: a ``config.json``, a folder that holds one, or a name on the hub.
+
+    Raises:
+        ValueError: if there is no such config, or transformers has no language model for it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model-config: no config in {name_or_path}: {error}") from None
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"--model-config: {name_or_path} is no language model: {error}") from None

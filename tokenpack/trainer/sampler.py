@@ -160,7 +160,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         """
         items = np.asarray(batch_items, np.int64)
         rank = self.rank if rank is None else _check_rank(rank, self.num_ranks)
-        mine = items[self._ranks_of(items) == rank]
+        mine = items[self.ranks_of(items) == rank]
         if len(mine):
             return mine.tolist()
         shortest = items[self._tokens(items).argmin()]
@@ -289,8 +289,12 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     # ------------------------------------------------------------------------------------- sharing
 
-    def _ranks_of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``(batch,)`` int64, the rank that takes each example of a batch."""
+    def ranks_of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``(batch,)`` int64, the rank that takes each example of a batch.
+
+        Args:
+            items: ``(batch,)`` int64 indices: a batch of the epoch planned last.
+        """
         if self.num_ranks == 1:
             return np.zeros(len(items), np.int64)
         if self.max_tokens_per_group is None:
@@ -317,7 +321,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         cells: list[Any] = [number, len(items), tokens.sum(), f"{used.sum() / self.max_tokens:.1%}"]
         cells += [tokens.min(), f"{np.median(tokens):g}", tokens.max()]
         if self.num_ranks > 1:
-            ranks = np.bincount(self._ranks_of(items), tokens, self.num_ranks)
+            ranks = np.bincount(self.ranks_of(items), tokens, self.num_ranks)
             cells.append(" ".join(f"{each:.0f}" for each in ranks))
         return list(map(str, cells))
 

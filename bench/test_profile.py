@@ -1,0 +1,100 @@
+"""Where the time of a training step goes, patched and padded: shares of it, by operator.
+
+The profiler's own time of each operator, on a GPU that of its kernels, is put down to the
+optimizer, to attention (forward and backward, with what gathers and scatters for it), to matrix
+products, or to one of the rest; what no operator accounts for is Python and waiting. The profiler
+makes each operator a little slower, so steps of many small ones look worse than they are.
+"""
+
+import time
+from collections import Counter
+
+import pytest
+from torch.profiler import ProfilerActivity, profile
+
+from .common import ON_GPU, chosen
+from .training import CONTENDERS, SIZES, Step, padded_batch
+
+BASELINES = ("padded, SDPA",)
+OUTSIDE = "outside products, attention and optimizer, %"
+_PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
+
+# The first whose words are in the name of an operator, or of one that called it.
+_CALLERS = (
+    ("optimizer", ("Optimizer.step", "Optimizer.zero_grad")),
+    ("attention", ("attention", "Attention")),
+    ("loss", ("cross_entropy", "log_softmax", "nll_loss")),
+    ("packing", ("tokenpack::",)),
+    ("embedding", ("embedding", "Embedding")),
+    ("activations", ("relu", "threshold", "Relu", "gelu", "Gelu", "silu", "Silu")),
+    ("norms", ("norm", "Norm", "pow", "Pow", "rsqrt", "Rsqrt", "mean", "Mean")),
+)
+_KINDS = ("matrix products", *(kind for kind, _ in _CALLERS))
+_OTHER, _BETWEEN = "other arithmetic and copies", "Python and between operators"
+
+
+def kind_of(event):
+    """What an operator's own time is put down to."""
+    names = [event.name]
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        names.append(event.name)
+    found = next(
+        (kind for kind, words in _CALLERS if any(w in name for name in names for w in words)),
+        _OTHER,
+    )
+    if names[0] in _PRODUCTS and found not in ("optimizer", "attention"):
+        return "matrix products"
+    return found
+
+
+def shares(step, rounds):
+    """Percent of the steps' time by kind; median seconds of a step are `step.seconds`'."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
+    begin = time.perf_counter()
+    with profile(activities=activities) as seen:
+        begin = time.perf_counter()
+        for _ in range(rounds):
+            step()
+        total = 1e6 * (time.perf_counter() - begin)
+    spent = Counter()
+    for event in seen.events():
+        own = event.self_device_time_total if ON_GPU else event.self_cpu_time_total
+        spent[kind_of(event)] += own
+    spent[_BETWEEN] = total - sum(spent.values())
+    return {kind: 100 * spent[kind] / total for kind in (*_KINDS, _OTHER, _BETWEEN)}
+
+
+def note_shares(benchmark, name, size, by):
+    """Profile some steps, and note the shares."""
+    benchmark.group = f"where a step's time goes, {size} {name}, {chosen.lengths}"
+    batch, _ = padded_batch(name, SIZES[size], None)
+    step = Step(*CONTENDERS[by](name, SIZES[size], batch))
+    for _ in range(2):
+        step()
+    found = shares(step, rounds=1 if size == "base" and not ON_GPU else 5)
+    inside = sum(found[kind] for kind in ("matrix products", "attention", "optimizer"))
+    benchmark.extra_info[OUTSIDE] = round(100 - inside, 1)
+    for kind, percent in found.items():
+        benchmark.extra_info[f"{kind}, %"] = round(percent, 1)
+    benchmark.pedantic(step, rounds=3)
+
+
+_BY = pytest.mark.parametrize("by", ["packed", "padded, SDPA"])
+_MODELS = pytest.mark.parametrize("name", ["T5", "NLLB", "Llama"])
+
+
+@_BY
+@_MODELS
+def test_small(benchmark, name, by):
+    """On a CPU two layers, where what is not a product weighs more."""
+    note_shares(benchmark, name, "small", by)
+
+
+@_BY
+@_MODELS
+def test_base(benchmark, name, by):
+    """Of a practical size."""
+    if by != "packed" and not ON_GPU:
+        pytest.skip("on a CPU base models are profiled packed alone")
+    note_shares(benchmark, name, "base", by)

@@ -1,0 +1,132 @@
+"""Predict a training step from what was counted and what a device can do.
+
+    device = products / rate + attention / rate + bytes moved / rate + optimizer's bytes / rate
+    host   = calls * seconds of a call
+    step   = device + host on a CPU, max(device, host) on a GPU, which is called ahead of itself
+
+    memory = weights, their gradients and AdamW's two states + what the backward needs
+
+A roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) whose terms are added, since layers
+run one after another. Every term is at its ceiling, so times are those of a device at its best;
+the ratio of two of them is what to believe. AdamW in float32 beside activations of another dtype
+is mixed precision as torch.autocast has it; its casts of weights are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ceilings import Ceilings
+from .operations import BatchCount, ModelCost, training_operations
+from .traffic import Traffic
+
+# Bytes that AdamW moves for a parameter in float32: parameter, gradient and two states are read,
+# all but the gradient written. Once, also on a CPU, in whose caches one weight's operators stay.
+_ADAMW = 7 * 4
+_STATE = 4 + 8  # bytes of a parameter that stay: the weight, AdamW's moments
+_GRADIENT = 4
+# Of a token's logits in the patched loss: read for the loss, read and written for the gradient.
+_LOSS_PASSES = 3
+_SPARE = 0.1  # of a device's memory: fragments, libraries, a batch that is longer than most
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of one training step, by what they go into."""
+
+    products: float
+    attention: float
+    bytes: float
+    optimizer: float
+    calls: float
+    on_gpu: bool
+
+    @property
+    def forward_backward(self) -> float:
+        """Without the optimizer."""
+        device = self.products + self.attention + self.bytes
+        return max(device, self.calls) if self.on_gpu else device + self.calls
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return self.forward_backward + self.optimizer
+
+
+def forecast_seconds(
+    cost: ModelCost,
+    traffic: Traffic,
+    count: BatchCount,
+    parameters: int,
+    ceilings: Ceilings,
+    *,
+    packed: bool,
+) -> StepSeconds:
+    """Seconds that a step over ``count`` tokens takes at the least.
+
+    Args:
+        cost: of the model; see `model_cost`.
+        traffic: of the model, in the ceilings' dtype; see `count_traffic`.
+        count: tokens and pairs that are computed: `count_padded` or `count_packed`.
+        parameters: how many are trained.
+        ceilings: of the device.
+        packed: whether the loss is the patched model's, without the logits of all tokens.
+    """
+    operations = training_operations(cost, count)
+    loss = _LOSS_PASSES * traffic.logits_per_token if packed else traffic.loss_moved_per_token
+    moved = (
+        traffic.moved_once
+        + traffic.moved_per_encoder_token * count.encoder_tokens
+        + (traffic.moved_per_decoder_token + loss) * count.decoder_tokens
+    )
+    return StepSeconds(
+        products=operations.linear / ceilings.products,
+        attention=operations.attention / ceilings.attention,
+        bytes=moved / ceilings.bytes,
+        optimizer=_ADAMW * parameters / ceilings.bytes,
+        calls=traffic.calls * ceilings.call,
+        on_gpu=ceilings.on_gpu,
+    )
+
+
+def forecast_memory(
+    traffic: Traffic, count: BatchCount, parameters: int, *, packed: bool
+) -> tuple[int, int]:
+    """Bytes of weights and optimizer, and at the peak of a step beyond them.
+
+    The peak is at one end of the backward: at its begin all that the forward kept, at its end
+    all gradients.
+    """
+    kept = (
+        traffic.kept_per_encoder_token * count.encoder_tokens
+        + traffic.kept_per_decoder_token * count.decoder_tokens
+    )
+    if not packed:  # the logits, what is kept of them, and their gradient
+        kept += (2 * traffic.logits_per_token + traffic.loss_kept_per_token) * count.decoder_tokens
+    return _STATE * parameters, round(max(kept, _GRADIENT * parameters))
+
+
+def token_budget(
+    traffic: Traffic, decoder_share: float, parameters: int, memory: int, *, packed: bool = True
+) -> int:
+    """Tokens of both sides that a micro-batch may have, so that a step fits into ``memory``.
+
+    Args:
+        traffic: of the model.
+        decoder_share: of the tokens, how many are the decoder's; 1 for decoder-only models.
+        parameters: how many are trained, with AdamW in float32.
+        memory: bytes of the device, of which a tenth is left alone.
+        packed: as in `forecast_seconds`.
+
+    Returns:
+        0 where not even weights, gradients and optimizer fit.
+    """
+    of_token = (
+        traffic.kept_per_encoder_token * (1 - decoder_share)
+        + traffic.kept_per_decoder_token * decoder_share
+    )
+    if not packed:
+        loss = 2 * traffic.logits_per_token + traffic.loss_kept_per_token
+        of_token += loss * decoder_share
+    free = (1 - _SPARE) * memory - (_STATE + _GRADIENT) * parameters
+    return max(int(free / of_token), 0)

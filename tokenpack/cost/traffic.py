@@ -1,0 +1,199 @@
+"""Count the bytes that a training step moves besides its products, and those that it keeps.
+
+    moved = sum over operators of (bytes of their tensor arguments + bytes of their results)
+    kept  = bytes of the distinct tensors that autograd saves, weights excepted
+
+Nothing is computed: the model runs forward and backward on the meta device, where tensors have
+shapes alone, while every operator that is dispatched is looked at. Matrix products and attention
+are left out, as their time goes by operations; views move nothing. Three runs, of which two have
+one side longer, tell what goes by encoder tokens, by decoder tokens and by neither.
+
+The losses differ: a padded model writes the logits of all tokens and keeps what their gradient
+needs, a patched one takes them by chunks. So the head's logits are counted apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+
+_STAND_IN = "tokenpack_counted"  # the name of an attention that computes nothing
+_ROWS, _SHORT, _LONG = 2, 16, 32
+
+_PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm"))
+_ALLOCATIONS = frozenset(
+    f"aten::{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided")
+)
+_GATHERS = frozenset({"aten::embedding", "aten::index_select", "aten::index", "aten::gather"})
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one forward and backward pass, of one token or of the pass as a whole.
+
+    Attributes:
+        moved_per_encoder_token, moved_per_decoder_token: read and written outside products and
+            attention, without the loss.
+        moved_once: whatever the batch: gradients that are added up, tables that are zeroed.
+        kept_per_encoder_token, kept_per_decoder_token: saved for the backward, without the loss.
+        loss_moved_per_token, loss_kept_per_token: of the loss on all logits, by decoder tokens.
+        logits_per_token: of a token's logits.
+        calls: operators dispatched, products and attention among them.
+    """
+
+    moved_per_encoder_token: float
+    moved_per_decoder_token: float
+    moved_once: float
+    kept_per_encoder_token: float
+    kept_per_decoder_token: float
+    loss_moved_per_token: float
+    loss_kept_per_token: float
+    logits_per_token: float
+    calls: int
+
+
+def count_traffic(model: nn.Module) -> Traffic:
+    """Bytes that ``model`` moves and keeps in a training step.
+
+    Args:
+        model: a transformers language model on the meta device, encoder-decoder or decoder-only,
+            as it comes: not patched. Its dtype is that of the activations.
+
+    Raises:
+        ValueError: if it is not on the meta device.
+    """
+    if any(parameter.device.type != "meta" for parameter in model.parameters()):
+        raise ValueError(
+            "model: must be on the meta device, where nothing is computed; build it under "
+            "torch.device('meta')"
+        )
+    AttentionInterface.register(_STAND_IN, _attend)
+    config: Any = model.config
+    before, cached = config._attn_implementation, config.use_cache
+    model.set_attn_implementation(_STAND_IN)  # type: ignore[operator]
+    config.use_cache = False
+    try:
+        short = _run(model, _SHORT, _SHORT)
+        decoder = _difference(_run(model, _SHORT, _LONG), short)
+        encoder = _Count()
+        if config.is_encoder_decoder:
+            encoder = _difference(_run(model, _LONG, _SHORT), short)
+        with_loss = _run(model, _SHORT, _SHORT, loss=True)
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+        config.use_cache = cached
+        model.zero_grad()
+    tokens = _ROWS * _SHORT
+    return Traffic(
+        moved_per_encoder_token=encoder.moved,
+        moved_per_decoder_token=decoder.moved,
+        moved_once=max(short.moved - tokens * (encoder.moved + decoder.moved), 0.0),
+        kept_per_encoder_token=encoder.kept,
+        kept_per_decoder_token=decoder.kept,
+        loss_moved_per_token=(with_loss.moved - short.moved) / tokens,
+        loss_kept_per_token=(with_loss.kept - short.kept) / tokens,
+        logits_per_token=short.logits,
+        calls=with_loss.calls,
+    )
+
+
+@dataclass
+class _Count:
+    moved: float = 0.0
+    kept: float = 0.0
+    logits: float = 0.0
+    calls: int = 0
+
+
+def _difference(longer: _Count, shorter: _Count) -> _Count:
+    """Of a token, of which ``longer`` has more."""
+    tokens = _ROWS * (_LONG - _SHORT)
+    return _Count((longer.moved - shorter.moved) / tokens, (longer.kept - shorter.kept) / tokens)
+
+
+def _run(model: nn.Module, encoder: int, decoder: int, loss: bool = False) -> _Count:
+    """One pass over rows of so many tokens; a decoder-only model has the decoder's."""
+    two_sided = model.config.is_encoder_decoder  # type: ignore[union-attr]
+    targets = torch.zeros(_ROWS, decoder, dtype=torch.long, device="meta")
+    ids = targets
+    inputs: dict[str, Any] = {}
+    if two_sided:
+        ids = torch.zeros(_ROWS, encoder, dtype=torch.long, device="meta")
+        inputs["decoder_input_ids"] = targets
+    weights = {each.untyped_storage()._cdata for each in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    model.train()
+    model.zero_grad()
+    with _Operators() as seen, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            labels=targets if loss else None,
+            **inputs,
+        )
+        if loss:
+            out.loss.backward()
+        else:
+            out.logits.backward(torch.empty_like(out.logits))
+    logits = out.logits.numel() * out.logits.element_size() / targets.numel()
+    return _Count(float(seen.moved), float(sum(kept.values())), logits, seen.calls)
+
+
+class _Operators(TorchDispatchMode):
+    """Adds up what each operator reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if function.is_view or name in _ALLOCATIONS:
+            return result
+        self.calls += 1
+        if name in _PRODUCTS:
+            return result
+        written = _bytes(result)
+        # A gather reads what it takes, not the table.
+        self.moved += 2 * written if name in _GATHERS else written + _bytes((args, kwargs))
+        return result
+
+
+def _bytes(tree: object) -> int:
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+
+class _StandIn(torch.autograd.Function):
+    """Keeps what fused attention keeps, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        q, k, v, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    return _StandIn.apply(query, key, value), None

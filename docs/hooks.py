@@ -3,7 +3,7 @@
 - `kernels/` is shown to mkdocstrings as `tokenpack.kernels`, which it is once installed.
 - Where `docs/benchmarks.md` says ``<!-- runs -->`` it gets every folder of results that holds an
   ``environment.json``: facts, plots and ratios. All tables of a run have a page of their own.
-- Where a page says ``<!-- families of the README -->`` it gets the README's table, which a test makes.
+- Where a page says ``<!-- families of the README -->`` it gets the README's table.
 - `bench/results/errors.md` and `compile.md` are pages too. Links to them, written as they work in
   the repository, lead there.
 """
@@ -96,11 +96,11 @@ def _add_run(folder: Path, files: Files, config: MkDocsConfig) -> str:
 
 
 def _section(name: str, run: Any, pictures: dict[str, Any], report: Any) -> str:
-    blocks = [f"## {name}", "\n".join(f"- {line}" for line in report.summary(run))]
+    blocks = [f"### {name}", "\n".join(f"- {line}" for line in report.summary(run))]
     for suite, title in report.SUITES.items():
         if not (members := run.of(suite)):
             continue
-        blocks.append(f"### {title} {{ #{name}-{suite} }}")
+        blocks.append(f"#### {title} {{ #{name}-{suite} }}")
         blocks += [
             f"![{each.title}](benchmarks/{name}/{each.path.name})"
             for each in pictures.get(suite, [])

@@ -1,4 +1,4 @@
-"""The site builds without a warning, its links lead somewhere, and its pages say what the code does.
+"""The site builds without a warning, its links lead somewhere, and it says what the code does.
 
 What is on other hosts is not fetched: such links must be well-formed, and nothing else.
 """

@@ -7,6 +7,7 @@ import ast
 import functools
 import html.parser
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from .test_bench_report import make_folder
 from .test_readme import README
 
 ROOT = README.parent
@@ -28,6 +30,14 @@ API = (
     "tokenpack.data",
     "tokenpack.trainer",
 )
+
+
+# Of our own, whatever `make` was called with.
+ENVIRONMENT = {
+    "NO_MKDOCS_2_WARNING": "1",
+    "PYTHONSAFEPATH": "1",
+    "RESULTS": str(ROOT / "bench/results"),
+}
 
 
 class Page(html.parser.HTMLParser):
@@ -57,7 +67,7 @@ def build(out: Path, config: Path = ROOT / "mkdocs.yml", **environment: str):
     return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", config, "-d", out],
         cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONSAFEPATH": "1", **environment},
+        env={**os.environ, **ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
     )
@@ -164,6 +174,22 @@ def test_benchmarks_are_those_of_committed_runs(site):
     assert ("No run is committed yet" in text) == (not folders)
     for name in folders:
         assert (site / f"benchmarks/{name}.html").exists()
+
+
+def test_a_run_is_shown_as_it_was_measured(site, tmp_path):
+    make_folder(tmp_path / "results/cpu-2026-11-22")
+    done = build(tmp_path / "site", RESULTS=str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "site/benchmarks.html").read_text(encoding="utf-8")
+    assert "No run is committed yet" not in text
+    assert ">3.90</td>" in text
+    assert "No GPU took part" in text
+    every = (tmp_path / "site/benchmarks/cpu-2026-11-22.html").read_text(encoding="utf-8")
+    assert ">500 ms</td>" in every
+    if importlib.util.find_spec("matplotlib"):
+        assert list((tmp_path / "site/benchmarks/cpu-2026-11-22").glob("*.png"))
+    assert not broken(tmp_path / "site")
+    assert not list((tmp_path / "results").rglob("*.png"))  # what is committed stays as it is
 
 
 def test_a_link_to_nowhere_fails_the_build(site, tmp_path):

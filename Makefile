@@ -27,7 +27,7 @@ PY := .venv/bin/python
 READY := .venv/.installed
 endif
 
-.PHONY: help demo test lint compile bench gpu clean python-ready
+.PHONY: help demo test lint docs compile bench gpu clean python-ready
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,10 @@ lint: $(READY) ## ruff check, ruff format, mypy on the public API
 	@rm -rf build/mypy && mkdir -p build/mypy/tokenpack && ln -s ../../../kernels build/mypy/tokenpack/kernels
 	@echo '$(PY) -m mypy'
 	@set -o pipefail; $(PY) -m mypy | sed 's,^build/mypy/tokenpack/,,'
+
+docs: $(READY) ## the site of docs/, written to build/docs/
+	@$(PY) -c '$(call MISSING,mkdocs material mkdocstrings)'
+	RESULTS=$(RESULTS) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 compile: $(READY) ## every kernel for four GPU targets, without a GPU; writes bench/results/compile.md
 	@mkdir -p $(RESULTS)

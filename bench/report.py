@@ -36,7 +36,7 @@ def write(folder: Path) -> None:
     """Write the report of what lies in ``folder``."""
     results = read(folder)
     pictures = plots.draw(results)
-    (folder / "report.md").write_text(_markdown(results, pictures), encoding="utf-8")
+    (folder / "report.md").write_text(markdown(results, pictures), encoding="utf-8")
     (folder / "report.html").write_text(_html(results, pictures), encoding="utf-8")
     print(f"wrote {folder / 'report.md'} and report.html")
 
@@ -135,7 +135,8 @@ def _gaps(results: Run) -> list[str]:
 # -------------------------------------------------------------------------------------- documents
 
 
-def _markdown(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
+def markdown(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
+    """The whole report."""
     blocks = ["# Benchmarks of tokenpack", "\n".join(f"- {line}" for line in summary(results))]
     for suite, title in SUITES.items():
         members = results.of(suite)
@@ -145,15 +146,16 @@ def _markdown(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
         blocks += [f"![{each.title}]({each.path.name})" for each in pictures.get(suite, [])]
         ratios = ratio_table(members)
         if len(ratios) > 1:
-            blocks.append(_markdown_table(ratios))
+            blocks.append(markdown_table(ratios))
         for group, own in grouped(members).items():
-            blocks += [f"### {group}", _markdown_table(detail_table(own))]
+            blocks += [f"### {group}", markdown_table(detail_table(own))]
     if gaps := _gaps(results):
         blocks += ["## What is not here", "\n".join(f"- {line}" for line in gaps)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table whose first row is its head."""
     head, *rows = table
     lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -253,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.compare:
             runs = [read(folder) for folder in given.compare]
-            print(_markdown_table(compare(*runs)))
+            print(markdown_table(compare(*runs)))
         elif given.folder:
             write(given.folder)
         else:

@@ -43,7 +43,7 @@ def kind_of(event):
         (kind for kind, words in _CALLERS if any(w in name for name in names for w in words)),
         _OTHER,
     )
-    if names[0] in _PRODUCTS and found not in ("optimizer", "attention"):
+    if names[0].rstrip("_") in _PRODUCTS and found not in ("optimizer", "attention"):
         return "matrix products"
     return found
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 def benchmark(by, role, median, spread=0.02, **notes):
     return {
-        "name": f"test_training_step[small-T5-{by}]",
+        "name": f"test_small[T5-{by}]",
         "group": "training step, small T5",
-        "params": {"name": "T5", "size": "small", "by": by},
+        "params": {"name": "T5", "by": by},
         "stats": {"median": median, "iqr": median * spread, "rounds": 5, "data": []},
         "extra_info": {"suite": "training_step", "by": by, "role": role, "device": "cpu", **notes},
     }
@@ -28,7 +28,7 @@ def make_folder(folder, ours=0.5, device="cpu"):
         "date": "2026-11-22",
         "device": device,
         "threads": 2,
-        "asked": {"lengths": "instruction mix", "sizes": "default"},
+        "asked": {"lengths": "instruction mix"},
         "machine": {"cpu": "a processor", "physical_cores": 2, "memory_gib": 8.0},
         "versions": {"torch": "2.13.0", "trl": "not installed"},
     }
@@ -43,7 +43,7 @@ def make_folder(folder, ours=0.5, device="cpu"):
             **{"of the baseline's speed, round by round": 3.9, "padding share": 0.7},
         ),
     ]
-    part = folder / "raw/training_step.test_training_step"
+    part = folder / "raw/training_step.test_small"
     part.with_name(part.name + ".json").write_text(json.dumps({"benchmarks": figures}))
     told = {"passed": 3, "failed": [], "skipped": [["test_x[liger]", "Liger <Kernel> needs a GPU"]]}
     part.with_name(part.name + ".outcome.json").write_text(json.dumps(told))
@@ -77,7 +77,7 @@ def test_it_says_what_is_not_there(folder):
     text = (folder / "report.md").read_text()
     assert "No GPU took part" in text
     assert "Not installed: trl" in text
-    assert "Skipped: training_step.test_training_step, 1: Liger <Kernel> needs a GPU" in text
+    assert "Skipped: training_step.test_small, 1: Liger <Kernel> needs a GPU" in text
     assert "Not run: trainer.test_training" in text
 
 

@@ -152,7 +152,7 @@ def test_kept_labels_end_at_the_last_that_counts():
 
 def test_lengths_of_both_sides():
     count = cost.count_lengths([3, 5], [2, 4])
-    assert count == cost.BatchCount(8, 6, 9 + 25, 4 + 16, 6 + 20)
+    assert count == cost.BatchCount(8, 6, 9 + 25, 4 + 16, 6 + 20, sequences=2)
     assert count.tokens == 14
     with pytest.raises(ValueError, match="got 2 and 1 sequences"):
         cost.count_lengths([3, 5], [2])
@@ -163,7 +163,7 @@ def test_a_published_shape_is_counted_without_its_weights():
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     counted = cost.model_cost(model)
     assert next(model.parameters()).is_meta
-    assert counted == cost.ModelCost(0, weights, 0, 2 * 2048 * 16, 0)
+    assert counted == cost.ModelCost(0, weights, 0, 2 * 2048 * 16, 0, attentions=16)
 
 
 def test_what_cannot_be_counted_is_refused():

@@ -59,6 +59,7 @@ def _count(encoder: np.ndarray | None, decoder: np.ndarray, rows: np.ndarray) ->
         encoder_pairs=int((rows * encoder**2).sum()),
         decoder_pairs=int((rows * decoder**2).sum()),
         cross_pairs=int((rows * encoder * decoder).sum()),
+        sequences=int(rows.sum()),
     )
 
 

@@ -3,8 +3,9 @@
 Each is the best of some rounds, of a few seconds together: what nothing on the device is faster
 than, at sizes that training has. Products are of ``(2048, 1024) @ (1024, 4096)``, attention is
 PyTorch's fused kernel, forward and backward, over rows of 512 tokens, bytes are those of ``a * b``
-over 64 MiB (on a GPU 256 MiB), past the caches, and calls are those of operators on four numbers,
-recorded and run backwards.
+over 64 MiB (on a GPU 256 MiB), past the caches. Fresh bytes are the same with a new result each
+time, which on a CPU the system has to find memory for. Calls are those of operators on four
+numbers, recorded and run backwards; a sequence's are those of packed attention over short ones.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..attention import packed_attention
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -30,7 +33,9 @@ class Ceilings:
         products: floating-point operations a second in matrix products.
         attention: the same in fused attention, forward and backward, of full rectangles.
         bytes: a second, read and written, in operators that do little else.
+        fresh_bytes: the same where results are so large that a CPU has no memory ready for them.
         call: seconds that an operator takes to be called.
+        sequence: seconds that each sequence costs a packed attention beside its operations.
         memory: bytes that the device has.
     """
 
@@ -39,7 +44,9 @@ class Ceilings:
     products: float
     attention: float
     bytes: float
+    fresh_bytes: float
     call: float
+    sequence: float
     memory: int
 
     @property
@@ -84,7 +91,9 @@ def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
     many = (256 if on_gpu else 64) * 2**20 // dtype.itemsize
     x, y = random(many), random(many)
     out = torch.empty_like(x)
-    moved = 3 * many * dtype.itemsize / _best(lambda: torch.mul(x, y, out=out), device)
+    moved = 3 * many * dtype.itemsize
+    in_place = _best(lambda: torch.mul(x, y, out=out), device)
+    fresh = _best(lambda: x * y, device)
 
     small = random(4).requires_grad_()
 
@@ -99,10 +108,32 @@ def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
         dtype=str(dtype).removeprefix("torch."),
         products=products,
         attention=attention,
-        bytes=moved,
+        bytes=moved / in_place,
+        fresh_bytes=moved / fresh,
+        sequence=_of_a_sequence(device, dtype, attention),
         call=_best(calls, device) / 2000,  # of the 500, two a backward, and their sum
         memory=_memory(device),
     )
+
+
+def _of_a_sequence(device: torch.device, dtype: torch.dtype, attention: float) -> float:
+    lengths = list(range(8, 72, 3))
+    heads, width = 8, 64
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    q, k, v = (
+        torch.randn(sum(lengths), heads, width, device=device, dtype=dtype).requires_grad_()
+        for _ in range(3)
+    )
+
+    def attend() -> None:
+        longest = lengths[-1]
+        out, _ = packed_attention(
+            q, k, v, ends, ends, longest, longest, causal=False, scale=width**-0.5
+        )
+        torch.autograd.grad(out.sum(), (q, k, v))
+
+    operations = 3 * 4 * heads * width * sum(length**2 for length in lengths)
+    return max(_best(attend, device) - operations / attention, 0.0) / len(lengths)
 
 
 def _best(function: Callable[[], object], device: torch.device, seconds: float = 0.6) -> float:
@@ -149,6 +180,6 @@ def read_ceilings(path: str | Path) -> Ceilings:
         raise ValueError(f"ceilings: {path}: dtype must be a float's, got {document['dtype']!r}")
     numbers = {name: document[name] for name in names - {"device", "dtype"}}
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"ceilings: {path}: {name} must be a number above 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ValueError(f"ceilings: {path}: {name} must be a number of 0 or more, got {value!r}")
     return Ceilings(**document)

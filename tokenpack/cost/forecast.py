@@ -1,6 +1,7 @@
 """Predict a training step from what was counted and what a device can do.
 
     device = products / rate + attention / rate + bytes moved / rate + optimizer's bytes / rate
+             + packed: sequences * layers of attention * what a sequence costs
     host   = calls * seconds of a call
     step   = device + host on a CPU, max(device, host) on a GPU, which is called ahead of itself
 
@@ -27,6 +28,7 @@ _STATE = 4 + 8  # bytes of a parameter that stay: the weight, AdamW's moments
 _GRADIENT = 4
 # Of a token's logits in the patched loss: read for the loss, read and written for the gradient.
 _LOSS_PASSES = 3
+_MAPPED_ANEW = 32 * 2**20  # bytes beyond which glibc keeps no memory for the next tensor
 _SPARE = 0.1  # of a device's memory: fragments, libraries, a batch that is longer than most
 
 
@@ -73,16 +75,23 @@ def forecast_seconds(
         packed: whether the loss is the patched model's, without the logits of all tokens.
     """
     operations = training_operations(cost, count)
-    loss = _LOSS_PASSES * traffic.logits_per_token if packed else traffic.loss_moved_per_token
     moved = (
         traffic.moved_once
         + traffic.moved_per_encoder_token * count.encoder_tokens
-        + (traffic.moved_per_decoder_token + loss) * count.decoder_tokens
+        + traffic.moved_per_decoder_token * count.decoder_tokens
     )
+    if packed:
+        sequences = cost.attentions * count.sequences
+        loss = _LOSS_PASSES * traffic.logits_per_token * count.decoder_tokens / ceilings.bytes
+    else:
+        sequences = 0
+        loss = traffic.loss_moved_per_token * count.decoder_tokens
+        large = traffic.logits_per_token * count.decoder_tokens > _MAPPED_ANEW
+        loss /= ceilings.fresh_bytes if large else ceilings.bytes
     return StepSeconds(
         products=operations.linear / ceilings.products,
-        attention=operations.attention / ceilings.attention,
-        bytes=moved / ceilings.bytes,
+        attention=operations.attention / ceilings.attention + sequences * ceilings.sequence,
+        bytes=moved / ceilings.bytes + loss,
         optimizer=_ADAMW * parameters / ceilings.bytes,
         calls=traffic.calls * ceilings.call,
         on_gpu=ceilings.on_gpu,

@@ -32,7 +32,8 @@ IGNORE_INDEX = -100
 class ModelCost:
     """Multiply-adds of one forward pass, per token and per query-key pair.
 
-    A model with a single stream of tokens has everything under ``decoder``.
+    A model with a single stream of tokens has everything under ``decoder``. ``attentions`` is how
+    many layers of attention there are, of all kinds.
     """
 
     per_encoder_token: int
@@ -40,17 +41,22 @@ class ModelCost:
     per_encoder_pair: int
     per_decoder_pair: int
     per_cross_pair: int
+    attentions: int = 0
 
 
 @dataclass(frozen=True)
 class BatchCount:
-    """How many tokens, and query-key pairs per attention, a batch puts through the model."""
+    """How many tokens, and query-key pairs per attention, a batch puts through the model.
+
+    ``sequences`` is how many of them there are.
+    """
 
     encoder_tokens: int
     decoder_tokens: int
     encoder_pairs: int
     decoder_pairs: int
     cross_pairs: int
+    sequences: int = 0
 
     @property
     def tokens(self) -> int:
@@ -123,6 +129,7 @@ def model_cost(model: nn.Module) -> ModelCost:
     encoder_decoder = _is_encoder_decoder(model)
     tokens = {"encoder": 0, "decoder": 0}
     pairs = {"encoder": 0, "decoder": 0, "cross": 0}
+    attentions = 0
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -134,6 +141,7 @@ def model_cost(model: nn.Module) -> ModelCost:
             # product is the width of the query projection.
             kind = "cross" if in_cross else "encoder" if in_encoder else "decoder"
             pairs[kind] += 2 * module.out_features
+            attentions += 1
         sees_encoder = in_encoder or (in_cross and name in _KEY_VALUE_NAMES)
         tokens["encoder" if sees_encoder else "decoder"] += module.in_features * module.out_features
     if not any(pairs.values()):
@@ -147,6 +155,7 @@ def model_cost(model: nn.Module) -> ModelCost:
         per_encoder_pair=pairs["encoder"],
         per_decoder_pair=pairs["decoder"],
         per_cross_pair=pairs["cross"],
+        attentions=attentions,
     )
 
 
@@ -174,7 +183,7 @@ def count_padded(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchCount:
     """Tokens and pairs of the whole rectangle, padding included."""
     rows, columns = _input_ids(batch).shape
     if not _is_encoder_decoder(model):
-        return BatchCount(0, rows * columns, 0, rows * columns**2, 0)
+        return BatchCount(0, rows * columns, 0, rows * columns**2, 0, rows)
     decoder_columns = _labels(batch).shape[1]
     return BatchCount(
         encoder_tokens=rows * columns,
@@ -182,6 +191,7 @@ def count_padded(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchCount:
         encoder_pairs=rows * columns**2,
         decoder_pairs=rows * decoder_columns**2,
         cross_pairs=rows * decoder_columns * columns,
+        sequences=rows,
     )
 
 
@@ -211,7 +221,8 @@ def count_lengths(encoder_lengths: list[int] | None, decoder_lengths: list[int])
         ValueError: if the two sides have different numbers of sequences.
     """
     if encoder_lengths is None:
-        return BatchCount(0, sum(decoder_lengths), 0, sum(n * n for n in decoder_lengths), 0)
+        pairs = sum(n * n for n in decoder_lengths)
+        return BatchCount(0, sum(decoder_lengths), 0, pairs, 0, len(decoder_lengths))
     if len(encoder_lengths) != len(decoder_lengths):
         raise ValueError(
             f"encoder_lengths and decoder_lengths: got {len(encoder_lengths)} and "
@@ -223,6 +234,7 @@ def count_lengths(encoder_lengths: list[int] | None, decoder_lengths: list[int])
         encoder_pairs=sum(n * n for n in encoder_lengths),
         decoder_pairs=sum(n * n for n in decoder_lengths),
         cross_pairs=sum(m * n for m, n in zip(decoder_lengths, encoder_lengths)),
+        sequences=len(decoder_lengths),
     )
 
 

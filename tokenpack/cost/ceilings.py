@@ -181,5 +181,7 @@ def read_ceilings(path: str | Path) -> Ceilings:
     numbers = {name: document[name] for name in names - {"device", "dtype"}}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise ValueError(f"ceilings: {path}: {name} must be a number of 0 or more, got {value!r}")
+            raise ValueError(
+                f"ceilings: {path}: {name} must be a number of 0 or more, got {value!r}"
+            )
     return Ceilings(**document)

@@ -333,14 +333,15 @@ def test_nothing_to_attend_to_still_has_gradients(lengths, bias):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("poisoned", ["q", "k", "v"])
 def test_nan_stays_in_its_sequence(poisoned, options, bias):
-    lengths = ([4, 5, 5, 3, 90], [4, 5, 5, 3, 90])
+    # Of rows shorter than a vector PyTorch's own kernel for the CPU makes 0 of NaN.
+    lengths = ([4, 5, 20, 3, 90], [4, 5, 20, 3, 90])
     inputs = make_inputs(lengths, bias=bias)
     clean = run(varlen_attention, inputs, **options)
     sick = getattr(inputs, poisoned).clone()
-    sick[9:14] = float("nan")  # the third sequence
+    sick[9:29] = float("nan")  # the third sequence
     results = run(varlen_attention, inputs._replace(**{poisoned: sick}), **options)
-    others = torch.ones(107, dtype=torch.bool)
-    others[9:14] = False
+    others = torch.ones(122, dtype=torch.bool)
+    others[9:29] = False
     assert results["out"][~others].isnan().all()
     for name in ("out", "dq", "dk", "dv"):
         assert results[name][others].equal(clean[name][others]), name

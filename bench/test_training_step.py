@@ -113,11 +113,13 @@ def test_tiny(benchmark, name, by):
 @of_models_and_contenders
 def test_small(benchmark, name, by):
     """Half the width of a base model; on a CPU two layers of it."""
+    if not ON_GPU and name == "mT5":
+        pytest.skip("on a CPU mT5 runs tiny alone")
     compare_size(benchmark, name, "small", by)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["T5", "NLLB", "Llama"])
+@pytest.mark.parametrize("name", ["T5", "NLLB", "Llama"] if ON_GPU else ["T5", "Llama"])
 def test_presets(benchmark, name, preset):
     """The patched model beside the padded one, over lengths of every shape."""
     benchmark.group = f"training step over padding shares, small {name}"

@@ -86,7 +86,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 @pytest.fixture(autouse=True)
 def named(benchmark, request):
     """Say in the result who was measured, and what it is to be held against."""
-    module, parameters = request.module, request.node.callspec.params
+    module = request.module
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     notes = benchmark.extra_info
     notes["suite"] = module.__name__.rpartition("test_")[2]
     notes["by"] = by = parameters.get("by", "tokenpack")

@@ -81,7 +81,8 @@ def _run(part: str, raw: Path, given: argparse.Namespace) -> bool:
     unfinished = figures.with_suffix(".part")
     command = [
         *(sys.executable, "-m", "pytest", f"{HERE / f'test_{suite}.py'}::{function}"),
-        *("-q", "--no-header", "--no-summary", "--benchmark-only", "-p", "no:cacheprovider"),
+        *("-q", "--no-header", "--no-summary", "--benchmark-only"),
+        *("-p", "no:cacheprovider", "-p", "no:hypothesispytest"),  # the latter takes a second
         *(f"--benchmark-json={unfinished}", f"--record-outcome={outcome}"),
         *("--benchmark-columns=median,iqr,rounds", "--benchmark-warmup=off"),
         f"--lengths={given.lengths}",

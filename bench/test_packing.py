@@ -16,7 +16,7 @@ COUNTS = (10_000, 100_000, 1_000_000)
 BASELINES = ("TRL bfd",)
 LIMITS = ("floor",)
 
-pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=5)
+pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=5)
 
 
 def make_lengths(shape, capacity, count):

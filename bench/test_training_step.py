@@ -36,13 +36,15 @@ def compare(benchmark, name, size, by, preset):
     """Time ``by``, each round after one of the baseline, and note how they compare."""
     batch, real = padded_batch(name, size, preset)
     step = Step(*CONTENDERS[by](name, size, batch))
-    baseline = Step(*CONTENDERS["padded, SDPA"](name, size, batch))
+    baseline = None
+    if by not in BASELINES:
+        baseline = Step(*CONTENDERS[BASELINES[0]](name, size, batch))
+        baseline()
+        baseline.forget()
     step()  # compiles, and makes the optimizer's states
     peak = peak_memory(step)
-    baseline()
     step.forget()
-    baseline.forget()
-    benchmark.pedantic(step, setup=lambda: baseline(), rounds=ROUNDS)
+    benchmark.pedantic(step, setup=baseline and (lambda: baseline()), rounds=ROUNDS)
 
     notes = benchmark.extra_info
     slots = batch["input_ids"].numel() + (0 if name == "Llama" else batch["labels"].numel())
@@ -53,7 +55,7 @@ def compare(benchmark, name, size, by, preset):
     if not step.seconds:  # --benchmark-disable
         return
     notes["tokens/s"] = round(real / statistics.median(step.seconds))
-    if by != "padded, SDPA":
+    if baseline is not None:
         ratio = _ratio(baseline.seconds, step.seconds)
         notes["of the baseline's speed, round by round"] = round(ratio, 3)
     if by == "packed":

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,6 +134,54 @@ def _gaps(results: Run) -> list[str]:
     return lines + [f"Not run: {part}" for part in results.missing]
 
 
+def predictions_table(results: Run) -> Table:
+    """What the model of cost said of the patched steps, over what was measured."""
+    rows = [
+        [
+            f"{each.group}{preset}",
+            f"{each.notes['padding share']:.0%}",
+            f"{each.notes[PAIRED]:.2f}",
+            f"{each.notes['ratio predicted']:.2f}",
+            f"{each.notes[_RATIO_ERROR] - 1:+.0%}",
+            f"{each.notes['seconds predicted / measured'] - 1:+.0%}",
+            f"{each.notes['memory predicted / measured'] - 1:+.0%}",
+        ]
+        for each in results.of("training_step")
+        if _RATIO_ERROR in each.notes
+        for preset in [f", {each.notes['preset']}" if "preset" in each.notes else ""]
+    ]
+    head = ["patched steps", "padding", "times as fast", "predicted", "error of it"]
+    return [[*head, "error of its seconds", "of its memory"], *rows]
+
+
+_RATIO_ERROR = "ratio predicted / measured"
+_PREDICTIONS = "The model of cost"
+
+
+def prediction_lines(results: Run) -> list[str]:
+    """The device's ceilings, and how far off the ratios were; nothing without predictions."""
+    errors = [
+        abs(each.notes[_RATIO_ERROR] - 1)
+        for each in results.of("training_step")
+        if _RATIO_ERROR in each.notes
+    ]
+    if not errors:
+        return []
+    lines = [
+        f"Predicted step-time ratios: off by {statistics.median(errors):.0%} in the median, "
+        f"{max(errors):.0%} at most, over {len(errors)} steps."
+    ]
+    path = results.folder / "ceilings.json"
+    if path.exists():
+        best = json.loads(path.read_text(encoding="utf-8"))
+        lines.append(
+            f"From the device's best: {best['products'] / 1e12:.3g} TFLOP/s in products, "
+            f"{best['attention'] / 1e12:.3g} in attention, {best['bytes'] / 1e9:.3g} GB/s, "
+            f"{best['call'] * 1e6:.2g} us a call."
+        )
+    return lines
+
+
 # -------------------------------------------------------------------------------------- documents
 
 
@@ -149,6 +199,9 @@ def markdown(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
             blocks.append(markdown_table(ratios))
         for group, own in grouped(members).items():
             blocks += [f"### {group}", markdown_table(detail_table(own))]
+    if lines := prediction_lines(results):
+        facts = "\n".join(f"- {line}" for line in lines)
+        blocks += [f"## {_PREDICTIONS}", facts, markdown_table(predictions_table(results))]
     if gaps := _gaps(results):
         blocks += ["## What is not here", "\n".join(f"- {line}" for line in gaps)]
     return "\n\n".join(blocks) + "\n"
@@ -204,6 +257,8 @@ def _html(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
         for group, own in grouped(members).items():
             table = _html_table(detail_table(own))
             parts.append(f"<details><summary>{html.escape(group)}</summary>{table}</details>")
+    if lines := prediction_lines(results):
+        parts += [f"<h2>{_PREDICTIONS}</h2>", _list(lines), _html_table(predictions_table(results))]
     if gaps := _gaps(results):
         parts += ["<h2>What is not here</h2>", _list(gaps)]
     return "\n".join([*parts, "</body></html>\n"])

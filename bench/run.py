@@ -37,7 +37,7 @@ from .results import parts  # noqa: E402
 
 CEILINGS = "ceilings.json"
 LONG_ON_A_CPU = ("profile.test_base", "training_step.test_base")
-_PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "fast-axolotl", "seqpacker", "accelerate")
+_PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "fast-axolotl", "accelerate")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,185 @@
+"""Figures in README.md and docs/, written from committed runs and never by hand.
+
+    <!-- figures: KIND RUN -->  what this file writes  <!-- end -->
+
+`python -m bench.quote` writes them anew, from ``bench/results/RUN``; a test fails where they differ.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .report import Table, markdown_table
+from .results import Result, Run, read
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_BLOCK = re.compile(r"(<!-- figures: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def update(text: str) -> str:
+    """``text`` with its blocks written anew.
+
+    Raises:
+        ValueError: if a block names no kind or no run that there is.
+    """
+
+    def write(block: re.Match[str]) -> str:
+        begin, kind, folder, end = block.groups()
+        if kind not in KINDS:
+            raise ValueError(f"figures of {kind!r}: takes one of {', '.join(KINDS)}")
+        run = read(ROOT / "bench/results" / folder)
+        return f"{begin}\n{KINDS[kind](run)}\n\n{_origin(run)}\n{end}"
+
+    return _BLOCK.sub(write, text)
+
+
+def _origin(run: Run) -> str:
+    environment = run.environment
+    machine, versions = environment["machine"], environment["versions"]
+    name = run.folder.name
+    return (
+        f"{environment['date']}, {machine['physical_cores']} cores of an {machine['cpu']}, "
+        f"{environment['threads']} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; medians of 3 rounds or more: "
+        f"[bench/results/{name}](https://REPOSITORY/bench/results/{name}/report.md)"
+        if environment["device"] == "cpu"
+        else f"{environment['date']}, {environment['device']}, torch {versions['torch']}: "
+        f"bench/results/{name}"
+    )
+
+
+def _steps(run: Run) -> str:
+    table: Table = [
+        ["model", "padding", "times as fast", "ideal", "of the ideal", "peak MiB, padded : packed"]
+    ]
+    for size in ("base", "small"):
+        for name in ("T5", "NLLB", "Llama"):
+            found = _by(run, "training_step", f"training step, {size} {name},")
+            packed, padded = found["packed"].notes, found["padded, SDPA"].notes
+            peak = "peak memory, MiB"
+            table.append(
+                [
+                    f"{size} {name}",
+                    f"{packed['padding share']:.1%}",
+                    f"{packed['forward and backward, round by round']:.2f}",
+                    f"{packed['ideal, forward and backward']:.2f}",
+                    f"{packed['of the ideal']:.2f}",
+                    f"{padded[peak]:,} : {packed[peak]:,}",
+                ]
+            )
+    return markdown_table(table)
+
+
+def _losses(run: Run) -> str:
+    groups = {
+        each.parameters["classes"]: each.group
+        for each in run.of("loss")
+        if "extra memory, MiB" in each.notes
+    }
+    few, many = min(groups), max(groups)
+    head = ["", *(f"{classes:,} classes: {what}" for classes in (few, many) for what in _COST)]
+    table: Table = [head]
+    for by, name in (
+        ("tokenpack", "`packed_linear_cross_entropy`"),
+        ("logits", "logits, then `F.cross_entropy`"),
+        ("F.linear_cross_entropy", "`F.linear_cross_entropy`, its default chunks"),
+    ):
+        results = [_by(run, "loss", groups[classes])[by] for classes in (few, many)]
+        cells = [
+            cell
+            for each in results
+            for cell in (f"{each.notes['extra memory, MiB']:,.0f} MiB", f"{each.median:.2g} s")
+        ]
+        table.append([name, *cells])
+    return f"{groups[few].rpartition(' x ')[0].replace('head and loss, ', '')}:".join(
+        ["", ""]
+    ) and markdown_table(table)
+
+
+_COST = ("memory", "time")
+
+
+def _trainer(run: Run) -> str:
+    table: Table = [["one epoch", "times as long", "peak MiB of a step"]]
+    for group in dict.fromkeys(each.group for each in run.of("trainer")):
+        found = _by(run, "trainer", group)
+        ours = found["token budget"]
+        table.append(
+            [
+                f"{group.split()[3].rstrip(',').upper()}, `HierarchicalTokenTrainer`",
+                "1",
+                str(ours.notes["peak MiB of a step"]),
+            ]
+        )
+        table += [
+            [
+                f"`Seq2SeqTrainer`, {by}",
+                f"{each.median / ours.median:.2f}",
+                f"{each.notes['peak MiB of a step']:,}",
+            ]
+            for by, each in found.items()
+            if by != "token budget"
+        ]
+    return markdown_table(table)
+
+
+def _profile(run: Run) -> str:
+    profiles = [
+        each
+        for size in ("base", "small")
+        for each in run.of("profile")
+        if each.by == "packed" and f", {size} " in each.group
+    ]
+    names = [name for name in profiles[0].notes if name.endswith(", %")]
+    head = ["% of a patched step", *(_short(each) for each in profiles)]
+    rows = [
+        [name.removesuffix(", %"), *(f"{each.notes[name]:.1f}" for each in profiles)]
+        for name in names
+    ]
+    return markdown_table([head, *rows])
+
+
+def _short(each: Result) -> str:
+    return each.group.split(", ")[1]
+
+
+def _by(run: Run, suite: str, group: str) -> dict[str, Result]:
+    found = {each.by: each for each in run.of(suite) if each.group.startswith(group)}
+    if not found:
+        raise ValueError(f"{run.folder} has nothing of {group!r}")
+    return found
+
+
+def _predictions(run: Run) -> str:
+    from .report import prediction_lines, predictions_table
+
+    facts = "\n".join(f"- {line}" for line in prediction_lines(run))
+    return f"{facts}\n\n{markdown_table(predictions_table(run))}"
+
+
+KINDS: dict[str, Callable[[Run], str]] = {
+    "steps": _steps,
+    "losses": _losses,
+    "trainer": _trainer,
+    "profile": _profile,
+    "predictions": _predictions,
+}
+
+
+def main() -> int:
+    """Write all pages anew."""
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = update(before)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,8 @@
 
     <!-- figures: KIND RUN -->  what this file writes  <!-- end -->
 
-`python -m bench.quote` writes them anew, from ``bench/results/RUN``; a test fails where they differ.
+`python -m bench.quote` writes them anew, from ``bench/results/RUN``; a test fails where they
+differ.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import Table, markdown_table
+from .report import Table, markdown_table, prediction_lines, predictions_table
 from .results import Result, Run, read
 
 ROOT = Path(__file__).parents[1]
@@ -39,16 +40,14 @@ def update(text: str) -> str:
 
 def _origin(run: Run) -> str:
     environment = run.environment
-    machine, versions = environment["machine"], environment["versions"]
-    name = run.folder.name
+    device, versions = environment["device"], environment["versions"]
+    if device == "cpu":
+        machine = environment["machine"]
+        device = f"{machine['physical_cores']} cores ({machine['cpu']})"
     return (
-        f"{environment['date']}, {machine['physical_cores']} cores of an {machine['cpu']}, "
-        f"{environment['threads']} threads, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; medians of 3 rounds or more: "
-        f"[bench/results/{name}](https://REPOSITORY/bench/results/{name}/report.md)"
-        if environment["device"] == "cpu"
-        else f"{environment['date']}, {environment['device']}, torch {versions['torch']}: "
-        f"bench/results/{name}"
+        f"Measured on {environment['date']}: {device}, {environment['threads']} threads, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; medians, whose spread and "
+        f"rounds are in `bench/results/{run.folder.name}/report.md`."
     )
 
 
@@ -81,26 +80,31 @@ def _losses(run: Run) -> str:
         if "extra memory, MiB" in each.notes
     }
     few, many = min(groups), max(groups)
-    head = ["", *(f"{classes:,} classes: {what}" for classes in (few, many) for what in _COST)]
-    table: Table = [head]
+    what = groups[few].removeprefix("head and loss, ").replace(f"{few} classes", "classes")
+    table: Table = [[what, *(f"{each:,}: {cost}" for each in (few, many) for cost in _COSTS)]]
     for by, name in (
         ("tokenpack", "`packed_linear_cross_entropy`"),
         ("logits", "logits, then `F.cross_entropy`"),
         ("F.linear_cross_entropy", "`F.linear_cross_entropy`, its default chunks"),
     ):
         results = [_by(run, "loss", groups[classes])[by] for classes in (few, many)]
-        cells = [
-            cell
-            for each in results
-            for cell in (f"{each.notes['extra memory, MiB']:,.0f} MiB", f"{each.median:.2g} s")
-        ]
-        table.append([name, *cells])
-    return f"{groups[few].rpartition(' x ')[0].replace('head and loss, ', '')}:".join(
-        ["", ""]
-    ) and markdown_table(table)
+        table.append(
+            [
+                name,
+                *(
+                    cell
+                    for each in results
+                    for cell in (
+                        f"{each.notes['extra memory, MiB']:,.0f} MiB",
+                        f"{1e3 * each.median:,.0f} ms",
+                    )
+                ),
+            ]
+        )
+    return markdown_table(table)
 
 
-_COST = ("memory", "time")
+_COSTS = ("memory", "time")
 
 
 def _trainer(run: Run) -> str:
@@ -155,8 +159,6 @@ def _by(run: Run, suite: str, group: str) -> dict[str, Result]:
 
 
 def _predictions(run: Run) -> str:
-    from .report import prediction_lines, predictions_table
-
     facts = "\n".join(f"- {line}" for line in prediction_lines(run))
     return f"{facts}\n\n{markdown_table(predictions_table(run))}"
 

@@ -15,7 +15,7 @@ from .common import DEVICE, DTYPE, ON_GPU, liger, measure, peak_memory
 
 VOCABULARIES = (32_768, 131_072, 262_144)
 LOGITS_TOKENS = 8192 if ON_GPU else 128
-TOKENS, HIDDEN = (8192, 2048) if ON_GPU else (128, 128)
+TOKENS, HIDDEN = (8192, 2048) if ON_GPU else (128, 64)
 BASELINES = ("PyTorch", "logits")
 LIMITS = ("copies of the same bytes",)
 

@@ -72,7 +72,7 @@ def note_shares(benchmark, name, size, by):
     step = Step(*CONTENDERS[by](name, SIZES[size], batch))
     for _ in range(2):
         step()
-    found = shares(step, rounds=10 if ON_GPU else 1 if size == "base" else 3)
+    found = shares(step, rounds=10 if ON_GPU else 1 if size == "base" else 2)
     inside = sum(found[kind] for kind in ("matrix products", "attention", "optimizer"))
     benchmark.extra_info[OUTSIDE] = round(100 - inside, 1)
     for kind, percent in found.items():

@@ -21,7 +21,7 @@ from tokenpack.trainer import HierarchicalTokenTrainer
 from .common import ON_GPU, peak_memory
 
 SIZE = SIZES["large" if ON_GPU else "small"]
-TEXTS, EXAMPLES = (20_000, 20_000) if ON_GPU else (3_000, 96)
+TEXTS, EXAMPLES = (20_000, 20_000) if ON_GPU else (3_000, 64)
 STEP, MICRO = (65_536, 16_384) if ON_GPU else (4_096, 1_024)
 BASELINES = ("fixed batches",)
 TRAINERS = ("token budget", "fixed batches", "fixed batches, accumulated", "group_by_length")

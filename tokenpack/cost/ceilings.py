@@ -35,7 +35,8 @@ class Ceilings:
         bytes: a second, read and written, in operators that do little else.
         fresh_bytes: the same where results are so large that a CPU has no memory ready for them.
         call: seconds that an operator takes to be called.
-        sequence: seconds that each sequence costs a packed attention beside its operations.
+        sequence: seconds that each sequence costs a packed attention beside its operations, for
+            each unit of its width, heads * head_dim.
         memory: bytes that the device has.
     """
 
@@ -133,7 +134,7 @@ def _of_a_sequence(device: torch.device, dtype: torch.dtype, attention: float) -
         torch.autograd.grad(out.sum(), (q, k, v))
 
     operations = 3 * 4 * heads * width * sum(length**2 for length in lengths)
-    return max(_best(attend, device) - operations / attention, 0.0) / len(lengths)
+    return max(_best(attend, device) - operations / attention, 0.0) / (len(lengths) * heads * width)
 
 
 def _best(function: Callable[[], object], device: torch.device, seconds: float = 0.6) -> float:

@@ -1,7 +1,7 @@
 """Predict a training step from what was counted and what a device can do.
 
     device = products / rate + attention / rate + bytes moved / rate + optimizer's bytes / rate
-             + packed: sequences * layers of attention * what a sequence costs
+             + packed: sequences * width of all attentions * what a sequence costs of it
     host   = calls * seconds of a call
     step   = device + host on a CPU, max(device, host) on a GPU, which is called ahead of itself
 
@@ -81,10 +81,12 @@ def forecast_seconds(
         + traffic.moved_per_decoder_token * count.decoder_tokens
     )
     if packed:
-        sequences = cost.attentions * count.sequences
+        # A pair takes two multiply-adds for each unit of width, heads * head_dim.
+        widths = (cost.per_encoder_pair + cost.per_decoder_pair + cost.per_cross_pair) / 2
+        sequences = widths * count.sequences
         loss = _LOSS_PASSES * traffic.logits_per_token * count.decoder_tokens / ceilings.bytes
     else:
-        sequences = 0
+        sequences = 0.0
         loss = traffic.loss_moved_per_token * count.decoder_tokens
         large = traffic.logits_per_token * count.decoder_tokens > _MAPPED_ANEW
         loss /= ceilings.fresh_bytes if large else ceilings.bytes

@@ -1,0 +1,100 @@
+"""`tokenpack inspect --gpus`: what it predicts, on what it stands, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from transformers import T5Config
+
+from tokenpack.cli import main
+from tokenpack.commands import prediction
+from tokenpack.commands.epochs import Sides
+from tokenpack.cost import Ceilings, write_ceilings
+from tokenpack.data.tokenizer import train_tokenizer
+
+TEXTS = ["Summary. " + "Body of words. " * count for count in (1, 2, 4, 9, 15, 40)]
+GIB = 2**30
+DEVICE = Ceilings("a GPU", "bfloat16", 4e14, 2e14, 2e12, 2e12, 5e-6, 1e-6, 80 * GIB)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Of inspect: data of pairs, a tokenizer, a model's config, a device."""
+    data, tokenizer = tmp_path / "pairs.jsonl", tmp_path / "tokenizer.json"
+    lines = [{"source": text, "target": "Summary."} for text in TEXTS]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train_tokenizer(TEXTS, 400).save(str(tokenizer))
+    T5Config(
+        vocab_size=400, d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2
+    ).save_pretrained(tmp_path / "model")
+    write_ceilings(DEVICE, tmp_path / "device.json")
+    return [
+        *("inspect", "--data", str(data), "--tokenizer", str(tokenizer)),
+        *("--model-config", str(tmp_path / "model"), "--out", str(tmp_path / "out")),
+    ]
+
+
+def test_it_prints_and_writes_a_prediction(arguments, tmp_path, capsys):
+    device = ["--gpus", "4", "--ceilings", str(tmp_path / "device.json"), "--link", "50"]
+    assert main([*arguments, *device]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted on a GPU at its best (bfloat16: products 400 TFLOP/s" in printed
+    assert "over links of 50 GB/s" in printed
+    found = json.loads((tmp_path / "out/inspect.json").read_text())["prediction"]
+    assert f"max_tokens_per_microbatch={found['packed_budget']:,} fits" in printed
+    assert [each["ranks"] for each in found["of_ranks"]] == [4, 8, 64, 1024]
+    assert all(0.5 < each["balance"] <= 1 for each in found["of_ranks"])
+    for each in found["of_rows"]:
+        assert each["padded"]["products"] > each["packed"]["products"]
+        assert each["padded_bytes"] > each["packed_bytes"]
+    wider = [each["padded"]["products"] for each in found["of_rows"]]
+    assert wider == sorted(wider)
+
+
+def test_one_device_has_no_ranks_to_wait_for(arguments, tmp_path, capsys):
+    assert main([*arguments, "--gpus", "1", "--ceilings", str(tmp_path / "device.json")]) == 0
+    assert "all-reduce" not in capsys.readouterr().out
+
+
+def test_without_a_question_nothing_is_predicted(arguments, tmp_path, capsys):
+    assert main(arguments) == 0
+    assert "predicted" not in capsys.readouterr().out
+    assert "prediction" not in json.loads((tmp_path / "out/inspect.json").read_text())
+
+
+def test_a_model_that_no_device_holds(arguments, tmp_path, capsys):
+    small = Ceilings("a GPU", "bfloat16", 4e14, 2e14, 2e12, 2e12, 5e-6, 1e-6, 2**20)
+    write_ceilings(small, tmp_path / "small.json")
+    assert main([*arguments, "--gpus", "2", "--ceilings", str(tmp_path / "small.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "weights, gradients and optimizer do not fit this device" in printed
+    assert "nor do they where 2 devices share them" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--ceilings", "device.json"], "--ceilings: is of a prediction; name --gpus N too"),
+        (["--gpus", "0"], "--gpus"),
+        (["--gpus", "2", "--link", "0"], "takes a number above 0"),
+        (["--gpus", "2", "--ceilings", "absent.json"], "absent.json"),
+        (["--gpus", "2", "--model-config", "absent/config.json"], "--model-config: no config in"),
+    ],
+)
+def test_bad_input(arguments, more, message):
+    command = [sys.executable, "-m", "tokenpack", *arguments, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_the_largest_batch_is_the_one_that_keeps_the_most():
+    sides = Sides(np.array([1, 9, 2, 2]), np.array([5, 1, 1, 8]))
+    traffic = type("T", (), {"kept_per_encoder_token": 1, "kept_per_decoder_token": 10})
+    order = np.arange(4)
+    packed = prediction._largest(sides, order, 2, np.add, traffic)
+    assert (packed.encoder_tokens, packed.decoder_tokens) == (4, 9)
+    padded = prediction._largest(sides, order, 2, np.maximum, traffic)
+    assert (padded.encoder_tokens, padded.decoder_tokens) == (4, 16)

@@ -1,0 +1,51 @@
+"""Ceilings: measured, written and read back, refused where they cannot be."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from tokenpack.cost import measure_ceilings, read_ceilings, write_ceilings
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure_ceilings("cpu")
+
+
+def test_a_cpu_is_measured(measured):
+    assert measured.device == "cpu"
+    assert not measured.on_gpu
+    assert measured.torch_dtype == torch.float32
+    numbers = [value for value in asdict(measured).values() if not isinstance(value, str)]
+    assert all(number > 0 for number in numbers if number != measured.sequence)
+    # Any machine that this can run on, and none that is broken by a factor of a thousand.
+    assert 1e9 < measured.products < 1e14
+    assert 1e8 < measured.bytes < 1e12
+    assert 1e-8 < measured.call < 1e-3
+
+
+def test_they_come_back_from_a_file(measured, tmp_path):
+    path = tmp_path / "ceilings.json"
+    write_ceilings(measured, path)
+    assert read_ceilings(path) == measured
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"products": "fast"}, "products must be a number"),
+        ({"bytes": -1}, "bytes must be a number"),
+        ({"dtype": "int8"}, "dtype must be a float's"),
+        ({"more": 1}, "must be an object with"),
+    ],
+)
+def test_other_files_are_refused(measured, tmp_path, change, message):
+    path = tmp_path / "ceilings.json"
+    path.write_text(json.dumps({**asdict(measured), **change}))
+    with pytest.raises(ValueError, match=message):
+        read_ceilings(path)
+    path.write_text("not json")
+    with pytest.raises(ValueError, match="is no JSON"):
+        read_ceilings(path)

@@ -1,0 +1,93 @@
+"""Predictions by hand, from round numbers."""
+
+from dataclasses import replace
+
+import pytest
+
+from tokenpack.cost import (
+    BatchCount,
+    Ceilings,
+    ModelCost,
+    Traffic,
+    forecast_memory,
+    forecast_seconds,
+    token_budget,
+)
+
+COST = ModelCost(2, 3, 5, 7, 11)
+TRAFFIC = Traffic(
+    moved_per_encoder_token=10,
+    moved_per_decoder_token=20,
+    moved_once=1000,
+    kept_per_encoder_token=3,
+    kept_per_decoder_token=4,
+    loss_moved_per_token=50,
+    loss_kept_per_token=6,
+    logits_per_token=8,
+    calls=100,
+)
+DEVICE = Ceilings(
+    device="cpu",
+    dtype="float32",
+    products=6.0,
+    attention=12.0,
+    bytes=10.0,
+    fresh_bytes=5.0,
+    call=0.25,
+    sequence=0.5,
+    memory=10_000,
+)
+COUNT = BatchCount(100, 10, 1000, 40, 60, sequences=2)
+PARAMETERS = 100
+
+
+def seconds(packed, device=DEVICE, traffic=TRAFFIC):
+    return forecast_seconds(COST, traffic, COUNT, PARAMETERS, device, packed=packed)
+
+
+def test_a_padded_step():
+    step = seconds(packed=False)
+    assert step.products == 6 * (2 * 100 + 3 * 10) / 6
+    assert step.attention == 6 * (5 * 1000 + 7 * 40 + 11 * 60) / 12
+    assert step.bytes == (1000 + 10 * 100 + 20 * 10 + 50 * 10) / 10
+    assert step.optimizer == 28 * PARAMETERS / 10
+    assert step.calls == 25
+    assert step.forward_backward == step.products + step.attention + step.bytes + 25
+    assert step.total == step.forward_backward + step.optimizer
+
+
+def test_a_packed_step_reads_logits_thrice_and_pays_for_sequences():
+    step = seconds(packed=True)
+    widths = (5 + 7 + 11) / 2  # of all layers: a pair is two multiply-adds for each unit of width
+    assert step.attention == seconds(packed=False).attention + widths * 2 * 0.5
+    assert step.bytes == (1000 + 10 * 100 + 20 * 10 + 3 * 8 * 10) / 10
+
+
+def test_logits_that_are_mapped_anew_take_longer():
+    large = replace(TRAFFIC, logits_per_token=2**25)
+    slow = seconds(packed=False, traffic=large).bytes
+    assert slow - seconds(packed=False).bytes == pytest.approx(50 * 10 / 5 - 50 * 10 / 10)
+
+
+def test_a_gpu_is_called_ahead_of_itself():
+    gpu = seconds(packed=False, device=replace(DEVICE, device="a GPU"))
+    assert gpu.forward_backward == gpu.products + gpu.attention + gpu.bytes
+    slow = seconds(packed=False, device=replace(DEVICE, device="a GPU", call=1e6))
+    assert slow.forward_backward == slow.calls
+
+
+def test_memory_peaks_at_either_end_of_the_backward():
+    state, peak = forecast_memory(TRAFFIC, COUNT, PARAMETERS, packed=True)
+    assert state == 12 * PARAMETERS
+    assert peak == 4 * PARAMETERS  # gradients: more than the 340 bytes that are kept
+    many = replace(COUNT, encoder_tokens=1000)
+    assert forecast_memory(TRAFFIC, many, PARAMETERS, packed=True)[1] == 3 * 1000 + 4 * 10
+    padded = forecast_memory(TRAFFIC, many, PARAMETERS, packed=False)[1]
+    assert padded == 3 * 1000 + 4 * 10 + (2 * 8 + 6) * 10
+
+
+def test_the_budget_fills_the_memory():
+    budget = token_budget(TRAFFIC, 0.5, PARAMETERS, DEVICE.memory)
+    assert budget == int((9000 - 16 * PARAMETERS) / 3.5)
+    assert token_budget(TRAFFIC, 0.5, PARAMETERS, DEVICE.memory, packed=False) < budget / 2
+    assert token_budget(TRAFFIC, 0.5, 10_000, DEVICE.memory) == 0

@@ -1,0 +1,81 @@
+"""The figures of README.md and docs/ are those of the runs that they name."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.fixture(scope="module")
+def rewritten():
+    """Pages by name, as `python -m bench.quote` would write them."""
+    script = (
+        "import json, bench.quote as q;"
+        "print(json.dumps({p.name: q.update(p.read_text(encoding='utf-8')) for p in q.PAGES}))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_figures_are_those_of_the_run(page, rewritten):
+    assert page.read_text(encoding="utf-8") == rewritten[page.name], (
+        "figures differ from the run: python -m bench.quote writes them anew"
+    )
+
+
+def test_the_readme_quotes_runs_with_device_versions_and_date():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- figures: (\w+) (\S+) -->(.*?)<!-- end -->", text, re.DOTALL)
+    assert {kind for kind, _, _ in blocks} == {"steps", "losses", "trainer"}
+    for _, run, block in blocks:
+        environment = json.loads((ROOT / f"bench/results/{run}/environment.json").read_text())
+        assert f"Measured on {environment['date']}" in block
+        assert f"torch {environment['versions']['torch']}" in block
+        assert block.count("|") > 10
+
+
+def test_a_changed_figure_is_seen(tmp_path):
+    """The check can fail: one digit of a block, and the block is another."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (
+        "import sys, bench.quote as q; t = sys.stdin.read(); sys.exit(0 if q.update(t) == t else 3)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+
+    def changed(text):
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env=environment, input=text, text=True
+        )
+        return done.returncode
+
+    assert changed(text) == 0
+    row = re.search(r"\| base T5 \| [^\n]*\d", text)
+    digit = "1" if row.group()[-1] != "1" else "2"
+    assert changed(text[: row.end() - 1] + digit + text[row.end() :]) == 3
+
+
+def test_no_page_claims_a_gpu_figure():
+    """Until a run on a GPU is committed, speed on one is not quoted."""
+    devices = [
+        json.loads(path.read_text())["device"]
+        for path in (ROOT / "bench/results").glob("*/environment.json")
+    ]
+    if any(device != "cpu" for device in devices):
+        pytest.skip("a run on a GPU is committed")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(
+            r"(times|x|%) (as fast|faster) on (an?|the) (H100|A100|H200|GPU)", text
+        )

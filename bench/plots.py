@@ -97,17 +97,15 @@ def _speed_up(results: Sequence[Result], path: Path, title: str) -> bool:
         ideals = [each.notes["ideal, forward and backward"] for each in own]
         axis.plot(shares, ideals, "_", color=colour, markersize=13, markeredgewidth=2)
     axis.plot([], [], "_", color=LIMIT, markersize=13, markeredgewidth=2, label="counted ideal")
-    for each in points:
-        if each.parameters["name"] == models[0]:
-            axis.annotate(
-                each.notes["preset"],
-                (100 * each.notes["padding share"], 0.6),
-                rotation=90,
-                fontsize=8,
-                color=LIMIT,
-                ha="right",
-                va="bottom",
-            )
+    named = sorted(
+        (each for each in points if each.parameters["name"] == models[0]),
+        key=lambda each: each.notes["padding share"],
+    )
+    place = -10.0
+    for each in named:
+        place = max(100 * each.notes["padding share"], place + 3)  # so that none covers another
+        text = {"rotation": 90, "fontsize": 8, "color": LIMIT, "ha": "right", "va": "bottom"}
+        axis.annotate(each.notes["preset"], (place, 0.55), **text)
     axis.axhline(1, color=LIMIT, linewidth=1)
     axis.set(xlabel="padding, % of the slots", ylabel="times as fast, forward and backward")
     axis.set_ylim(bottom=0.5)

@@ -69,12 +69,20 @@ def summary(results: Run) -> list[str]:
 def ratio_table(results: Sequence[Result]) -> Table:
     """A line per group: how many times the baseline's speed each contender has."""
     groups = grouped(list(results))
-    contenders = list(dict.fromkeys(each.by for each in results))
+    contenders = list(
+        dict.fromkeys(
+            each.by
+            for members in groups.values()
+            if 1 < len(members) == len({each.by for each in members})
+            for each in members
+        )
+    )
     head = ["times the speed of the baseline", *contenders]
     rows = []
     for group, members in groups.items():
         ratios = {each.by: speed_up(each, members) for each in members}
-        if any(ratio is not None for ratio in ratios.values()) and len(members) > 1:
+        # Several of one contender, over lengths or shapes, are told apart in the group's own table.
+        if any(ratio is not None for ratio in ratios.values()) and 1 < len(members) == len(ratios):
             rows.append(
                 [group, *("" if not ratios.get(by) else f"{ratios[by]:.2f}" for by in contenders)]
             )

@@ -29,10 +29,10 @@ from .lengths import PRESETS
 from .training import CONTENDERS, MODELS, SIZES, Step, padded_batch
 
 BASELINES = ("padded, SDPA",)
-ROUNDS = 10 if ON_GPU else 3
+ROUNDS = dict.fromkeys(SIZES, 10) if ON_GPU else {"tiny": 9, "small": 3, "base": 3}
 
 
-def compare(benchmark, name, size, by, preset):
+def compare(benchmark, name, size, by, preset, rounds):
     """Time ``by``, each round after one of the baseline, and note how they compare."""
     batch, real = padded_batch(name, size, preset)
     step = Step(*CONTENDERS[by](name, size, batch))
@@ -44,7 +44,7 @@ def compare(benchmark, name, size, by, preset):
     step()  # compiles, and makes the optimizer's states
     peak = peak_memory(step)
     step.forget()
-    benchmark.pedantic(step, setup=baseline and (lambda: baseline()), rounds=ROUNDS)
+    benchmark.pedantic(step, setup=baseline and (lambda: baseline()), rounds=rounds)
 
     notes = benchmark.extra_info
     slots = batch["input_ids"].numel() + (0 if name == "Llama" else batch["labels"].numel())
@@ -103,7 +103,7 @@ def of_models_and_contenders(test):
 def compare_size(benchmark, name, size, by):
     """On the lengths that were asked for."""
     benchmark.group = f"training step, {size} {name}, {chosen.lengths}"
-    compare(benchmark, name, SIZES[size], by, None)
+    compare(benchmark, name, SIZES[size], by, None, ROUNDS[size])
 
 
 @of_models_and_contenders
@@ -127,7 +127,7 @@ def test_presets(benchmark, name, preset):
     benchmark.group = f"training step over padding shares, small {name}"
     benchmark.extra_info["preset"] = preset
     size = SIZES["small"] if ON_GPU else SIZES["small"]._replace(rows=16)
-    compare(benchmark, name, size, "packed", preset)
+    compare(benchmark, name, size, "packed", preset, ROUNDS["small"])
 
 
 @of_models_and_contenders

@@ -19,7 +19,7 @@ def test_a_cpu_is_measured(measured):
     assert not measured.on_gpu
     assert measured.torch_dtype == torch.float32
     numbers = [value for value in asdict(measured).values() if not isinstance(value, str)]
-    assert all(number > 0 for number in numbers if number != measured.sequence)
+    assert all(number >= 0 for number in numbers)
     # Any machine that this can run on, and none that is broken by a factor of a thousand.
     assert 1e9 < measured.products < 1e14
     assert 1e8 < measured.bytes < 1e12

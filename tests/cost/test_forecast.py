@@ -14,7 +14,7 @@ from tokenpack.cost import (
     token_budget,
 )
 
-COST = ModelCost(2, 3, 5, 7, 11)
+COST = ModelCost(2, 3, 5, 7, 11, attentions=4)
 TRAFFIC = Traffic(
     moved_per_encoder_token=10,
     moved_per_decoder_token=20,
@@ -35,6 +35,7 @@ DEVICE = Ceilings(
     fresh_bytes=5.0,
     call=0.25,
     sequence=0.5,
+    sequence_width=0.125,
     memory=10_000,
 )
 COUNT = BatchCount(100, 10, 1000, 40, 60, sequences=2)
@@ -59,7 +60,7 @@ def test_a_padded_step():
 def test_a_packed_step_reads_logits_thrice_and_pays_for_sequences():
     step = seconds(packed=True)
     widths = (5 + 7 + 11) / 2  # of all layers: a pair is two multiply-adds for each unit of width
-    assert step.attention == seconds(packed=False).attention + widths * 2 * 0.5
+    assert step.attention == seconds(packed=False).attention + 2 * (4 * 0.5 + widths * 0.125)
     assert step.bytes == (1000 + 10 * 100 + 20 * 10 + 3 * 8 * 10) / 10
 
 

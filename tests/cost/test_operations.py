@@ -163,7 +163,7 @@ def test_a_published_shape_is_counted_without_its_weights():
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     counted = cost.model_cost(model)
     assert next(model.parameters()).is_meta
-    assert counted == cost.ModelCost(0, weights, 0, 2 * 2048 * 16, 0)
+    assert counted == cost.ModelCost(0, weights, 0, 2 * 2048 * 16, 0, attentions=16)
 
 
 def test_what_cannot_be_counted_is_refused():

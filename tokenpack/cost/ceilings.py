@@ -35,8 +35,8 @@ class Ceilings:
         bytes: a second, read and written, in operators that do little else.
         fresh_bytes: the same where results are so large that a CPU has no memory ready for them.
         call: seconds that an operator takes to be called.
-        sequence: seconds that each sequence costs a packed attention beside its operations, for
-            each unit of its width, heads * head_dim.
+        sequence: seconds that each sequence costs each packed attention beside its operations.
+        sequence_width: seconds more, for each unit of its width, heads * head_dim.
         memory: bytes that the device has.
     """
 
@@ -48,6 +48,7 @@ class Ceilings:
     fresh_bytes: float
     call: float
     sequence: float
+    sequence_width: float
     memory: int
 
     @property
@@ -96,6 +97,8 @@ def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
     in_place = _best(lambda: torch.mul(x, y, out=out), device)
     fresh = _best(lambda: x * y, device)
 
+    narrow, wide = (_of_a_sequence(device, dtype, attention, heads) for heads in (2, 8))
+    more = max(wide - narrow, 0.0) / (6 * 64)
     small = random(4).requires_grad_()
 
     def calls() -> None:
@@ -111,15 +114,17 @@ def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
         attention=attention,
         bytes=moved / in_place,
         fresh_bytes=moved / fresh,
-        sequence=_of_a_sequence(device, dtype, attention),
+        sequence=max(narrow - 2 * 64 * more, 0.0),
+        sequence_width=more,
         call=_best(calls, device) / 2000,  # of the 500, two a backward, and their sum
         memory=_memory(device),
     )
 
 
-def _of_a_sequence(device: torch.device, dtype: torch.dtype, attention: float) -> float:
+def _of_a_sequence(device: torch.device, dtype: torch.dtype, attention: float, heads: int) -> float:
+    """Seconds beside the operations' at the rate ``attention``."""
     lengths = list(range(8, 72, 3))
-    heads, width = 8, 64
+    width = 64
     ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     q, k, v = (
         torch.randn(sum(lengths), heads, width, device=device, dtype=dtype).requires_grad_()
@@ -134,7 +139,7 @@ def _of_a_sequence(device: torch.device, dtype: torch.dtype, attention: float) -
         torch.autograd.grad(out.sum(), (q, k, v))
 
     operations = 3 * 4 * heads * width * sum(length**2 for length in lengths)
-    return max(_best(attend, device) - operations / attention, 0.0) / (len(lengths) * heads * width)
+    return max(_best(attend, device) - operations / attention, 0.0) / len(lengths)
 
 
 def _best(function: Callable[[], object], device: torch.device, seconds: float = 0.6) -> float:

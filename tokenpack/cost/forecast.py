@@ -1,7 +1,7 @@
 """Predict a training step from what was counted and what a device can do.
 
     device = products / rate + attention / rate + bytes moved / rate + optimizer's bytes / rate
-             + packed: sequences * width of all attentions * what a sequence costs of it
+             + packed: sequences * what one costs all attentions beside its operations
     host   = calls * seconds of a call
     step   = device + host on a CPU, max(device, host) on a GPU, which is called ahead of itself
 
@@ -83,7 +83,8 @@ def forecast_seconds(
     if packed:
         # A pair takes two multiply-adds for each unit of width, heads * head_dim.
         widths = (cost.per_encoder_pair + cost.per_decoder_pair + cost.per_cross_pair) / 2
-        sequences = widths * count.sequences
+        of_one = cost.attentions * ceilings.sequence + widths * ceilings.sequence_width
+        sequences = count.sequences * of_one
         loss = _LOSS_PASSES * traffic.logits_per_token * count.decoder_tokens / ceilings.bytes
     else:
         sequences = 0.0
@@ -92,7 +93,7 @@ def forecast_seconds(
         loss /= ceilings.fresh_bytes if large else ceilings.bytes
     return StepSeconds(
         products=operations.linear / ceilings.products,
-        attention=operations.attention / ceilings.attention + sequences * ceilings.sequence,
+        attention=operations.attention / ceilings.attention + sequences,
         bytes=moved / ceilings.bytes + loss,
         optimizer=_ADAMW * parameters / ceilings.bytes,
         calls=traffic.calls * ceilings.call,

@@ -32,7 +32,8 @@ IGNORE_INDEX = -100
 class ModelCost:
     """Multiply-adds of one forward pass, per token and per query-key pair.
 
-    A model with a single stream of tokens has everything under ``decoder``.
+    A model with a single stream of tokens has everything under ``decoder``. ``attentions`` is how
+    many layers of attention there are, of all kinds.
     """
 
     per_encoder_token: int
@@ -40,6 +41,7 @@ class ModelCost:
     per_encoder_pair: int
     per_decoder_pair: int
     per_cross_pair: int
+    attentions: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def model_cost(model: nn.Module) -> ModelCost:
     encoder_decoder = _is_encoder_decoder(model)
     tokens = {"encoder": 0, "decoder": 0}
     pairs = {"encoder": 0, "decoder": 0, "cross": 0}
+    attentions = 0
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -138,6 +141,7 @@ def model_cost(model: nn.Module) -> ModelCost:
             # product is the width of the query projection.
             kind = "cross" if in_cross else "encoder" if in_encoder else "decoder"
             pairs[kind] += 2 * module.out_features
+            attentions += 1
         sees_encoder = in_encoder or (in_cross and name in _KEY_VALUE_NAMES)
         tokens["encoder" if sees_encoder else "decoder"] += module.in_features * module.out_features
     if not any(pairs.values()):
@@ -151,6 +155,7 @@ def model_cost(model: nn.Module) -> ModelCost:
         per_encoder_pair=pairs["encoder"],
         per_decoder_pair=pairs["decoder"],
         per_cross_pair=pairs["cross"],
+        attentions=attentions,
     )
 
 

@@ -87,24 +87,18 @@ def _losses(run: Run) -> str:
         ("logits", "logits, then `F.cross_entropy`"),
         ("F.linear_cross_entropy", "`F.linear_cross_entropy`, its default chunks"),
     ):
-        results = [_by(run, "loss", groups[classes])[by] for classes in (few, many)]
-        table.append(
-            [
-                name,
-                *(
-                    cell
-                    for each in results
-                    for cell in (
-                        f"{each.notes['extra memory, MiB']:,.0f} MiB",
-                        f"{1e3 * each.median:,.0f} ms",
-                    )
-                ),
-            ]
-        )
+        results = [_by(run, "loss", groups[classes]).get(by) for classes in (few, many)]
+        table.append([name, *(cell for each in results for cell in _loss_cells(each))])
     return markdown_table(table)
 
 
 _COSTS = ("memory", "time")
+
+
+def _loss_cells(each: Result | None) -> tuple[str, str]:
+    if each is None:
+        return "not run", "not run"
+    return f"{each.notes['extra memory, MiB']:,.0f} MiB", f"{1e3 * each.median:,.0f} ms"
 
 
 def _trainer(run: Run) -> str:

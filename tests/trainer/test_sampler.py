@@ -272,7 +272,7 @@ def test_padded_shares_are_whole_groups_where_they_are_many():
     items, offsets = sampler.plan()
     for first, last in zip(offsets[:-1], offsets[1:]):
         batch = items[first:last]
-        rank_of = sampler._ranks_of(batch)
+        rank_of = sampler.ranks_of(batch)
         numbers = sampler._planned.group_of[batch]
         for number in set(numbers.tolist()):
             assert len(set(rank_of[numbers == number].tolist())) == 1

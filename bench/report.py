@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -179,9 +178,7 @@ def prediction_lines(results: Run) -> list[str]:
         f"Predicted step-time ratios: off by {statistics.median(errors):.0%} in the median, "
         f"{max(errors):.0%} at most, over {len(errors)} steps."
     ]
-    path = results.folder / "ceilings.json"
-    if path.exists():
-        best = json.loads(path.read_text(encoding="utf-8"))
+    if best := results.ceilings:
         lines.append(
             f"From the device's best: {best['products'] / 1e12:.3g} TFLOP/s in products, "
             f"{best['attention'] / 1e12:.3g} in attention, {best['bytes'] / 1e9:.3g} GB/s, "

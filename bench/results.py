@@ -41,12 +41,14 @@ class Run:
     """A results folder.
 
     Attributes:
+        ceilings: what the device could do at its best, if that was measured.
         skipped, failed: ``(part, benchmark, reason)``.
         missing: parts that were not run.
     """
 
     folder: Path
     environment: dict[str, Any]
+    ceilings: dict[str, Any] | None
     results: list[Result]
     skipped: list[tuple[str, str, str]]
     failed: list[tuple[str, str, str]]
@@ -88,7 +90,9 @@ def read(folder: Path) -> Run:
             told = json.loads(outcome.read_text(encoding="utf-8"))
             skipped += [(part, name, reason) for name, reason in told["skipped"]]
             failed += [(part, name, "") for name in told["failed"]]
-    return Run(folder, environment, results, skipped, failed, missing)
+    best = folder / "ceilings.json"
+    ceilings = json.loads(best.read_text(encoding="utf-8")) if best.exists() else None
+    return Run(folder, environment, ceilings, results, skipped, failed, missing)
 
 
 def _results(document: dict[str, Any]) -> Iterator[Result]:

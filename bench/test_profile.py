@@ -51,7 +51,6 @@ def kind_of(event):
 def shares(step, rounds):
     """Percent of the steps' time by kind; median seconds of a step are `step.seconds`'."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
-    begin = time.perf_counter()
     with profile(activities=activities) as seen:
         begin = time.perf_counter()
         for _ in range(rounds):

@@ -9,6 +9,8 @@ import numpy as np
 
 from ..cost import BatchCount
 
+BATCH_SIZES = (8, 16, 32, 64, 128)
+
 # Random batches of few texts vary; enough epochs of them to draw this many texts.
 _TEXTS_DRAWN = 50_000
 

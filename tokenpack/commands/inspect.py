@@ -22,13 +22,12 @@ from tqdm import tqdm
 from ..cost import ModelCost, model_cost, training_operations
 from ..data.text import Text, read_texts
 from . import figures, machine, prediction, strategies
-from .epochs import Sides, add, count_packed, count_padded, random_orders, sorted_order
+from .epochs import BATCH_SIZES, Sides, add, count_packed, count_padded, random_orders, sorted_order
 from .models import SHAPES, build_config, build_shape
 from .output import make_folder, write_json
 from .table import format_table
 from .tokenizer import Encode, load_tokenizer
 
-BATCH_SIZES = (8, 16, 32, 64, 128)
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
 
 _BARS = 10

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 from .. import cost
 from ..cost import BatchCount, Ceilings, ModelCost, StepSeconds, Traffic
 from ..trainer.sampler import TokenBudgetBatchSampler
-from .epochs import Sides, add, count_packed, count_padded, random_orders
+from .epochs import BATCH_SIZES, Sides, add, count_packed, count_padded, random_orders
 from .table import format_table
 
-ROWS = (8, 16, 32, 64, 128)
 RANKS = (8, 64, 1024)
 _GIB = 2**30
 _SEQUENCES = 1_000_000  # drawn for the simulation of ranks, at most
@@ -135,19 +134,18 @@ def predict(
     simulated = max(min(of_one or sharded or _USUAL_BUDGET, _LARGEST_BUDGET), longest)
     orders = random_orders(len(sides.decoder), arguments.seed)
     ranks = sorted({*RANKS, *([arguments.gpus] if arguments.gpus > 1 else [])})
+    state_bytes, _ = cost.forecast_memory(counted.traffic, packed, counted.parameters, packed=True)
     return Prediction(
         ceilings=device,
         parameters=counted.parameters,
         gpus=arguments.gpus,
         link=arguments.link,
-        state_bytes=cost.forecast_memory(counted.traffic, packed, counted.parameters, packed=True)[
-            0
-        ],
+        state_bytes=state_bytes,
         packed_budget=of_one,
         padded_budget=budget(counted.parameters, False),
         sharded_budget=sharded,
         simulated_budget=simulated,
-        of_rows=[_of_rows(rows, sides, orders, counted, device) for rows in ROWS],
+        of_rows=[_of_rows(rows, sides, orders, counted, device) for rows in BATCH_SIZES],
         of_ranks=[
             _of_ranks(count, simulated, sides, counted, device, arguments) for count in ranks
         ],
@@ -168,10 +166,7 @@ def _of_rows(
         return cost.forecast_seconds(*model[:2], count, model.parameters, device, packed=packed)
 
     def memory(reduce: np.ufunc, packed: bool) -> int:
-        largest = max(
-            (_largest(sides, order, rows, reduce, model.traffic) for order in orders[:1]),
-            key=lambda count: count.tokens,
-        )
+        largest = _largest(sides, orders[0], rows, reduce, model.traffic)
         state, step = cost.forecast_memory(model.traffic, largest, model.parameters, packed=packed)
         return state + step
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .report import Table, markdown_table, prediction_lines, predictions_table
@@ -145,6 +145,60 @@ def _short(each: Result) -> str:
     return each.group.split(", ")[1]
 
 
+def _packing(run: Run) -> str:
+    plans = [each for each in run.of("packing") if each.name.startswith("test_plan[")]
+    counts = sorted({each.parameters["count"] for each in plans})
+    of_plans: Table = [["lengths", "floor", "`auto`, multiples of it", "`auto`"]]
+    for count in counts:
+        floor, auto = (
+            {each.group: each.median for each in plans if _is_plan(each, count, by)}
+            for by in ("floor", "auto")
+        )
+        multiples = [auto[group] / floor[group] for group in floor]
+        of_plans.append(
+            [
+                f"{count:,}",
+                f"{_range(floor.values(), 1e3)} ms",
+                _range(multiples),
+                f"{_range(auto.values(), 1e3)} ms",
+            ]
+        )
+    of_peers: Table = [["100,000 sequences", "time", "times as long", "slots filled"]]
+    planned = _by(run, "packing", "plan 100,000 log-normal lengths, lengths alone")
+    rows = _by(run, "packing", "100,000 log-normal sequences to packed rows")
+    for what, found, ours in (
+        ("planned", planned, "tokenpack auto"),
+        ("to rows in memory", rows, "tokenpack"),
+    ):
+        for by, each in found.items():
+            filled = each.notes.get("slots with a token of the data, %")
+            of_peers.append(
+                [
+                    f"{what}: {by}",
+                    f"{1e3 * each.median:,.1f} ms",
+                    f"{each.median / found[ours].median:.3g}",
+                    "" if filled is None else f"{filled:.2f}%",
+                ]
+            )
+    linear = [_by(run, "packing", f"linear planners, {count:,} ") for count in counts]
+    of_sequences: Table = [["ns a sequence, of so many", *(f"{count:,}" for count in counts)]]
+    of_sequences += [
+        [by, *(str(found[by].notes["ns per sequence"]) for found in linear)] for by in linear[0]
+    ]
+    return "\n\n".join(markdown_table(each) for each in (of_plans, of_peers, of_sequences))
+
+
+def _is_plan(each: Result, count: int, by: str) -> bool:
+    return each.parameters["count"] == count and each.by == by
+
+
+def _range(values: Iterable[float], scale: float = 1.0) -> str:
+    """The least and the most, to two digits."""
+    found = [scale * value for value in values]
+    ends = (min(found), max(found))
+    return " - ".join(f"{end:.0f}" if end >= 10 else f"{end:#.2g}" for end in ends)
+
+
 def _by(run: Run, suite: str, group: str) -> dict[str, Result]:
     found = {each.by: each for each in run.of(suite) if each.group.startswith(group)}
     if not found:
@@ -161,6 +215,7 @@ KINDS: dict[str, Callable[[Run], str]] = {
     "steps": _steps,
     "losses": _losses,
     "trainer": _trainer,
+    "packing": _packing,
     "profile": _profile,
     "predictions": _predictions,
 }

@@ -69,9 +69,9 @@ def note_shares(benchmark, name, size, by):
     benchmark.group = f"where a step's time goes, {size} {name}, {chosen.lengths}"
     batch, _ = padded_batch(name, SIZES[size], None)
     step = Step(*CONTENDERS[by](name, SIZES[size], batch))
-    for _ in range(2):
+    for _ in range(3):  # the first ones also fetch memory from the system
         step()
-    found = shares(step, rounds=10 if ON_GPU else 1 if size == "base" else 2)
+    found = shares(step, rounds=10 if ON_GPU else 3)
     inside = sum(found[kind] for kind in ("matrix products", "attention", "optimizer"))
     benchmark.extra_info[OUTSIDE] = round(100 - inside, 1)
     for kind, percent in found.items():

@@ -58,11 +58,11 @@ compile: $(READY) ## every kernel for four GPU targets, without a GPU; writes be
 	COMPILE_TABLE=$(RESULTS)/compile.md $(PY) -m pytest tests/kernels/test_compile_gate.py $(ARGS)
 
 bench: $(READY) ## the benchmarks, and their report, written to bench/results/DEVICE-DATE/
-	@out="$$($(PY) -c "$$RESULTS_FOLDER")" && $(call BENCHMARKS,$$out)
+	@out="$$($(FOLDER))" && $(call BENCHMARKS,$$out)
 
 gpu: WORKERS := 0# one GPU, one process
 gpu: $(READY) ## the tests marked gpu and the benchmarks, written to bench/results/DEVICE-DATE/
-	@out="$$($(PY) -c "$$RESULTS_FOLDER")" || exit; \
+	@out="$$($(FOLDER))" || exit; \
 	if [[ "$$out" == $(RESULTS)/cpu-* ]]; then \
 		echo 'no CUDA device here: nothing run. With one, make gpu runs'; \
 		echo '    tokenpack doctor                -> $(RESULTS)/DEVICE-DATE/environment.txt'; \
@@ -121,11 +121,5 @@ PLUGIN_FLAGS = from importlib.util import find_spec; \
 # Runs what is missing of the suites in bench/, and writes figures and report into the folder $(1).
 BENCHMARKS = { $(PY) -c '$(call MISSING,pytest_benchmark)' && PYTHONPATH=. $(PY) -m bench.run $(1) $(ARGS); }
 
-# Prints the folder that figures from this machine belong in: bench/results/DEVICE-DATE.
-define RESULTS_FOLDER
-import datetime, re, torch
-device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
-print("$(RESULTS)/" + slug + "-" + datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"))
-endef
-export RESULTS_FOLDER
+# Prints the folder in bench/results/ that figures measured here and now belong in.
+FOLDER = PYTHONPATH=. $(PY) -m bench.folder $(RESULTS)

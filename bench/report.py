@@ -55,7 +55,7 @@ def summary(results: Run) -> list[str]:
         f"Device: {environment['device']}",
         f"Machine: {machine['cpu']}, {machine['physical_cores']} cores, "
         f"{environment['threads']} threads, {machine['memory_gib']} GiB",
-        f"Date: {environment['date']}",
+        f"Date: {environment['date']}, commit {environment.get('commit') or 'unknown'}",
         f"Lengths: {environment['asked']['lengths']}",
         f"Versions: {', '.join(installed)}",
         f"Not installed: {', '.join(absent) or 'nothing'}",

@@ -32,6 +32,7 @@ from tokenpack.commands.machine import describe_machine, versions  # noqa: E402
 from tokenpack.cost import measure_ceilings, write_ceilings  # noqa: E402
 
 from . import report  # noqa: E402
+from .folder import commit  # noqa: E402
 from .lengths import DEFAULT  # noqa: E402
 from .results import parts  # noqa: E402
 
@@ -106,18 +107,20 @@ def _write_environment(given: argparse.Namespace) -> None:
     """What the figures depend on. Of a folder that is gone on with, what it was begun with."""
     path = given.folder / "environment.json"
     asked = {"lengths": given.lengths}
+    here = {"commit": commit(), "asked": asked}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if before["asked"] != asked:
+        begun = {name: before.get(name) for name in here}
+        if begun != here:
             raise SystemExit(
-                f"{given.folder} was begun with {before['asked']}, not {asked}: name another folder"
+                f"{given.folder} was begun with {begun}, this is {here}: name another folder"
             )
         return
     environment = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "asked": asked,
+        **here,
         "machine": describe_machine(),
         "versions": {**versions(), **{peer: _version(peer) for peer in _PEERS}},
     }

@@ -51,7 +51,11 @@ def make_folder(folder, ours=0.5, device="cpu"):
 
 
 def report(*arguments, code=0):
-    command = [sys.executable, "-m", "bench.report", *map(str, arguments)]
+    return run_module("bench.report", *arguments, code=code)
+
+
+def run_module(module, *arguments, code=0):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
@@ -99,3 +103,30 @@ def test_a_comparison_puts_changes_beyond_the_spread_first(folder, tmp_path):
 
 def test_what_is_no_folder_of_results(tmp_path):
     assert "has no environment.json" in report(tmp_path, code=2)
+
+
+def test_a_folder_that_another_commit_began_is_left_alone(tmp_path):
+    def folder():
+        return Path(run_module("bench.folder", tmp_path).strip())
+
+    def begun_by(commit):
+        folder().mkdir(exist_ok=True)
+        (folder() / "environment.json").write_text(json.dumps({"commit": commit}))
+
+    first = folder()
+    assert first.parent == tmp_path
+    begun_by("another")
+    second = folder()
+    assert second == first.with_name(first.name + "-2")
+    begun_by("yet another")
+    assert folder() == first.with_name(first.name + "-3")
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    begun_by(head.stdout.strip() or None)  # none outside of a checkout
+    assert folder() == first.with_name(first.name + "-3")
+
+
+def test_a_run_of_other_lengths_or_another_commit_is_not_gone_on_with(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    assert "name another folder" in run_module("bench.run", folder, "--only", "nothing", code=1)

@@ -95,7 +95,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spec: AttentionSpec) -> 
             is_causal=spec.causal,
             **options,
         )  # [1, heads, rows, head_dim]
-        parts.append(out[0].transpose(0, 1))
+        parts.append(out.squeeze(0).transpose(0, 1))
     for group in plan.groups[len(alone) :]:
         seen = None
         if not spec.causal and group.real_keys is not None:

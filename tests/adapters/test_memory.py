@@ -1,4 +1,4 @@
-"""Nothing of a packed T5 step is quadratic in the batch: its memory grows with the sequences."""
+"""What packing must not cost: memory quadratic in the batch, gradients copied about."""
 
 import sys
 
@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tokenpack import patch_model
 
-from .models import T5, Case
+from .models import BERT, LLAMA, NLLB, T5, Case
 
 LENGTH = 256
 
@@ -62,3 +62,26 @@ def test_peak_grows_linearly_with_sequences():
     assert second <= 1.1 * first
     # All queries by all keys of 32 sequences would be 4 heads x 8192 x 8192 floats, a GiB.
     assert peaks[32].largest < 4 * (32 * LENGTH) * LENGTH * 4 * 2
+
+
+class Names(TorchDispatchMode):
+    """Collects the names of the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.add(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", [T5, NLLB, LLAMA, BERT], ids=str)
+@pytest.mark.parametrize("logits", ["auto", "always"])
+def test_no_gradient_is_copied_into_zeros(case: Case, logits: str):
+    """As the backward of ``tensor[0]`` does, where that of ``tensor.squeeze(0)`` is a view."""
+    model = patch_model(case.build(), logits=logits)
+    with Names() as names:
+        model(**case.batch("right")).loss.backward()
+    assert "aten::mm" in names.seen
+    assert "aten::select_backward" not in names.seen

@@ -124,7 +124,7 @@ def _results(outputs: Any, state: PatchState, packed: PackedInputs, keep_logits:
         fields["loss"] = call.loss
         state.stats.loss = "fused with the head, without logits"
     elif targets is not None:
-        fields["loss"] = loss_from_logits(outputs.logits[0], targets.labels, call.num_items)
+        fields["loss"] = loss_from_logits(outputs.logits.squeeze(0), targets.labels, call.num_items)
         state.stats.loss = _why_not_fused(state, keep_logits)
     if not keep_logits:
         fields.pop("logits", None)
@@ -149,8 +149,8 @@ def _why_not_fused(state: PatchState, keep_logits: bool) -> str:
 
 def _repadded(value: Tensor | tuple[Tensor, ...], layout: PackedLayout) -> Any:
     if isinstance(value, Tensor):
-        return repad(value[0], layout)
-    return tuple(repad([hidden[0] for hidden in value], layout))
+        return repad(value.squeeze(0), layout)
+    return tuple(repad([hidden.squeeze(0) for hidden in value], layout))
 
 
 def _own_path(

@@ -60,7 +60,7 @@ def fused_forward(original: Replacement, module: Any, input: Tensor) -> Tensor:
     if after.bias is not None:
         bias = after.bias if bias is None else bias + after.bias
     loss = packed_linear_cross_entropy(
-        input[0],
+        input.squeeze(0),
         module.weight,
         None if bias is None else bias.to(input.dtype),
         call.targets.labels.to(input.device),

@@ -246,7 +246,7 @@ def _take_side(
         if mask is not None and not bool((mask != 0).all()):
             raise ValueError(f"{prefix}attention_mask must be all ones beside {prefix}cu_seqlens")
         layout = layout_from_cu_seqlens(cu_seqlens, tokens.shape[1], device=tokens.device)
-        return _Side(layout, repad(tokens[0], layout), True, layout.total_tokens)
+        return _Side(layout, repad(tokens.squeeze(0), layout), True, layout.total_tokens)
     layout = _layout(f"{prefix}attention_mask", mask, name, tokens, state, labels)
     return _Side(layout, tokens, False, tokens.shape[0] * tokens.shape[1])
 

@@ -141,9 +141,10 @@ def _packed_attention_forward(
         # transformers counts the query's own place in.
         window = (sliding_window - 1, -1 if causal else sliding_window - 1)
     out, choice = packed_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        # squeeze, not [0], whose backward writes zeros and copies the gradient into them
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         layout_q.cu_seqlens,
         layout_k.cu_seqlens,
         layout_q.max_seqlen,

@@ -14,5 +14,5 @@ def first_token_forward(original: Replacement, module: Any, hidden_states: Tenso
     call = module._tokenpack_state.current()
     if call is not None:
         starts = call.layouts["self"].cu_seqlens[:-1]
-        hidden_states = hidden_states[0].index_select(0, starts)[:, None]
+        hidden_states = hidden_states.squeeze(0).index_select(0, starts)[:, None]
     return original(module, hidden_states)

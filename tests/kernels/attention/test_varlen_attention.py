@@ -480,6 +480,23 @@ def test_no_dropout_is_deterministic():
     assert all(one[name].equal(other[name]) for name in one)
 
 
+def test_no_gradient_is_copied_into_zeros():
+    """As the backward of ``tensor[0]`` does; of the long sequences, which go by themselves."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.add(op.name())
+            return op(*args, **(kwargs or {}))
+
+    seen = set()
+    inputs = make_inputs(([260, 90], [260, 90]))
+    leaves = [side.clone().requires_grad_() for side in inputs[:3]]
+    with Names():
+        varlen_attention(*leaves, *inputs.cu_seqlens, causal=True).backward(inputs.dout)
+    assert "aten::select_backward" not in seen
+    assert any("attention" in name and name.endswith("backward") for name in seen)
+
+
 # ------------------------------------------------------------------------------------- autocast
 
 

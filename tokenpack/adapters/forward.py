@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..kernels import PackedLayout, repad
 from .call import PatchState
+from .embedding import look_up_once
 from .head import after_head, fused_forward, loss_from_logits, nothing_else_follows
 from .head import on_device as _on
 from .inputs import IGNORE_INDEX, CannotPackError, PackedInputs, pack_inputs
@@ -66,8 +67,11 @@ def _run(original: Callable[..., Any], model: Any, state: PatchState, packed: Pa
     )
     if not keep_logits:
         _ask_for_fused_loss(model, packed)
+    arguments = packed.arguments
+    if state.family.kind == "encoder_decoder":
+        arguments = look_up_once(model, arguments)
     with state.running(packed.call):
-        outputs = original(model, **packed.arguments)
+        outputs = original(model, **arguments)
     if packed.call.attention_calls == 0 and not _may_drop_every_layer(model):
         raise RuntimeError(
             f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
@@ -76,7 +80,7 @@ def _run(original: Callable[..., Any], model: Any, state: PatchState, packed: Pa
     if packed.call.loss is not None and not _head_is_plain(model, state, packed, outputs):
         packed.call.targets = packed.call.loss = None  # once more, from the logits
         with state.running(packed.call):
-            outputs = original(model, **packed.arguments)
+            outputs = original(model, **arguments)
     return _results(outputs, state, packed, keep_logits)
 
 

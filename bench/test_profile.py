@@ -1,16 +1,21 @@
 """Where the time of a training step goes, patched and padded: shares of it, by operator.
 
 The profiler's own time of each operator, on a GPU that of its kernels, is put down to the
-optimizer, to attention (forward and backward, with what gathers and scatters for it), to matrix
-products, or to one of the rest; what no operator accounts for is Python and waiting. The profiler
-makes each operator a little slower, so steps of many small ones look worse than they are.
+optimizer, to attention (what transformers' attention function calls, forward and backward, so with
+what gathers and scatters for it), to matrix products, or to one of the rest; what no operator
+accounts for is Python and waiting. An operator of the backward is known by the number of the
+forward's operator that it belongs to. The profiler makes each operator a little slower, so steps of
+many small ones look worse than they are.
 """
 
 import time
 from collections import Counter
+from contextlib import contextmanager
+from functools import wraps
 
 import pytest
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .common import ON_GPU, chosen
 from .training import CONTENDERS, SIZES, Step, padded_batch
@@ -33,33 +38,79 @@ _KINDS = ("matrix products", *(kind for kind, _ in _CALLERS))
 _OTHER, _BETWEEN = "other arithmetic and copies", "Python and between operators"
 
 
-def kind_of(event):
-    """What an operator's own time is put down to."""
-    names = [event.name]
-    while event.cpu_parent is not None:
-        event = event.cpu_parent
-        names.append(event.name)
+@contextmanager
+def attention_named():
+    """Have attention functions run under a name; to be entered once all are registered."""
+
+    def named(function):
+        @wraps(function)
+        def run(*args, **kwargs):
+            with record_function("attention"):
+                return function(*args, **kwargs)
+
+        return run
+
+    names = ALL_ATTENTION_FUNCTIONS.valid_keys()
+    for name in names:
+        ALL_ATTENTION_FUNCTIONS[name] = named(ALL_ATTENTION_FUNCTIONS[name])
+    try:
+        yield
+    finally:
+        for name in names:
+            del ALL_ATTENTION_FUNCTIONS[name]
+
+
+def kind_of(event, forward):
+    """What an operator's own time is put down to.
+
+    ``forward``: the operators that recorded the backward's, by their number.
+    """
+    callers = list(_with_callers(event))
+    recorded = (forward.get(each.sequence_nr) for each in callers if _of_backward(each))
+    names = [each.name for each in callers]
+    for each in recorded:
+        names += [caller.name for caller in _with_callers(each)] if each is not None else []
     found = next(
         (kind for kind, words in _CALLERS if any(w in name for name in names for w in words)),
         _OTHER,
     )
-    if names[0].rstrip("_") in _PRODUCTS and found not in ("optimizer", "attention"):
+    if event.name.rstrip("_") in _PRODUCTS and found not in ("optimizer", "attention"):
         return "matrix products"
     return found
+
+
+def _of_backward(event):
+    return event.name.startswith("autograd::engine::evaluate_function")
+
+
+_OPERATOR = 0  # the profiler's scope of what is called, and not by autograd
+
+
+def _with_callers(event):
+    while event is not None:
+        yield event
+        event = event.cpu_parent
 
 
 def shares(step, rounds):
     """Percent of the steps' time by kind; median seconds of a step are `step.seconds`'."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
-    with profile(activities=activities) as seen:
+    with attention_named(), profile(activities=activities) as seen:
         begin = time.perf_counter()
         for _ in range(rounds):
             step()
         total = 1e6 * (time.perf_counter() - begin)
+    events = seen.events()
+    # What comes last under a number is the operator that was recorded under it.
+    forward = {
+        each.sequence_nr: each
+        for each in sorted(events, key=lambda each: each.time_range.start)
+        if each.sequence_nr >= 0 and each.scope == _OPERATOR and not _of_backward(each)
+    }
     spent = Counter()
-    for event in seen.events():
+    for event in events:
         own = event.self_device_time_total if ON_GPU else event.self_cpu_time_total
-        spent[kind_of(event)] += own
+        spent[kind_of(event, forward)] += own
     spent[_BETWEEN] = total - sum(spent.values())
     return {kind: 100 * spent[kind] / total for kind in (*_KINDS, _OTHER, _BETWEEN)}
 

@@ -15,16 +15,16 @@ import torch
 
 from tokenpack import packing_stats
 from tokenpack.cost import (
+    count_memory,
     count_packed,
     count_padded,
     count_traffic,
-    forecast_memory,
     forecast_seconds,
     model_cost,
     training_operations,
 )
 
-from .common import ON_GPU, ceilings, chosen, peak_memory
+from .common import DEVICE, ON_GPU, ceilings, chosen, peak_memory
 from .lengths import PRESETS
 from .training import CONTENDERS, MODELS, SIZES, Step, padded_batch
 
@@ -76,6 +76,7 @@ def _note_predictions(notes, name, size, batch, peak):
         model = MODELS[name](size)
     device = ceilings()
     cost, traffic = model_cost(model), count_traffic(model.to(device.torch_dtype))
+    memory = count_memory(model, DEVICE.type, packed=True)
     parameters = sum(each.numel() for each in model.parameters())
     counts = [count_padded(model, batch), count_packed(model, batch)]
     operations = [training_operations(cost, count).total for count in counts]
@@ -86,8 +87,8 @@ def _note_predictions(notes, name, size, batch, peak):
     notes["ideal, forward and backward"] = round(operations[0] / operations[1], 3)
     notes["ratio predicted"] = round(padded.total / packed.total, 3)
     notes["seconds predicted"] = float(f"{packed.total:.4g}")
-    _, memory = forecast_memory(traffic, counts[1], parameters, packed=True)
-    notes["memory predicted / measured"] = round(memory / peak, 3)
+    tokens = counts[1].encoder_tokens, counts[1].decoder_tokens
+    notes["memory predicted / measured"] = round(memory.peak(*tokens) / peak, 3)
 
 
 def _ratio(theirs, ours):

@@ -275,6 +275,11 @@ def _split(targets: Tensor, num_valid: int | None, at_most: int) -> list[slice] 
     return [slice(first, min(first + size, total)) for first in range(0, total, size)]
 
 
+def smallest_chunk(device_type: str) -> int:
+    """Rows that `packed_linear_cross_entropy` takes through the head at once, at least."""
+    return 256 if device_type == "cpu" else 1024
+
+
 def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
     """Rows whose logits take about the memory of the hidden states, but enough for the products.
 
@@ -282,8 +287,7 @@ def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
     4 * operations per second / bytes per second rows, memory is what it waits for. That is some
     30 rows on a CPU core, and 1,000 on a GPU with 16-bit matrix units.
     """
-    smallest = 256 if hidden.device.type == "cpu" else 1024
-    return max(smallest, hidden.numel() // weight.shape[0])
+    return max(smallest_chunk(hidden.device.type), hidden.numel() // weight.shape[0])
 
 
 _SLICE = 4096  # classes of a 16-bit gradient that go through float32 at a time, at least

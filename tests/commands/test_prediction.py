@@ -11,7 +11,7 @@ from transformers import T5Config
 from tokenpack.cli import main
 from tokenpack.commands import prediction
 from tokenpack.commands.epochs import Sides
-from tokenpack.cost import Ceilings, write_ceilings
+from tokenpack.cost import Ceilings, StepMemory, write_ceilings
 from tokenpack.data.tokenizer import train_tokenizer
 
 TEXTS = ["Summary. " + "Body of words. " * count for count in (1, 2, 4, 9, 15, 40)]
@@ -90,11 +90,23 @@ def test_bad_input(arguments, more, message):
     assert message in done.stderr
 
 
-def test_the_largest_batch_is_the_one_that_keeps_the_most():
+def test_the_largest_batch_is_the_one_that_takes_the_most():
     sides = Sides(np.array([1, 9, 2, 2]), np.array([5, 1, 1, 8]))
-    traffic = type("T", (), {"kept_per_encoder_token": 1, "kept_per_decoder_token": 10})
+    step = StepMemory(np.array([[7.0, 0.0, 1.0, 10.0]]))
     order = np.arange(4)
-    packed = prediction._largest(sides, order, 2, np.add, traffic)
-    assert (packed.encoder_tokens, packed.decoder_tokens) == (4, 9)
-    padded = prediction._largest(sides, order, 2, np.maximum, traffic)
-    assert (padded.encoder_tokens, padded.decoder_tokens) == (4, 16)
+    assert prediction._largest(sides, order, 2, np.add, step) == 7 + 4 + 90
+    assert prediction._largest(sides, order, 2, np.maximum, step) == 7 + 4 + 160
+
+
+def test_no_batch_is_passed_over():
+    random = np.random.default_rng(0)
+    sides = Sides(random.integers(0, 50, 501), random.integers(0, 50, 501))
+    order = random.permutation(501)
+    for slopes in ((1.0, 1.0), (5.0, 1.0), (1.0, 5.0)):
+        step = StepMemory(np.array([[0.0, 0.0, *slopes]]))
+        all_of_them = [
+            slopes[0] * sides.encoder[order[at : at + 8]].sum()
+            + slopes[1] * sides.decoder[order[at : at + 8]].sum()
+            for at in range(0, 501, 8)
+        ]
+        assert prediction._largest(sides, order, 8, np.add, step) == max(all_of_them)

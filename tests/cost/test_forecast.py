@@ -9,9 +9,7 @@ from tokenpack.cost import (
     Ceilings,
     ModelCost,
     Traffic,
-    forecast_memory,
     forecast_seconds,
-    token_budget,
 )
 
 COST = ModelCost(2, 3, 5, 7, 11, attentions=4)
@@ -19,10 +17,7 @@ TRAFFIC = Traffic(
     moved_per_encoder_token=10,
     moved_per_decoder_token=20,
     moved_once=1000,
-    kept_per_encoder_token=3,
-    kept_per_decoder_token=4,
     loss_moved_per_token=50,
-    loss_kept_per_token=6,
     logits_per_token=8,
     calls=100,
 )
@@ -75,20 +70,3 @@ def test_a_gpu_is_called_ahead_of_itself():
     assert gpu.forward_backward == gpu.products + gpu.attention + gpu.bytes
     slow = seconds(packed=False, device=replace(DEVICE, device="a GPU", call=1e6))
     assert slow.forward_backward == slow.calls
-
-
-def test_memory_peaks_at_either_end_of_the_backward():
-    state, peak = forecast_memory(TRAFFIC, COUNT, PARAMETERS, packed=True)
-    assert state == 12 * PARAMETERS
-    assert peak == 4 * PARAMETERS  # gradients: more than the 340 bytes that are kept
-    many = replace(COUNT, encoder_tokens=1000)
-    assert forecast_memory(TRAFFIC, many, PARAMETERS, packed=True)[1] == 3 * 1000 + 4 * 10
-    padded = forecast_memory(TRAFFIC, many, PARAMETERS, packed=False)[1]
-    assert padded == 3 * 1000 + 4 * 10 + (2 * 8 + 6) * 10
-
-
-def test_the_budget_fills_the_memory():
-    budget = token_budget(TRAFFIC, 0.5, PARAMETERS, DEVICE.memory)
-    assert budget == int((9000 - 16 * PARAMETERS) / 3.5)
-    assert token_budget(TRAFFIC, 0.5, PARAMETERS, DEVICE.memory, packed=False) < budget / 2
-    assert token_budget(TRAFFIC, 0.5, 10_000, DEVICE.memory) == 0

@@ -101,7 +101,14 @@ def counted_by_torch(model, batch):
 def test_padded_count_is_what_torch_counts(make_model):
     model = make_model()
     batch = make_batch(model)
-    expected = counted_by_torch(model, batch).get_total_flops()
+    counter = counted_by_torch(model, batch)
+    # Up to transformers 5.17 angles are a product of frequencies and positions.
+    angles = sum(
+        sum(by_operator.values())
+        for module, by_operator in counter.get_flop_counts().items()
+        if module.endswith("rotary_emb")
+    )
+    expected = counter.get_total_flops() - angles
     assert cost.count_operations(model, batch, packed=False).total == expected
 
 

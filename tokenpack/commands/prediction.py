@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from .. import cost
-from ..cost import BatchCount, Ceilings, ModelCost, StepSeconds, Traffic
+from ..cost import BatchCount, Ceilings, ModelCost, StepMemory, StepSeconds, Traffic
 from ..trainer.sampler import TokenBudgetBatchSampler
 from .epochs import BATCH_SIZES, Sides, add, count_packed, count_padded, random_orders
 from .table import format_table
@@ -110,6 +110,8 @@ class Model(NamedTuple):
 
     cost: ModelCost
     traffic: Traffic
+    padded: StepMemory
+    packed: StepMemory
     parameters: int
 
 
@@ -117,32 +119,36 @@ def predict(
     model: PreTrainedModel, sides: Sides, device: Ceilings, arguments: argparse.Namespace
 ) -> Prediction:
     """Predict for ``model``, on the meta device, and texts of these lengths."""
+    model = model.to(device.torch_dtype)
+    kind = "cuda" if device.on_gpu else "cpu"
     counted = Model(
         cost.model_cost(model),
-        cost.count_traffic(model.to(device.torch_dtype)),
+        cost.count_traffic(model),
+        cost.count_memory(model, kind, packed=False),
+        cost.count_memory(model, kind, packed=True),
         sum(parameter.numel() for parameter in model.parameters()),
     )
     packed = count_packed(sides)
     share = packed.decoder_tokens / packed.tokens
 
-    def budget(parameters: int, packed: bool) -> int:
-        return cost.token_budget(counted.traffic, share, parameters, device.memory, packed=packed)
+    def budget(step: StepMemory, devices: int = 1) -> int:
+        parameters, memory = counted.parameters, device.memory
+        return cost.token_budget(step, share, parameters, memory, devices=devices)
 
-    of_one = budget(counted.parameters, True)
-    sharded = budget(counted.parameters // arguments.gpus, True)
+    of_one = budget(counted.packed)
+    sharded = budget(counted.packed, arguments.gpus)
     longest = int(_lengths(sides).sum(1).max())
     simulated = max(min(of_one or sharded or _USUAL_BUDGET, _LARGEST_BUDGET), longest)
     orders = random_orders(len(sides.decoder), arguments.seed)
     ranks = sorted({*RANKS, *([arguments.gpus] if arguments.gpus > 1 else [])})
-    state_bytes, _ = cost.forecast_memory(counted.traffic, packed, counted.parameters, packed=True)
     return Prediction(
         ceilings=device,
         parameters=counted.parameters,
         gpus=arguments.gpus,
         link=arguments.link,
-        state_bytes=state_bytes,
+        state_bytes=cost.state_memory(counted.parameters),
         packed_budget=of_one,
-        padded_budget=budget(counted.parameters, False),
+        padded_budget=budget(counted.padded),
         sharded_budget=sharded,
         simulated_budget=simulated,
         of_rows=[_of_rows(rows, sides, orders, counted, device) for rows in BATCH_SIZES],
@@ -165,17 +171,16 @@ def _of_rows(
     def seconds(count: BatchCount, packed: bool) -> StepSeconds:
         return cost.forecast_seconds(*model[:2], count, model.parameters, device, packed=packed)
 
-    def memory(reduce: np.ufunc, packed: bool) -> int:
-        largest = _largest(sides, orders[0], rows, reduce, model.traffic)
-        state, step = cost.forecast_memory(model.traffic, largest, model.parameters, packed=packed)
-        return state + step
+    def memory(reduce: np.ufunc, step: StepMemory) -> int:
+        largest = _largest(sides, orders[0], rows, reduce, step)
+        return cost.state_memory(model.parameters) + largest
 
     return OfRows(
         rows,
         seconds(padded, False),
         seconds(packed, True),
-        padded_bytes=memory(np.maximum, False),
-        packed_bytes=memory(np.add, True),
+        padded_bytes=memory(np.maximum, model.padded),
+        packed_bytes=memory(np.add, model.packed),
     )
 
 
@@ -183,19 +188,19 @@ def _mean(counts: list[BatchCount], batches: int) -> BatchCount:
     return BatchCount(*(round(each / batches) for each in astuple(add(counts))))
 
 
-def _largest(
-    sides: Sides, order: np.ndarray, rows: int, reduce: np.ufunc, traffic: Traffic
-) -> BatchCount:
-    """Tokens of the batch that keeps the most; ``reduce`` is ``maximum`` for padded ones."""
+def _largest(sides: Sides, order: np.ndarray, rows: int, reduce: np.ufunc, step: StepMemory) -> int:
+    """Bytes of the batch that needs the most; ``reduce`` is ``maximum`` for padded ones."""
     starts = np.arange(0, len(order), rows)
     in_batch = np.diff([*starts, len(order)]) if reduce is np.maximum else 1
     decoder = in_batch * reduce.reduceat(sides.decoder[order], starts)
     encoder = np.zeros_like(decoder)
     if sides.encoder is not None:
         encoder = in_batch * reduce.reduceat(sides.encoder[order], starts)
-    kept = traffic.kept_per_encoder_token * encoder + traffic.kept_per_decoder_token * decoder
-    largest = int(kept.argmax())
-    return BatchCount(int(encoder[largest]), int(decoder[largest]), 0, 0, 0)
+    # Of batches of which another has more of both sides, none is the largest.
+    by_size = np.lexsort((-decoder, -encoder))
+    longest = np.maximum.accumulate(decoder[by_size])
+    front = by_size[np.diff(longest, prepend=-1) > 0]
+    return max(step.peak(encoder[batch], decoder[batch]) for batch in front)
 
 
 # ------------------------------------------------------------------------------------ many ranks

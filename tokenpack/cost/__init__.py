@@ -1,7 +1,8 @@
 """What a training step costs: operations counted, bytes counted, and the time that they predict."""
 
 from .ceilings import Ceilings, measure_ceilings, read_ceilings, write_ceilings
-from .forecast import StepSeconds, forecast_memory, forecast_seconds, token_budget
+from .forecast import StepSeconds, forecast_seconds
+from .memory import StepMemory, count_memory, state_memory, token_budget
 from .operations import (
     BatchCount,
     ModelCost,
@@ -23,21 +24,23 @@ __all__ = [
     "Exchange",
     "ModelCost",
     "Operations",
+    "StepMemory",
     "StepSeconds",
     "Traffic",
     "count_lengths",
+    "count_memory",
     "count_operations",
     "count_packed",
     "count_padded",
     "count_traffic",
     "exchange_bytes",
-    "forecast_memory",
     "forecast_seconds",
     "kept_label_lengths",
     "measure_ceilings",
     "model_cost",
     "rank_efficiency",
     "read_ceilings",
+    "state_memory",
     "token_budget",
     "training_operations",
     "write_ceilings",

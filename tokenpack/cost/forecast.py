@@ -1,11 +1,9 @@
-"""Predict a training step from what was counted and what a device can do.
+"""Predict the time of a training step from what was counted and what a device can do.
 
     device = products / rate + attention / rate + bytes moved / rate + optimizer's bytes / rate
              + packed: sequences * what one costs all attentions beside its operations
     host   = calls * seconds of a call
     step   = device + host on a CPU, max(device, host) on a GPU, which is called ahead of itself
-
-    memory = weights, their gradients and AdamW's two states + what the backward needs
 
 A roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) whose terms are added, since layers
 run one after another. Every term is at its ceiling, so times are those of a device at its best;
@@ -24,12 +22,9 @@ from .traffic import Traffic
 # Bytes that AdamW moves for a parameter in float32: parameter, gradient and two states are read,
 # all but the gradient written. Once, also on a CPU, in whose caches one weight's operators stay.
 _ADAMW = 7 * 4
-_STATE = 4 + 8  # bytes of a parameter that stay: the weight, AdamW's moments
-_GRADIENT = 4
 # Of a token's logits in the patched loss: read for the loss, read and written for the gradient.
 _LOSS_PASSES = 3
 _MAPPED_ANEW = 32 * 2**20  # bytes beyond which glibc keeps no memory for the next tensor
-_SPARE = 0.1  # of a device's memory: fragments, libraries, a batch that is longer than most
 
 
 @dataclass(frozen=True)
@@ -99,46 +94,3 @@ def forecast_seconds(
         calls=traffic.calls * ceilings.call,
         on_gpu=ceilings.on_gpu,
     )
-
-
-def forecast_memory(
-    traffic: Traffic, count: BatchCount, parameters: int, *, packed: bool
-) -> tuple[int, int]:
-    """Bytes of weights and optimizer, and at the peak of a step beyond them.
-
-    The peak is at one end of the backward: at its begin all that the forward kept, at its end
-    all gradients.
-    """
-    kept = (
-        traffic.kept_per_encoder_token * count.encoder_tokens
-        + traffic.kept_per_decoder_token * count.decoder_tokens
-    )
-    if not packed:  # the logits, what is kept of them, and their gradient
-        kept += (2 * traffic.logits_per_token + traffic.loss_kept_per_token) * count.decoder_tokens
-    return _STATE * parameters, round(max(kept, _GRADIENT * parameters))
-
-
-def token_budget(
-    traffic: Traffic, decoder_share: float, parameters: int, memory: int, *, packed: bool = True
-) -> int:
-    """Tokens of both sides that a micro-batch may have, so that a step fits into ``memory``.
-
-    Args:
-        traffic: of the model.
-        decoder_share: of the tokens, how many are the decoder's; 1 for decoder-only models.
-        parameters: how many are trained, with AdamW in float32.
-        memory: bytes of the device, of which a tenth is left alone.
-        packed: as in `forecast_seconds`.
-
-    Returns:
-        0 where not even weights, gradients and optimizer fit.
-    """
-    of_token = (
-        traffic.kept_per_encoder_token * (1 - decoder_share)
-        + traffic.kept_per_decoder_token * decoder_share
-    )
-    if not packed:
-        loss = 2 * traffic.logits_per_token + traffic.loss_kept_per_token
-        of_token += loss * decoder_share
-    free = (1 - _SPARE) * memory - (_STATE + _GRADIENT) * parameters
-    return max(int(free / of_token), 0)

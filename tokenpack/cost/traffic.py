@@ -1,19 +1,20 @@
-"""Count the bytes that a training step moves besides its products, and those that it keeps.
+"""Count the bytes that a training step moves besides its products.
 
     moved = sum over operators of (bytes of their tensor arguments + bytes of their results)
-    kept  = bytes of the distinct tensors that autograd saves, weights excepted
 
 Nothing is computed: the model runs forward and backward on the meta device, where tensors have
 shapes alone, while every operator that is dispatched is looked at. Matrix products and attention
 are left out, as their time goes by operations; views move nothing. Three runs, of which two have
 one side longer, tell what goes by encoder tokens, by decoder tokens and by neither.
 
-The losses differ: a padded model writes the logits of all tokens and keeps what their gradient
-needs, a patched one takes them by chunks. So the head's logits are counted apart.
+The losses differ: a padded model writes the logits of all tokens, a patched one takes them by
+chunks. So the head's logits are counted apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,7 @@ class Traffic:
         moved_per_encoder_token, moved_per_decoder_token: read and written outside products and
             attention, without the loss.
         moved_once: whatever the batch: gradients that are added up, tables that are zeroed.
-        kept_per_encoder_token, kept_per_decoder_token: saved for the backward, without the loss.
-        loss_moved_per_token, loss_kept_per_token: of the loss on all logits, by decoder tokens.
+        loss_moved_per_token: of the loss on all logits, by decoder tokens.
         logits_per_token: of a token's logits.
         calls: operators dispatched, products and attention among them.
     """
@@ -50,20 +50,43 @@ class Traffic:
     moved_per_encoder_token: float
     moved_per_decoder_token: float
     moved_once: float
-    kept_per_encoder_token: float
-    kept_per_decoder_token: float
     loss_moved_per_token: float
-    loss_kept_per_token: float
     logits_per_token: float
     calls: int
 
 
 def count_traffic(model: nn.Module) -> Traffic:
-    """Bytes that ``model`` moves and keeps in a training step.
+    """Bytes that ``model`` moves in a training step.
 
     Args:
         model: a transformers language model on the meta device, encoder-decoder or decoder-only,
             as it comes: not patched. Its dtype is that of the activations.
+
+    Raises:
+        ValueError: if it is not on the meta device.
+    """
+    tokens = _ROWS * (_LONG - _SHORT)
+    with attention_left_out(model):
+        short = _run(model, _SHORT, _SHORT)
+        decoder = (_run(model, _SHORT, _LONG).moved - short.moved) / tokens
+        encoder = 0.0
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            encoder = (_run(model, _LONG, _SHORT).moved - short.moved) / tokens
+        with_loss = _run(model, _SHORT, _SHORT, loss=True)
+    tokens = _ROWS * _SHORT
+    return Traffic(
+        moved_per_encoder_token=encoder,
+        moved_per_decoder_token=decoder,
+        moved_once=max(short.moved - tokens * (encoder + decoder), 0.0),
+        loss_moved_per_token=(with_loss.moved - short.moved) / tokens,
+        logits_per_token=short.logits,
+        calls=with_loss.calls,
+    )
+
+
+@contextmanager
+def attention_left_out(model: nn.Module) -> Iterator[None]:
+    """Have a model on the meta device keep what fused attention keeps, and compute none of it.
 
     Raises:
         ValueError: if it is not on the meta device.
@@ -75,81 +98,54 @@ def count_traffic(model: nn.Module) -> Traffic:
         )
     AttentionInterface.register(_STAND_IN, _attend)
     config: Any = model.config
-    before, cached = config._attn_implementation, config.use_cache
-    model.set_attn_implementation(_STAND_IN)  # type: ignore[operator]
-    config.use_cache = False
+    # Stacks have copies, which set_attn_implementation passes over in some versions.
+    owned = [getattr(module, "config", None) for module in model.modules()]
+    before = [(c, c._attn_implementation) for c in {id(c): c for c in owned if c}.values()]
+    cached, config.use_cache = config.use_cache, False
+    for each, _ in before:
+        each._attn_implementation = _STAND_IN
     try:
-        short = _run(model, _SHORT, _SHORT)
-        decoder = _difference(_run(model, _SHORT, _LONG), short)
-        encoder = _Count()
-        if config.is_encoder_decoder:
-            encoder = _difference(_run(model, _LONG, _SHORT), short)
-        with_loss = _run(model, _SHORT, _SHORT, loss=True)
+        yield
     finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        for each, implementation in before:
+            each._attn_implementation = implementation
         config.use_cache = cached
         model.zero_grad()
-    tokens = _ROWS * _SHORT
-    return Traffic(
-        moved_per_encoder_token=encoder.moved,
-        moved_per_decoder_token=decoder.moved,
-        moved_once=max(short.moved - tokens * (encoder.moved + decoder.moved), 0.0),
-        kept_per_encoder_token=encoder.kept,
-        kept_per_decoder_token=decoder.kept,
-        loss_moved_per_token=(with_loss.moved - short.moved) / tokens,
-        loss_kept_per_token=(with_loss.kept - short.kept) / tokens,
-        logits_per_token=short.logits,
-        calls=with_loss.calls,
-    )
+
+
+def inputs_of(
+    model: nn.Module, rows: int, encoder: int, decoder: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Targets and inputs of ``rows`` full rows; a decoder-only model has the decoder's tokens."""
+    targets = torch.zeros(rows, decoder, dtype=torch.long, device="meta")
+    ids = targets
+    inputs: dict[str, Any] = {}
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        ids = torch.zeros(rows, encoder, dtype=torch.long, device="meta")
+        inputs["decoder_input_ids"] = targets
+    return targets, {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @dataclass
 class _Count:
     moved: float = 0.0
-    kept: float = 0.0
     logits: float = 0.0
     calls: int = 0
 
 
-def _difference(longer: _Count, shorter: _Count) -> _Count:
-    """Of a token, of which ``longer`` has more."""
-    tokens = _ROWS * (_LONG - _SHORT)
-    return _Count((longer.moved - shorter.moved) / tokens, (longer.kept - shorter.kept) / tokens)
-
-
 def _run(model: nn.Module, encoder: int, decoder: int, loss: bool = False) -> _Count:
     """One pass over rows of so many tokens; a decoder-only model has the decoder's."""
-    two_sided = model.config.is_encoder_decoder  # type: ignore[union-attr]
-    targets = torch.zeros(_ROWS, decoder, dtype=torch.long, device="meta")
-    ids = targets
-    inputs: dict[str, Any] = {}
-    if two_sided:
-        ids = torch.zeros(_ROWS, encoder, dtype=torch.long, device="meta")
-        inputs["decoder_input_ids"] = targets
-    weights = {each.untyped_storage()._cdata for each in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
+    targets, inputs = inputs_of(model, _ROWS, encoder, decoder)
     model.train()
     model.zero_grad()
-    with _Operators() as seen, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            labels=targets if loss else None,
-            **inputs,
-        )
+    with _Operators() as seen:
+        out = model(**inputs, labels=targets if loss else None)
         if loss:
             out.loss.backward()
         else:
             out.logits.backward(torch.empty_like(out.logits))
     logits = out.logits.numel() * out.logits.element_size() / targets.numel()
-    return _Count(float(seen.moved), float(sum(kept.values())), logits, seen.calls)
+    return _Count(float(seen.moved), logits, seen.calls)
 
 
 class _Operators(TorchDispatchMode):

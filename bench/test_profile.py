@@ -127,7 +127,7 @@ def note_shares(benchmark, name, size, by):
     benchmark.extra_info[OUTSIDE] = round(100 - inside, 1)
     for kind, percent in found.items():
         benchmark.extra_info[f"{kind}, %"] = round(percent, 1)
-    benchmark.pedantic(step, rounds=3)
+    benchmark.pedantic(step)
 
 
 _BY = pytest.mark.parametrize("by", ["packed", "padded, SDPA"])

@@ -77,11 +77,11 @@ def _note_predictions(notes, name, size, batch, peak):
     device = ceilings()
     cost, traffic = model_cost(model), count_traffic(model.to(device.torch_dtype))
     memory = count_memory(model, DEVICE.type, packed=True)
-    parameters = sum(each.numel() for each in model.parameters())
+    sizes = [each.numel() for each in model.parameters()]
     counts = [count_padded(model, batch), count_packed(model, batch)]
     operations = [training_operations(cost, count).total for count in counts]
     padded, packed = (
-        forecast_seconds(cost, traffic, count, parameters, device, packed=packed)
+        forecast_seconds(cost, traffic, count, sum(sizes), len(sizes), device, packed=packed)
         for count, packed in zip(counts, (False, True))
     )
     notes["ideal, forward and backward"] = round(operations[0] / operations[1], 3)
@@ -127,7 +127,7 @@ def test_presets(benchmark, name, preset):
     """The patched model beside the padded one, over lengths of every shape."""
     benchmark.group = f"training step over padding shares, small {name}"
     benchmark.extra_info["preset"] = preset
-    size = SIZES["small"] if ON_GPU else SIZES["small"]._replace(rows=16)
+    size = SIZES["small"] if ON_GPU else SIZES["small"]._replace(rows=12)
     compare(benchmark, name, size, "packed", preset, ROUNDS["small"])
 
 

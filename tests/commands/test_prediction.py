@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from tokenpack.data.tokenizer import train_tokenizer
 
 TEXTS = ["Summary. " + "Body of words. " * count for count in (1, 2, 4, 9, 15, 40)]
 GIB = 2**30
-DEVICE = Ceilings("a GPU", "bfloat16", 4e14, 2e14, 2e12, 2e12, 5e-6, 1e-6, 0.0, 80 * GIB)
+DEVICE = Ceilings(
+    "a GPU", "bfloat16", 4e14, 2e14, 2e12, 2e12, 5e-6, 1e-6, 1e-6, 0.0, 2e-6, 0.0, 80 * GIB
+)
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def test_without_a_question_nothing_is_predicted(arguments, tmp_path, capsys):
 
 
 def test_a_model_that_no_device_holds(arguments, tmp_path, capsys):
-    small = Ceilings("a GPU", "bfloat16", 4e14, 2e14, 2e12, 2e12, 5e-6, 1e-6, 0.0, 2**20)
+    small = replace(DEVICE, memory=2**20)
     write_ceilings(small, tmp_path / "small.json")
     assert main([*arguments, "--gpus", "2", "--ceilings", str(tmp_path / "small.json")]) == 0
     printed = capsys.readouterr().out

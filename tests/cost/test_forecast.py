@@ -29,16 +29,19 @@ DEVICE = Ceilings(
     bytes=10.0,
     fresh_bytes=5.0,
     call=0.25,
+    update=0.25,
     sequence=0.5,
     sequence_width=0.125,
+    biased_sequence=2.0,
+    biased_sequence_width=3.0,
     memory=10_000,
 )
 COUNT = BatchCount(100, 10, 1000, 40, 60, sequences=2)
-PARAMETERS = 100
+PARAMETERS, WEIGHTS = 100, 6
 
 
-def seconds(packed, device=DEVICE, traffic=TRAFFIC):
-    return forecast_seconds(COST, traffic, COUNT, PARAMETERS, device, packed=packed)
+def seconds(packed, device=DEVICE, traffic=TRAFFIC, cost=COST):
+    return forecast_seconds(cost, traffic, COUNT, PARAMETERS, WEIGHTS, device, packed=packed)
 
 
 def test_a_padded_step():
@@ -46,7 +49,7 @@ def test_a_padded_step():
     assert step.products == 6 * (2 * 100 + 3 * 10) / 6
     assert step.attention == 6 * (5 * 1000 + 7 * 40 + 11 * 60) / 12
     assert step.bytes == (1000 + 10 * 100 + 20 * 10 + 50 * 10) / 10
-    assert step.optimizer == 28 * PARAMETERS / 10
+    assert step.optimizer == 28 * PARAMETERS / 10 + 0.25 * WEIGHTS
     assert step.calls == 25
     assert step.forward_backward == step.products + step.attention + step.bytes + 25
     assert step.total == step.forward_backward + step.optimizer
@@ -57,6 +60,14 @@ def test_a_packed_step_reads_logits_thrice_and_pays_for_sequences():
     widths = (5 + 7 + 11) / 2  # of all layers: a pair is two multiply-adds for each unit of width
     assert step.attention == seconds(packed=False).attention + 2 * (4 * 0.5 + widths * 0.125)
     assert step.bytes == (1000 + 10 * 100 + 20 * 10 + 3 * 8 * 10) / 10
+
+
+def test_sequences_cost_more_where_attention_has_a_bias():
+    biased = replace(COST, biased_attentions=3)
+    own, cross = (5 + 7) / 2, 11 / 2
+    assert seconds(packed=True, cost=biased).attention == seconds(packed=False).attention + 2 * (
+        1 * 0.5 + cross * 0.125 + 3 * 2.0 + own * 3.0
+    )
 
 
 def test_logits_that_are_mapped_anew_take_longer():

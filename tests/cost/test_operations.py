@@ -173,6 +173,13 @@ def test_a_published_shape_is_counted_without_its_weights():
     assert counted == cost.ModelCost(0, weights, 0, 2 * 2048 * 16, 0, attentions=16)
 
 
+def test_attentions_with_a_relative_bias():
+    counted = cost.model_cost(make_t5())
+    assert counted.attentions == 3 * counted.biased_attentions // 2  # all but cross-attention
+    assert counted.biased_attentions > 0
+    assert cost.model_cost(make_llama()).biased_attentions == 0
+
+
 def test_what_cannot_be_counted_is_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match=r"cannot count .*c_attn.weight.*Conv1D"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 _SAME = ("padding_idx", "embed_scale")  # what two modules do with one weight
 
 
+@torch.compiler.disable  # host work but for one lookup
 def look_up_once(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with embeddings of both sides for the ids of both, where a gradient is due.
 

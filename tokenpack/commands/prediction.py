@@ -113,6 +113,7 @@ class Model(NamedTuple):
     padded: StepMemory
     packed: StepMemory
     parameters: int
+    weights: int
 
 
 def predict(
@@ -127,6 +128,7 @@ def predict(
         cost.count_memory(model, kind, packed=False),
         cost.count_memory(model, kind, packed=True),
         sum(parameter.numel() for parameter in model.parameters()),
+        len(list(model.parameters())),
     )
     packed = count_packed(sides)
     share = packed.decoder_tokens / packed.tokens
@@ -169,7 +171,7 @@ def _of_rows(
     packed = _mean([count_packed(sides)] * len(orders), batches)
 
     def seconds(count: BatchCount, packed: bool) -> StepSeconds:
-        return cost.forecast_seconds(*model[:2], count, model.parameters, device, packed=packed)
+        return _seconds(model, count, device, packed)
 
     def memory(reduce: np.ufunc, step: StepMemory) -> int:
         largest = _largest(sides, orders[0], rows, reduce, step)
@@ -181,6 +183,18 @@ def _of_rows(
         seconds(packed, True),
         padded_bytes=memory(np.maximum, model.padded),
         packed_bytes=memory(np.add, model.packed),
+    )
+
+
+def _seconds(model: Model, count: BatchCount, device: Ceilings, packed: bool) -> StepSeconds:
+    return cost.forecast_seconds(
+        model.cost,
+        model.traffic,
+        count,
+        model.parameters,
+        model.weights,
+        device,
+        packed=packed,
     )
 
 
@@ -237,9 +251,7 @@ def _of_ranks(
         ranks,
         balance=float(np.median(balance)),
         steps=len(members),
-        compute=cost.forecast_seconds(
-            *model[:2], step, model.parameters, device, packed=True
-        ).total,
+        compute=_seconds(model, step, device, packed=True).total,
         data_parallel=sent.data_parallel / (1e9 * arguments.link),
         fully_sharded=sent.fully_sharded / (1e9 * arguments.link),
     )

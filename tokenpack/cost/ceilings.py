@@ -4,8 +4,9 @@ Each is the best of some rounds, of a few seconds together: what nothing on the 
 than, at sizes that training has. Products are of ``(2048, 1024) @ (1024, 4096)``, attention is
 PyTorch's fused kernel, forward and backward, over rows of 512 tokens, bytes are those of ``a * b``
 over 64 MiB (on a GPU 256 MiB), past the caches. Fresh bytes are the same with a new result each
-time, which on a CPU the system has to find memory for. Calls are those of operators on four
-numbers, recorded and run backwards; a sequence's are those of packed attention over short ones.
+time, which on a CPU the system has to find memory for. Calls are those of operators of small
+modules on four numbers, forward and backward; a weight's are those of AdamW on four numbers; a
+sequence's are those of packed attention over short ones, with a relative bias and without.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import packed_attention
+from .traffic import count_calls
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class Ceilings:
         attention: the same in fused attention, forward and backward, of full rectangles.
         bytes: a second, read and written, in operators that do little else.
         fresh_bytes: the same where results are so large that a CPU has no memory ready for them.
-        call: seconds that an operator takes to be called.
+        call: seconds that an operator takes to be called, from its module and by autograd.
+        update: seconds that AdamW takes for each weight beside the bytes that it moves.
         sequence: seconds that each sequence costs each packed attention beside its operations.
         sequence_width: seconds more, for each unit of its width, heads * head_dim.
+        biased_sequence, biased_sequence_width: the same in attention with a relative bias.
         memory: bytes that the device has.
     """
 
@@ -47,8 +53,11 @@ class Ceilings:
     bytes: float
     fresh_bytes: float
     call: float
+    update: float
     sequence: float
     sequence_width: float
+    biased_sequence: float
+    biased_sequence_width: float
     memory: int
 
     @property
@@ -97,15 +106,8 @@ def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
     in_place = _best(lambda: torch.mul(x, y, out=out), device)
     fresh = _best(lambda: x * y, device)
 
-    narrow, wide = (_of_a_sequence(device, dtype, attention, heads) for heads in (2, 8))
-    more = max(wide - narrow, 0.0) / (6 * 64)
-    small = random(4).requires_grad_()
-
-    def calls() -> None:
-        chain = small
-        for _ in range(500):
-            chain = chain * small
-        torch.autograd.grad(chain, small, torch.empty_like(chain))
+    sequence, sequence_width = _of_a_sequence(device, dtype, attention, bias=False)
+    biased_sequence, biased_sequence_width = _of_a_sequence(device, dtype, attention, bias=True)
 
     return Ceilings(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -114,32 +116,72 @@ def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
         attention=attention,
         bytes=moved / in_place,
         fresh_bytes=moved / fresh,
-        sequence=max(narrow - 2 * 64 * more, 0.0),
-        sequence_width=more,
-        call=_best(calls, device) / 2000,  # of the 500, two a backward, and their sum
+        call=_of_a_call(device),
+        update=_of_a_weight(device),
+        sequence=sequence,
+        sequence_width=sequence_width,
+        biased_sequence=biased_sequence,
+        biased_sequence_width=biased_sequence_width,
         memory=_memory(device),
     )
 
 
-def _of_a_sequence(device: torch.device, dtype: torch.dtype, attention: float, heads: int) -> float:
-    """Seconds beside the operations' at the rate ``attention``."""
+def _of_a_call(device: torch.device) -> float:
+    """Seconds of each operator of small layers, forward and backward."""
+    layers = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU()) for _ in range(20)]
+    model = nn.Sequential(*layers).to(device)
+    small = torch.randn(4, 4, device=device)
+
+    def run() -> None:
+        model(small).sum().backward()
+
+    run()  # makes the gradients, which are added to from then on
+    return _best(run, device) / count_calls(run)
+
+
+def _of_a_weight(device: torch.device) -> float:
+    """Seconds of AdamW for each weight, in one call on a GPU and one by one on a CPU."""
+    weights = [torch.randn(4, device=device, requires_grad=True) for _ in range(64)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.AdamW(weights, fused=device.type == "cuda")
+    return _best(optimizer.step, device) / len(weights)
+
+
+def _of_a_sequence(
+    device: torch.device, dtype: torch.dtype, attention: float, *, bias: bool
+) -> tuple[float, float]:
+    """Seconds beside the operations' at the rate ``attention``: of any, and for a unit of width."""
     lengths = list(range(8, 72, 3))
     width = 64
     ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-    q, k, v = (
-        torch.randn(sum(lengths), heads, width, device=device, dtype=dtype).requires_grad_()
-        for _ in range(3)
-    )
-
-    def attend() -> None:
-        longest = lengths[-1]
-        out, _ = packed_attention(
-            q, k, v, ends, ends, longest, longest, causal=False, scale=width**-0.5
+    seconds = {}
+    for heads in (2, 8):
+        q, k, v = (
+            torch.randn(sum(lengths), heads, width, device=device, dtype=dtype).requires_grad_()
+            for _ in range(3)
         )
-        torch.autograd.grad(out.sum(), (q, k, v))
+        table = None
+        if bias:
+            table = torch.randn(heads, 2 * 128 + 1, device=device).requires_grad_()
+        leaves = (q, k, v) if table is None else (q, k, v, table)
 
-    operations = 3 * 4 * heads * width * sum(length**2 for length in lengths)
-    return max(_best(attend, device) - operations / attention, 0.0) / len(lengths)
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor | None = None
+        ) -> None:
+            out, _ = packed_attention(
+                *(q, k, v, ends, ends, lengths[-1], lengths[-1]),
+                causal=False,
+                scale=width**-0.5,
+                relative_bias=table,
+            )
+            torch.autograd.grad(out.sum(), (q, k, v) if table is None else (q, k, v, table))
+
+        operations = 3 * 4 * heads * width * sum(length**2 for length in lengths)
+        took = _best(partial(attend, *leaves), device) - operations / attention
+        seconds[heads] = max(took, 0.0) / len(lengths)
+    of_width = max(seconds[8] - seconds[2], 0.0) / ((8 - 2) * width)
+    return max(seconds[2] - 2 * width * of_width, 0.0), of_width
 
 
 def _best(function: Callable[[], object], device: torch.device, seconds: float = 0.6) -> float:

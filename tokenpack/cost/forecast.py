@@ -2,6 +2,7 @@
 
     device = products / rate + attention / rate + bytes moved / rate + optimizer's bytes / rate
              + packed: sequences * what one costs all attentions beside its operations
+             + weights * seconds of AdamW's call for one
     host   = calls * seconds of a call
     step   = device + host on a CPU, max(device, host) on a GPU, which is called ahead of itself
 
@@ -55,6 +56,7 @@ def forecast_seconds(
     traffic: Traffic,
     count: BatchCount,
     parameters: int,
+    weights: int,
     ceilings: Ceilings,
     *,
     packed: bool,
@@ -65,7 +67,8 @@ def forecast_seconds(
         cost: of the model; see `model_cost`.
         traffic: of the model, in the ceilings' dtype; see `count_traffic`.
         count: tokens and pairs that are computed: `count_padded` or `count_packed`.
-        parameters: how many are trained.
+        parameters: how many numbers are trained.
+        weights: in how many tensors.
         ceilings: of the device.
         packed: whether the loss is the patched model's, without the logits of all tokens.
     """
@@ -76,10 +79,7 @@ def forecast_seconds(
         + traffic.moved_per_decoder_token * count.decoder_tokens
     )
     if packed:
-        # A pair takes two multiply-adds for each unit of width, heads * head_dim.
-        widths = (cost.per_encoder_pair + cost.per_decoder_pair + cost.per_cross_pair) / 2
-        of_one = cost.attentions * ceilings.sequence + widths * ceilings.sequence_width
-        sequences = count.sequences * of_one
+        sequences = count.sequences * _seconds_of_a_sequence(cost, ceilings)
         loss = _LOSS_PASSES * traffic.logits_per_token * count.decoder_tokens / ceilings.bytes
     else:
         sequences = 0.0
@@ -90,7 +90,22 @@ def forecast_seconds(
         products=operations.linear / ceilings.products,
         attention=operations.attention / ceilings.attention + sequences,
         bytes=moved / ceilings.bytes + loss,
-        optimizer=_ADAMW * parameters / ceilings.bytes,
+        optimizer=_ADAMW * parameters / ceilings.bytes + weights * ceilings.update,
         calls=traffic.calls * ceilings.call,
         on_gpu=ceilings.on_gpu,
+    )
+
+
+def _seconds_of_a_sequence(cost: ModelCost, ceilings: Ceilings) -> float:
+    """Of all packed attentions, beside their operations."""
+    # A pair takes two multiply-adds for each unit of width, heads * head_dim.
+    own, cross = (cost.per_encoder_pair + cost.per_decoder_pair) / 2, cost.per_cross_pair / 2
+    plain = cost.attentions - cost.biased_attentions
+    if not cost.biased_attentions:
+        own, cross = 0.0, own + cross
+    return (
+        plain * ceilings.sequence
+        + cross * ceilings.sequence_width
+        + cost.biased_attentions * ceilings.biased_sequence
+        + own * ceilings.biased_sequence_width
     )

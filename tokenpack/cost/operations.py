@@ -33,7 +33,8 @@ class ModelCost:
     """Multiply-adds of one forward pass, per token and per query-key pair.
 
     A model with a single stream of tokens has everything under ``decoder``. ``attentions`` is how
-    many layers of attention there are, of all kinds.
+    many layers of attention there are, of all kinds; ``biased_attentions`` how many have a relative
+    bias, as T5's of a side to itself: none, or all but the cross-attentions.
     """
 
     per_encoder_token: int
@@ -42,6 +43,7 @@ class ModelCost:
     per_decoder_pair: int
     per_cross_pair: int
     attentions: int = 0
+    biased_attentions: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def model_cost(model: nn.Module) -> ModelCost:
     encoder_decoder = _is_encoder_decoder(model)
     tokens = {"encoder": 0, "decoder": 0}
     pairs = {"encoder": 0, "decoder": 0, "cross": 0}
-    attentions = 0
+    attentions = biased = 0
+    has_bias = hasattr(getattr(model, "config", None), "relative_attention_num_buckets")
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -142,6 +145,7 @@ def model_cost(model: nn.Module) -> ModelCost:
             kind = "cross" if in_cross else "encoder" if in_encoder else "decoder"
             pairs[kind] += 2 * module.out_features
             attentions += 1
+            biased += has_bias and not in_cross
         sees_encoder = in_encoder or (in_cross and name in _KEY_VALUE_NAMES)
         tokens["encoder" if sees_encoder else "decoder"] += module.in_features * module.out_features
     if not any(pairs.values()):
@@ -156,6 +160,7 @@ def model_cost(model: nn.Module) -> ModelCost:
         per_decoder_pair=pairs["decoder"],
         per_cross_pair=pairs["cross"],
         attentions=attentions,
+        biased_attentions=biased,
     )
 
 

@@ -13,7 +13,7 @@ chunks. So the head's logits are counted apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +82,13 @@ def count_traffic(model: nn.Module) -> Traffic:
         logits_per_token=short.logits,
         calls=with_loss.calls,
     )
+
+
+def count_calls(run: Callable[[], object]) -> int:
+    """Operators that ``run`` dispatches, counted as those of a step are."""
+    with _Operators() as seen:
+        run()
+    return seen.calls
 
 
 @contextmanager

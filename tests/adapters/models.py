@@ -54,6 +54,7 @@ _SEQ2SEQ = {
     "decoder_layerdrop": 0.0,
     "decoder_start_token_id": BOS,
     "forced_eos_token_id": None,
+    "scale_embedding": True,  # as published checkpoints have it
 }
 _T5 = {
     "d_model": 32,

@@ -84,10 +84,20 @@ def test_gradients_are_in_float32_whatever_the_activations_are():
     assert whole.peak(0, 0, share=1.0) >= 4 * parameters
     assert whole.lines[:, 1].max() == 4 * parameters
     half = count_memory(model.to(torch.bfloat16), "cuda", packed=True)
-    assert half.lines[:, 1].max() == 4 * parameters
     # The weights' copies stay throughout; a token's activations are half as large.
-    assert half.lines[:, 0].min() >= 2 * parameters
+    assert half.lines[:, 1].max() == (4 + 2) * parameters
+    assert half.lines[:, 1].min() >= 2 * parameters
     assert half.lines[:, 3].max() < 0.8 * whole.lines[:, 3].max()
+
+
+def test_devices_that_share_the_weights_share_their_copies():
+    model = on_meta(make_llama).to(torch.bfloat16)
+    parameters = sum(each.numel() for each in model.parameters())
+    step = count_memory(model, "cuda", packed=True)
+    activations = step.peak(0, 1000, share=0.0)
+    room = activations + (12 + 6) * parameters / 100
+    assert token_budget(step, 1.0, parameters, round(room / 0.9) + 1, devices=100) >= 1000
+    assert token_budget(step, 1.0, parameters, round(room / 0.9) + 1) < 1000
 
 
 def test_a_gpu_takes_more_rows_through_the_head_at_once():

@@ -19,13 +19,18 @@ _SAME = ("padding_idx", "embed_scale")  # what two modules do with one weight
 def look_up_once(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with embeddings of both sides for the ids of both, where a gradient is due.
 
+    Only for families whose ``inputs_embeds`` are what the stack's own module gives for the ids.
     Left alone, since the stacks must then call their own modules: separate tables, modules that
-    are no plain lookup (adapters, wrappers), and modules with hooks, which see what is looked up.
+    are no plain lookup (adapters, wrappers), and stacks and modules with hooks, which see what they
+    are called with (gradient checkpointing sets some).
     """
     if not torch.is_grad_enabled() or not {"input_ids", "decoder_input_ids"} <= arguments.keys():
         return arguments
-    table = model.get_encoder().get_input_embeddings()
-    if not _alike(table, model.get_decoder().get_input_embeddings()):
+    stacks = model.get_encoder(), model.get_decoder()
+    if any(not hasattr(stack, "get_input_embeddings") or _has_hooks(stack) for stack in stacks):
+        return arguments
+    table, other = (stack.get_input_embeddings() for stack in stacks)
+    if not _alike(table, other):
         return arguments
     arguments = dict(arguments)
     sides: tuple[Tensor, Tensor] = arguments.pop("input_ids"), arguments.pop("decoder_input_ids")
@@ -58,8 +63,10 @@ def _is_plain(module: Any) -> bool:
         and module.max_norm is None
         and not (module.scale_grad_by_freq or module.sparse)
         and "forward" not in vars(module)
-        and not any(
-            getattr(module, f"_{kind}_hooks")
-            for kind in ("forward", "forward_pre", "backward", "backward_pre")
-        )
+        and not _has_hooks(module)
     )
+
+
+def _has_hooks(module: Any) -> bool:
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)

@@ -33,6 +33,8 @@ class Family:
             column.
         biased_by_distance: attention counts columns between tokens, so that a mask with holes,
             which packing closes, would change it.
+        embeds_alone: a stack does nothing to ids but call its own module, so that what that gives
+            may be handed in for them. Marian and Pegasus scale it, if they were given ids.
         minimum_transformers: the oldest version whose own numbers are right.
     """
 
@@ -41,6 +43,7 @@ class Family:
     swaps: Mapping[str, Replacement] = field(default_factory=dict)
     positions: Positions | None = None
     biased_by_distance: bool = False
+    embeds_alone: bool = False
     minimum_transformers: str | None = None
 
 
@@ -50,12 +53,18 @@ def _t5_like(name: str, attention: str, forward: Replacement, since: str | None 
         "encoder_decoder",
         swaps={attention: forward},
         biased_by_distance=True,
+        embeds_alone=True,
         minimum_transformers=since,
     )
 
 
 def _bart_like(
-    name: str, prefix: str, embedding: str, lookup: Replacement, positions: Positions | None = None
+    name: str,
+    prefix: str,
+    embedding: str,
+    lookup: Replacement,
+    positions: Positions | None = None,
+    embeds_alone: bool = True,
 ) -> Family:
     return Family(
         name,
@@ -66,6 +75,7 @@ def _bart_like(
             f"{prefix}{embedding}": lookup,
         },
         positions=positions,
+        embeds_alone=embeds_alone,
     )
 
 
@@ -103,12 +113,14 @@ FAMILIES: dict[str, Family] = {
         "Marian",
         "SinusoidalPositionalEmbedding",
         lookup=encoder_decoder.sinusoidal_positions_forward,
+        embeds_alone=False,
     ),
     "pegasus": _bart_like(
         "Pegasus",
         "Pegasus",
         "SinusoidalPositionalEmbedding",
         lookup=encoder_decoder.sinusoidal_positions_forward,
+        embeds_alone=False,
     ),
     "llama": Family("Llama", "decoder"),
     "mistral": Family("Mistral", "decoder"),

@@ -68,7 +68,7 @@ def _run(original: Callable[..., Any], model: Any, state: PatchState, packed: Pa
     if not keep_logits:
         _ask_for_fused_loss(model, packed)
     arguments = packed.arguments
-    if state.family.kind == "encoder_decoder":
+    if state.family.embeds_alone:
         arguments = look_up_once(model, arguments)
     with state.running(packed.call):
         outputs = original(model, **arguments)

@@ -1,10 +1,10 @@
 """Predict the time of a training step from what was counted and what a device can do.
 
-    device = products / rate + attention / rate + bytes moved / rate + optimizer's bytes / rate
+    device = products / rate + attention / rate + bytes moved / rate
              + packed: sequences * what one costs all attentions beside its operations
-             + weights * seconds of AdamW's call for one
     host   = calls * seconds of a call
-    step   = device + host on a CPU, max(device, host) on a GPU, which is called ahead of itself
+    update = AdamW's bytes / rate + weights * seconds of its call for one
+    step   = update + (device + host on a CPU, max(device, host) on a GPU, which is called ahead)
 
 A roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) whose terms are added, since layers
 run one after another. Every term is at its ceiling, so times are those of a device at its best;

@@ -41,9 +41,9 @@ class StepMemory:
     """What a step has in use as each of its operators returns, weights and optimizer excepted.
 
     Attributes:
-        lines: ``(operators, 4)`` bytes: whatever the batch is; of gradients that are there;
-            of a token of the encoder; of one of the decoder. Without operators that never are
-            the peak.
+        lines: ``(operators, 4)`` bytes: whatever the batch is; of gradients that are there, and
+            of the weights' 16-bit copies; of a token of the encoder; of one of the decoder.
+            Without operators that never are the peak.
     """
 
     lines: np.ndarray
@@ -52,7 +52,7 @@ class StepMemory:
         """Most bytes in use in a step over so many tokens.
 
         Args:
-            share: of the gradients that a device holds: less than 1 where they are sharded.
+            share: of gradients and copies that a device holds: less than 1 where they are sharded.
         """
         return round(float((self.lines @ (1.0, share, encoder_tokens, decoder_tokens)).max()))
 
@@ -133,7 +133,7 @@ def _upper(lines: np.ndarray) -> np.ndarray:
 
 
 def _follow(model: nn.Module, encoder: int, decoder: int, chunk: int | None) -> np.ndarray:
-    """``(operators, 2)``: bytes in use beside gradients, and of gradients.
+    """``(operators, 2)``: bytes in use beside gradients and copies of weights, and of these.
 
     ``chunk``: rows of the packed loss that go through the head at once, at least.
     """
@@ -178,13 +178,13 @@ class _InUse(TorchDispatchMode):
     """Follows storages from the operator that returns them until they are released.
 
     Attributes:
-        events: bytes in use after each operator beside gradients, and of gradients.
+        events: bytes in use after each operator beside gradients and copies, and of these.
     """
 
-    def __init__(self, before: int, chunk: int | None) -> None:
+    def __init__(self, copies: int, chunk: int | None) -> None:
         super().__init__()
         self.events: list[tuple[int, int]] = []
-        self._now, self._gradients, self._chunk = before, 0, chunk
+        self._now, self._gradients, self._chunk = 0, copies, chunk
         self._sizes = WeakIdKeyDictionary()  # by storage: a list of its bytes, 0 once landed
 
     def ignore(self, tensors: list[Tensor]) -> None:

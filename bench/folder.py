@@ -15,31 +15,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-# `python -m` put the root on the path, where transformers would take kernels/ for the Hugging Face
-# package of that name.
-sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != HERE.parent]
-
-import torch  # noqa: E402
+import torch
 
 
 def folder_in(results: Path) -> Path:
     """The first of ``DEVICE-DATE``, ``DEVICE-DATE-2``, ... that is new or of this commit."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    name = f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}-{date}"
-    folder, number = results / name, 1
+    name = f"{re.sub('[^a-z0-9]+', '-', device().lower()).strip('-')}-{today()}"
+    folder, number, here = results / name, 1, commit()
     while (begun := folder / "environment.json").exists():
-        if json.loads(begun.read_text(encoding="utf-8")).get("commit") == commit():
+        if json.loads(begun.read_text(encoding="utf-8")).get("commit") == here:
             break
         number += 1
         folder = results / f"{name}-{number}"
     return folder
 
 
+def device() -> str:
+    """Name of the GPU, or ``cpu``."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def today() -> str:
+    """The date in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+
+
 def commit() -> str | None:
     """Of this checkout, abbreviated; None outside of one."""
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

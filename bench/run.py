@@ -12,7 +12,6 @@ is by then.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -21,21 +20,17 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
+from tokenpack.commands.machine import describe_machine, versions
+from tokenpack.cost import measure_ceilings, write_ceilings
+
+from . import report
+from .folder import commit, device, today
+from .lengths import DEFAULT
+from .results import parts
+
 HERE = Path(__file__).parent
-# `python -m` put the root on the path, where transformers would take kernels/ for the Hugging Face
-# package of that name.
-sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != HERE.parent]
-
-import torch  # noqa: E402
-
-from tokenpack.commands.machine import describe_machine, versions  # noqa: E402
-from tokenpack.cost import measure_ceilings, write_ceilings  # noqa: E402
-
-from . import report  # noqa: E402
-from .folder import commit  # noqa: E402
-from .lengths import DEFAULT  # noqa: E402
-from .results import parts  # noqa: E402
-
 CEILINGS = "ceilings.json"
 LONG_ON_A_CPU = ("profile.test_base", "training_step.test_base")
 _PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "fast-axolotl", "accelerate")
@@ -117,8 +112,8 @@ def _write_environment(given: argparse.Namespace) -> None:
             )
         return
     environment = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "date": today(),
+        "device": device(),
         "threads": torch.get_num_threads(),
         **here,
         "machine": describe_machine(),

@@ -114,9 +114,10 @@ def _section(name: str, run: Any, pictures: dict[str, Any], report: Any) -> str:
 def _bench() -> tuple[Any, Any, Any]:
     """The modules of `bench/`, which is not installed."""
     # Only while they are imported: later, transformers would take kernels/ for another package.
+    path = list(sys.path)
     sys.path.insert(0, str(ROOT))
     try:
         from bench import plots, report, results
     finally:
-        sys.path.remove(str(ROOT))
+        sys.path[:] = path
     return plots, report, results

@@ -42,8 +42,6 @@ def look_up_once(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _alike(first: Any, second: Any) -> bool:
     """Whether one of two modules may look up for both."""
-    if first is second:
-        return _is_plain(first)
     return (
         type(first) is type(second)
         and _is_plain(first)

@@ -153,9 +153,7 @@ def _packed_attention_forward(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=window,
         softcap=softcap,
-        relative_bias=None
-        if position_bias is None or position_bias.numel() == 0
-        else position_bias,
+        relative_bias=table,
         dropout_p=dropout,
         backend=call.backend,
     )

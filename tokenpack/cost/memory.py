@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import kernels  # noqa: F401  registers the loss
 from ..kernels.linear_loss import smallest_chunk
 from .traffic import attention_left_out, inputs_of
 
@@ -170,7 +169,6 @@ def _follow(model: nn.Module, encoder: int, decoder: int, chunk: int | None) -> 
         finally:
             for hook in hooks:
                 hook.remove()
-            model.zero_grad()
     return np.array(seen.events, dtype=np.float64)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tokenpack.cost import Ceilings, measure_ceilings, read_ceilings
-from tokenpack.memory import allocations
+from tokenpack.cost.allocations import allocations
 
-from . import lengths
+from . import length_distributions as lengths
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

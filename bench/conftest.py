@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import common
-from .lengths import DEFAULT, PRESETS
+from .length_distributions import DEFAULT, PRESETS
 
 
 def pytest_addoption(parser):

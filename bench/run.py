@@ -27,7 +27,7 @@ from tokenpack.cost import measure_ceilings, write_ceilings
 
 from . import report
 from .folder import commit, device, today
-from .lengths import DEFAULT
+from .length_distributions import DEFAULT
 from .results import parts
 
 HERE = Path(__file__).parent
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="of the results, made if missing")
     parser.add_argument("--seconds", type=float, help="begin no part after this long")
     parser.add_argument("--only", default="", help="parts whose names have this in them")
-    parser.add_argument("--lengths", default=DEFAULT, help="of the batches; see bench/lengths.py")
+    parser.add_argument("--lengths", default=DEFAULT, help="see bench/length_distributions.py")
     given = parser.parse_args(arguments)
     raw = given.folder / "raw"
     raw.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,9 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from tokenpack.commands.models import DEMO_MODELS, SIZES
-from tokenpack.data.examples import Example, pad_batch
-from tokenpack.data.text import standard_library_texts
-from tokenpack.data.tokenizer import PAD, token_id, train_tokenizer
+from tokenpack.samples.examples import Example, pad_batch
+from tokenpack.samples.text import standard_library_texts
+from tokenpack.samples.tokenizer import PAD, token_id, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer
 
 from .common import ON_GPU, peak_memory

@@ -25,7 +25,7 @@ from tokenpack.cost import (
 )
 
 from .common import DEVICE, ON_GPU, ceilings, chosen, peak_memory
-from .lengths import PRESETS
+from .length_distributions import PRESETS
 from .training import CONTENDERS, MODELS, SIZES, Step, padded_batch
 
 BASELINES = ("padded, SDPA",)

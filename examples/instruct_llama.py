@@ -42,8 +42,8 @@ from transformers import (
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from tokenpack.data import packed_collate_fn
-from tokenpack.data.text import split_summary, standard_library_texts
-from tokenpack.data.tokenizer import BOS, EOS, PAD, train_tokenizer
+from tokenpack.samples.text import split_summary, standard_library_texts
+from tokenpack.samples.tokenizer import BOS, EOS, PAD, train_tokenizer
 from tokenpack.trainer import TokenBudgetArguments, TokenBudgetTrainer
 
 CHAT_TEMPLATE = (

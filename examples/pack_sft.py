@@ -25,8 +25,8 @@ from trl import SFTConfig, SFTTrainer
 
 from tokenpack import patch_model
 from tokenpack.data import collate_packed_rows, pack_dataset
-from tokenpack.data.text import read_texts, standard_library_texts
-from tokenpack.data.tokenizer import BOS, EOS, PAD, train_tokenizer
+from tokenpack.samples.text import read_texts, standard_library_texts
+from tokenpack.samples.tokenizer import BOS, EOS, PAD, train_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> SFTTrainer:

@@ -39,8 +39,8 @@ from transformers import (
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from tokenpack.data import T5SpanCorruptionCollatorFast
-from tokenpack.data.text import standard_library_texts
-from tokenpack.data.tokenizer import EOS, PAD, train_tokenizer
+from tokenpack.samples.text import standard_library_texts
+from tokenpack.samples.tokenizer import EOS, PAD, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer, TokenBudgetArguments
 
 # Where they differ from those of `TokenBudgetArguments`: what two CPU cores take minutes for.

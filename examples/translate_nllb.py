@@ -43,9 +43,9 @@ from transformers import (
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from tokenpack.data import CappedSeq2SeqCollator
-from tokenpack.data.text import split_summary, standard_library_texts
-from tokenpack.data.tokenizer import EOS, PAD, train_tokenizer
 from tokenpack.metrics import make_seq2seq_compute_metrics
+from tokenpack.samples.text import split_summary, standard_library_texts
+from tokenpack.samples.tokenizer import EOS, PAD, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer, TokenBudgetArguments
 
 CATALOGUES = ["/usr/share/locale", "/usr/local/share/locale", "/opt/homebrew/share/locale"]

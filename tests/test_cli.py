@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models
 from tokenpack import __version__, cli, commands
 from tokenpack.cli import main
 from tokenpack.commands import demo, figures, side_by_side
-from tokenpack.data.dataset import COLUMNS
-from tokenpack.data.tokenizer import train_tokenizer
+from tokenpack.data.packed.dataset import COLUMNS
 from tokenpack.packing import Packer, pack_lengths
+from tokenpack.samples.tokenizer import train_tokenizer
 
 TEXTS = ["Summary.\n\n" + "Body of words. " * count for count in (1, 2, 4, 9, 15, 40)]
 

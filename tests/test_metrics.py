@@ -16,8 +16,8 @@ from transformers import (
 from transformers.testing_utils import CaptureLogger
 from transformers.trainer_utils import EvalPrediction
 
-from tokenpack.data.tokenizer import EOS, PAD, train_tokenizer
 from tokenpack.metrics import logger, make_seq2seq_compute_metrics
+from tokenpack.samples.tokenizer import EOS, PAD, train_tokenizer
 
 datasets = pytest.importorskip("datasets")
 sacrebleu = pytest.importorskip("sacrebleu.metrics")

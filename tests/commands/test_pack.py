@@ -10,8 +10,8 @@ import pytest
 
 from tokenpack.cli import main
 from tokenpack.commands import figures, pack
-from tokenpack.data.tokenizer import train_tokenizer
 from tokenpack.packing import PackResult, merge_results, pack_lengths, pack_shards
+from tokenpack.samples.tokenizer import train_tokenizer
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")

@@ -13,7 +13,7 @@ from tokenpack.cli import main
 from tokenpack.commands import prediction
 from tokenpack.commands.epochs import Sides
 from tokenpack.cost import Ceilings, StepMemory, write_ceilings
-from tokenpack.data.tokenizer import train_tokenizer
+from tokenpack.samples.tokenizer import train_tokenizer
 
 TEXTS = ["Summary. " + "Body of words. " * count for count in (1, 2, 4, 9, 15, 40)]
 GIB = 2**30

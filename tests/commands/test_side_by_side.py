@@ -9,9 +9,9 @@ from tokenpack.commands import side_by_side
 from tokenpack.commands.models import DEMO_MODELS, SIZES
 from tokenpack.commands.side_by_side import Comparison, Side, peak_bytes, train_side_by_side
 from tokenpack.cost import Operations
-from tokenpack.data.examples import random_batches
-from tokenpack.data.text import Text
-from tokenpack.data.tokenizer import train_tokenizer
+from tokenpack.samples.examples import random_batches
+from tokenpack.samples.text import Text
+from tokenpack.samples.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
 TEXTS = [Text("Words. " * count + "\nMore of them.") for count in (1, 1, 2, 3, 5, 8, 13)]

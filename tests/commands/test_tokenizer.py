@@ -4,7 +4,7 @@ import pytest
 
 from tokenpack.commands import tokenizer as module
 from tokenpack.commands.tokenizer import load_tokenizer
-from tokenpack.data.tokenizer import train_tokenizer
+from tokenpack.samples.tokenizer import train_tokenizer
 
 
 def test_a_tokenizer_file_that_truncates_does_not(tmp_path):

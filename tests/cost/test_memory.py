@@ -6,7 +6,7 @@ import torch
 
 from tokenpack import patch_model
 from tokenpack.cost import StepMemory, count_memory, state_memory, token_budget
-from tokenpack.memory import allocations
+from tokenpack.cost.allocations import allocations
 
 from .test_traffic import VOCAB, make_llama, make_t5, on_meta
 

@@ -105,7 +105,7 @@ def test_more_blocks_than_one(monkeypatch):
     rng = np.random.default_rng(0)
     tokens = [rng.integers(1, 99, n) for n in rng.integers(1, 30, 300)]
     whole = pack_dataset(tokens, 32, progress=False)
-    monkeypatch.setattr("tokenpack.data.dataset._BLOCK_TOKENS", 100)
+    monkeypatch.setattr("tokenpack.data.packed.dataset._BLOCK_TOKENS", 100)
     for num_proc in (None, 1, 3):
         assert pack_dataset(tokens, 32, num_proc=num_proc, progress=False)[:] == whole[:]
 
@@ -122,7 +122,7 @@ def test_rows_on_disk_are_made_once(tmp_path, monkeypatch):
         raise AssertionError("made again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("tokenpack.data.dataset._RowMaker.__call__", never)
+        patched.setattr("tokenpack.data.packed.dataset._RowMaker.__call__", never)
         assert pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)[:] == want[:]
     # Anything that changes a row makes another file.
     others = (
@@ -163,7 +163,7 @@ def test_a_run_that_failed_leaves_no_file(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("tokenpack.data.dataset._RowMaker._column", fail)
+    monkeypatch.setattr("tokenpack.data.packed.dataset._RowMaker._column", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         pack_dataset(TOKENS, 8, cache_dir=tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import torch
 
 from tokenpack import packing_stats, patch_model
 from tokenpack.data import PackedPairs, pack_pairs_to_tensors
-from tokenpack.data.pairs import pad_rows
+from tokenpack.data.packed.pairs import pad_rows
 from tokenpack.data.tokens import flatten_tokens
 
 from ..adapters.models import EOS, NLLB, PAD, T5, VOCABULARY, gradient_distance

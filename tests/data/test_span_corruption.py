@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tokenpack.data import Denoiser, PackedPairs, T5SpanCorruptionCollatorFast
-from tokenpack.data.random_parts import random_part_starts
-from tokenpack.packing.sorting import offsets_of
+from tokenpack.data.collators.random_parts import random_part_starts
+from tokenpack.segments import offsets_of
 
 from .test_seq2seq import EOS, FIRST, PAD, make_tokenizer
 

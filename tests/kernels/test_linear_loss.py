@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokenpack.cost.allocations import allocations
 from tokenpack.kernels import packed_cross_entropy, packed_linear_cross_entropy
 from tokenpack.kernels._triton import INTERPRETED
-from tokenpack.memory import allocations
 
 from .losses import IGNORED, reduced, token_losses
 

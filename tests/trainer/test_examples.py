@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tokenpack.data.text import split_summary, standard_library_texts
+from tokenpack.samples.text import split_summary, standard_library_texts
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("accelerate")

@@ -42,8 +42,8 @@ class SameBatches(Seq2SeqTrainer):
 def test_200_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
     """T5, span corruption of real text; the same batches whole, padded, by transformers."""
     from tokenpack.data import T5SpanCorruptionCollatorFast
-    from tokenpack.data.text import standard_library_texts
-    from tokenpack.data.tokenizer import train_tokenizer
+    from tokenpack.samples.text import standard_library_texts
+    from tokenpack.samples.tokenizer import train_tokenizer
 
     texts = [text.source for text in standard_library_texts(1500)]
     plain = train_tokenizer(texts, 500)
@@ -99,7 +99,7 @@ def test_200_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
 def as_transformers(tokenizer):
     from transformers import PreTrainedTokenizerFast
 
-    from tokenpack.data import tokenizer as names
+    from tokenpack.samples import tokenizer as names
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

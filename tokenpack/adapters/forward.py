@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..checks import IGNORE_INDEX
 from ..kernels import PackedLayout, repad
 from .call import PatchState
 from .embedding import look_up_once
 from .head import after_head, fused_forward, loss_from_logits, nothing_else_follows
 from .head import on_device as _on
-from .inputs import IGNORE_INDEX, CannotPackError, PackedInputs, pack_inputs
+from .inputs import CannotPackError, PackedInputs, pack_inputs
 from .swap import is_swapped
 
 logger = logging.get_logger(__name__)

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..data.examples import ExampleSet, random_batches
-from ..data.text import Text, read_texts, standard_library_texts
-from ..data.tokenizer import train_tokenizer
+from ..samples.examples import ExampleSet, random_batches
+from ..samples.text import Text, read_texts, standard_library_texts
+from ..samples.tokenizer import train_tokenizer
 from . import figures, machine
 from .models import DEMO_MODELS, SIZES, Size
 from .output import make_folder, write_json

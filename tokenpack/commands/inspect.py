@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..cost import ModelCost, model_cost, training_operations
-from ..data.text import Text, read_texts
+from ..samples.text import Text, read_texts
 from . import figures, machine, prediction, strategies
 from .epochs import BATCH_SIZES, Sides, add, count_packed, count_padded, random_orders, sorted_order
 from .models import SHAPES, build_config, build_shape

@@ -24,10 +24,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ..data import examples
-from ..data.examples import ExampleSet
-from ..data.text import Text
-from ..data.tokenizer import BOS, EOS, PAD
+from ..samples import examples
+from ..samples.examples import ExampleSet
+from ..samples.text import Text
+from ..samples.tokenizer import BOS, EOS, PAD
 
 # ------------------------------------------------------------------------------------------- sizes
 

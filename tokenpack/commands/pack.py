@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..data.tokens import Tokens, flatten_tokens, require_same_lengths
 from ..packing import Packer, PackResult, pack_shards
-from ..packing.sorting import offsets_of
+from ..segments import offsets_of
 from . import figures, machine
 from .output import make_folder, write_json
 from .table import format_table
@@ -147,7 +147,7 @@ class _Watched:
 
 
 def _pack_rows(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResult, str]:
-    from ..data.dataset import COLUMNS, pack_dataset_from_result
+    from ..data.packed.dataset import COLUMNS, pack_dataset_from_result
 
     names = [arguments.column]
     make: Callable[[pa.ChunkedArray, str], Tokens] = _token_lists

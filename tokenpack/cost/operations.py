@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..checks import IGNORE_INDEX
+
 # What the families call their projections and their cross-attention.
 _QUERY_NAMES = ("q", "q_proj", "query")
 _KEY_VALUE_NAMES = ("k", "v", "k_proj", "v_proj", "key", "value")
 _CROSS_ATTENTION_NAMES = ("EncDecAttention", "encoder_attn", "crossattention")
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -6,33 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import PackedBatch, pack_result_to_tensors, packed_collate_fn
-    from .dataset import pack_dataset, pack_dataset_from_result
-    from .pairs import PackedPairs, pack_pairs_to_tensors
+    from .collators.seq2seq import CappedSeq2SeqCollator
+    from .collators.span_corruption import Denoiser, T5SpanCorruptionCollatorFast
+    from .packed.batch import PackedBatch, pack_result_to_tensors, packed_collate_fn
+    from .packed.dataset import pack_dataset, pack_dataset_from_result
+    from .packed.pairs import PackedPairs, pack_pairs_to_tensors
+    from .packed.rows import concatenate_and_pack, pack_sequences
+    from .packed.stream import PackedStream, PackedStreamLoader, collate_packed_rows, pack_stream
     from .reader import streaming_dataset_reader
-    from .rows import concatenate_and_pack, pack_sequences
-    from .seq2seq import CappedSeq2SeqCollator
-    from .span_corruption import Denoiser, T5SpanCorruptionCollatorFast
-    from .stream import PackedStream, PackedStreamLoader, collate_packed_rows, pack_stream
 
 # Resolved on first use: not all of it needs torch, and only some of it datasets.
 _HOMES = {
-    "CappedSeq2SeqCollator": ".seq2seq",
-    "Denoiser": ".span_corruption",
-    "PackedBatch": ".batch",
-    "PackedPairs": ".pairs",
-    "PackedStream": ".stream",
-    "PackedStreamLoader": ".stream",
-    "T5SpanCorruptionCollatorFast": ".span_corruption",
-    "collate_packed_rows": ".stream",
-    "concatenate_and_pack": ".rows",
-    "pack_dataset": ".dataset",
-    "pack_dataset_from_result": ".dataset",
-    "pack_pairs_to_tensors": ".pairs",
-    "pack_result_to_tensors": ".batch",
-    "pack_sequences": ".rows",
-    "pack_stream": ".stream",
-    "packed_collate_fn": ".batch",
+    "CappedSeq2SeqCollator": ".collators.seq2seq",
+    "Denoiser": ".collators.span_corruption",
+    "PackedBatch": ".packed.batch",
+    "PackedPairs": ".packed.pairs",
+    "PackedStream": ".packed.stream",
+    "PackedStreamLoader": ".packed.stream",
+    "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
+    "collate_packed_rows": ".packed.stream",
+    "concatenate_and_pack": ".packed.rows",
+    "pack_dataset": ".packed.dataset",
+    "pack_dataset_from_result": ".packed.dataset",
+    "pack_pairs_to_tensors": ".packed.pairs",
+    "pack_result_to_tensors": ".packed.batch",
+    "pack_sequences": ".packed.rows",
+    "pack_stream": ".packed.stream",
+    "packed_collate_fn": ".packed.batch",
     "streaming_dataset_reader": ".reader",
 }
 

@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ..checks import IGNORE_INDEX
 from ..packing import PackResult
 from ..packing.lengths import arrow_column
-from ..packing.sorting import offsets_of, ranges
-
-IGNORE_INDEX = -100
+from ..segments import offsets_of, ranges
 
 # Slots of a block: its sources, 8 bytes each, and the block itself stay in a core's cache.
 _BLOCK = 1 << 15

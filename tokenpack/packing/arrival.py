@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from .sorting import group_by_bin, offsets_of
+from ..segments import group_by_bin, offsets_of
 
 Plan = tuple[NDArray[np.int64], NDArray[np.int64]]
 """``items (n,)`` and ``offsets (num_bins + 1,)``, int64."""

@@ -20,7 +20,7 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from .sorting import distinct_lengths, longest_first, offsets_of, ranges, stable_argsort
+from ..segments import distinct_lengths, longest_first, offsets_of, ranges, stable_argsort
 
 _NEW = -1  # room before, of bins that a move opens
 

@@ -12,8 +12,8 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
+from ..segments import group_by_bin, longest_first
 from .arrival import Plan
-from .sorting import group_by_bin, longest_first
 
 _BLOCK = 1024  # bins looked at together
 

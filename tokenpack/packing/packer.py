@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import at_least_one, check_seed, optional_at_least_one
+from ..segments import distinct_lengths, shuffled
 from . import arrival, best_fit, decreasing, rounds
 from .arrival import Plan
 from .lengths import Lengths, as_lengths, check_overlong, fit
 from .result import PackResult
-from .sorting import distinct_lengths, shuffled
 
 # What a move of `best_fit` costs beside a sequence in `rounds`, so that `auto` takes the faster.
 _SEQUENCES_PER_LENGTH = 50
@@ -156,8 +157,8 @@ class Packer:
         self.capacity = at_least_one("capacity", capacity)
         self._chosen = None if strategy == "auto" else find_strategy(strategy)
         self.seed = 0 if seed is None else check_seed(seed)
-        self._max_sequences = _optional("max_sequences", max_sequences)
-        self._window = _optional("window", window)
+        self._max_sequences = optional_at_least_one("max_sequences", max_sequences)
+        self._window = optional_at_least_one("window", window)
         self.overlong, self._drop_empty = overlong, drop_empty
 
     @property
@@ -269,38 +270,6 @@ def find_strategy(name: str) -> Strategy:
         known = ", ".join(f"{s.short} ({s.name})" for s in _STRATEGIES)
         raise ValueError(f"strategy must be auto or one of {known}; got {name!r}")
     return found
-
-
-def at_least_one(name: str, value: Any) -> int:
-    """``value``, an integer from 1 to 2**31 - 1, as an int.
-
-    Raises:
-        TypeError: if it is no integer.
-        ValueError: if it is out of that range.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not 1 <= value < 2**31:
-        raise ValueError(f"{name} must be from 1 to 2**31 - 1, got {value}")
-    return int(value)
-
-
-def check_seed(seed: Any) -> int:
-    """``seed`` as an int.
-
-    Raises:
-        TypeError: if it is no integer.
-        ValueError: if it is negative.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}")
-    return int(seed)
-
-
-def _optional(name: str, value: int | None) -> int | None:
-    return None if value is None else at_least_one(name, value)
 
 
 @cache

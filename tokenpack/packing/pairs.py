@@ -22,10 +22,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import at_least_one, optional_at_least_one
+from ..segments import group_by_bin
 from .lengths import Lengths, as_lengths, fit
-from .packer import at_least_one
 from .result import PackResult
-from .sorting import group_by_bin
 
 _PATIENCE = 6  # rounds that place few, each side looked at twice, before bins are opened
 _FEW = 0.01  # of the bins
@@ -102,7 +102,7 @@ def pack_pairs(
         at_least_one("source_capacity", source_capacity),
         at_least_one("target_capacity", target_capacity),
     )
-    limit = None if max_sequences is None else at_least_one("max_sequences", max_sequences)
+    limit = optional_at_least_one("max_sequences", max_sequences)
     names = ("source_lengths", "target_lengths")
     sides = [as_lengths(source_lengths, names[0]), as_lengths(target_lengths, names[1])]
     if len(sides[0]) != len(sides[1]):

@@ -16,10 +16,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .packer import at_least_one, check_seed
+from ..checks import at_least_one, check_seed
+from ..segments import shuffled
 from .pairs import PairPackResult
 from .result import PackResult
-from .sorting import shuffled
 
 NO_BIN = -1
 

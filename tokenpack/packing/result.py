@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ..segments import offsets_of
 from .saving import PlanWriter, read_plan
-from .sorting import offsets_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

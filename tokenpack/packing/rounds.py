@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .sorting import group_by_bin, longest_first, stable_argsort
+from ..segments import group_by_bin, longest_first, stable_argsort
 
 _ROOMY = 5  # deal to bins that have room for this many of the longest sequence
 _MANY = 2.5  # sequences per bin, down to which tight fits are not looked for yet,

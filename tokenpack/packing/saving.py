@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
+
+from ..files import NpyWriter
 
 FORMAT = 1
 
@@ -29,7 +31,7 @@ class PlanWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "plan.json").exists():
             raise FileExistsError(f"folder must hold no plan yet, got {self.folder}")
-        self._arrays: dict[str, _GrowingArray] = {}
+        self._arrays: dict[str, NpyWriter] = {}
 
     def __enter__(self) -> PlanWriter:
         return self
@@ -41,7 +43,7 @@ class PlanWriter:
     def append(self, name: str, part: NDArray[Any]) -> None:
         """Write more of an array; all its parts have the dtype of the first, or fit into it."""
         if name not in self._arrays:
-            self._arrays[name] = _GrowingArray(self.folder / f"{name}.npy", part.dtype)
+            self._arrays[name] = NpyWriter(self.folder / f"{name}.npy", part.dtype)
         self._arrays[name].append(part)
 
     def finish(self, facts: dict[str, Any]) -> None:
@@ -49,34 +51,6 @@ class PlanWriter:
         self.__exit__()
         text = json.dumps({"format": FORMAT, "arrays": list(self._arrays), **facts}, indent=1)
         (self.folder / "plan.json").write_text(text + "\n")
-
-
-class _GrowingArray:
-    """A one-dimensional ``.npy`` file that is appended to; its header has room for any length."""
-
-    def __init__(self, path: Path, dtype: DTypeLike) -> None:
-        self._file: IO[bytes] = path.open("wb")
-        self._dtype = np.dtype(dtype)
-        self._length = 0
-        self._write_header()
-        self._begin = self._file.tell()
-
-    def append(self, part: NDArray[Any]) -> None:
-        self._file.write(np.ascontiguousarray(part, self._dtype).data)
-        self._length += len(part)
-
-    def close(self) -> None:
-        if self._file.closed:
-            return
-        self._file.seek(0)
-        self._write_header()
-        if self._file.tell() != self._begin:
-            raise RuntimeError("the header of the .npy file changed its size")
-        self._file.close()
-
-    def _write_header(self) -> None:
-        header = np.lib.format.header_data_from_array_1_0(np.empty(0, self._dtype))
-        np.lib.format.write_array_header_1_0(self._file, {**header, "shape": (self._length,)})
 
 
 def read_plan(folder: str | PathLike[str], mmap: bool) -> tuple[dict[str, Any], dict[str, NDArray]]:

@@ -12,7 +12,8 @@ from os import PathLike
 import numpy as np
 from numpy.typing import NDArray
 
-from .packer import Packer, at_least_one
+from ..checks import at_least_one
+from .packer import Packer
 from .result import PackResult
 from .saving import PlanWriter, read_facts
 

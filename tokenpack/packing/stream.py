@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import at_least_one
 from .arrival import HARMONIC_CLASSES
 from .lengths import Lengths, Pieces, as_lengths, check_overlong, fit
-from .packer import Packer, at_least_one
+from .packer import Packer
 
 
 class StreamBin(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arguments import TokenBudget, TokenBudgetArguments
-from .lengths import dataset_lengths
+from .example_lengths import dataset_lengths
 from .sampler import TokenBudgetBatchSampler
 from .step import OutOfMemoryInStepError
 from .trainer import HierarchicalTokenTrainer, TokenBudgetTrainer

@@ -42,6 +42,7 @@ from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 from transformers.utils import logging
 
+from ..files import written_whole
 from .step import Counts, Dice
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class CheckpointsMixin(Trainer):
             return
         runner = self.runner
         in_force = {"set": self.budget.max_tokens_per_microbatch, "in_force": runner.max_tokens}
-        _write_whole(
+        _write_json(
             folder / STATE_NAME,
             {
                 "files": _sizes(folder),
@@ -357,11 +358,8 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write a file so that it is never seen half written."""
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with written_whole(path) as partial, partial.open("w") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)

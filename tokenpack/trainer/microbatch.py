@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.tokens import IGNORE_INDEX
-from ..packing.batches import cut_groups
+from ..checks import IGNORE_INDEX
 from ..packing.ranks import sequence_costs
+from .batches import cut_groups
 
 _TARGET = ("labels", "shift_labels")  # beside what begins with decoder_
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..packing.batches import cut_groups
+from .batches import cut_groups
 from .microbatch import rounded_up
 from .step import Dice, is_out_of_memory, release_memory
 

@@ -5,7 +5,7 @@
 A batch is global: its tokens are those of all ranks together. So neither the batches nor the
 learning rate's schedule change with the number of ranks, and no rank runs dry before the others:
 each plans the whole epoch by itself, from the same lengths and seed, and takes its share of every
-batch. How batches are made is in `tokenpack.packing.batches`.
+batch. How batches are made is in `tokenpack.trainer.batches`.
 
     share: longest first, each example to the rank with the fewest tokens, and of those that have
            about as few, to the one whose cost is least;  then swaps between the fullest rank and
@@ -25,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from ..checks import at_least_one, check_seed
 from ..packing.arrival import next_fit
-from ..packing.batches import count_batches, cut_groups, find_plan, group_similar
 from ..packing.lengths import as_lengths
-from ..packing.packer import at_least_one, check_seed
 from ..packing.ranks import sequence_costs
-from ..packing.sorting import longest_first, offsets_of, ranges
+from ..segments import longest_first, offsets_of, ranges
+from .batches import count_batches, cut_groups, find_plan, group_similar
 
 _GRAIN = 1 / 400  # of a rank's tokens: a lead that small is none, and cost decides
 _EVEN = 1 / 200  # of a rank's tokens: a gap that small is left alone

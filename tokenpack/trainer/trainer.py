@@ -38,7 +38,7 @@ from .arguments import FROM_ARGS, TokenBudget, args_name, budget_of
 from .callbacks import PlanCallback
 from .checkpoints import CheckpointsMixin, seeded
 from .evaluation import EvaluationMixin, can_be_planned
-from .lengths import dataset_lengths
+from .example_lengths import dataset_lengths
 from .loading import Caps, PlannedCollator, PlannedDataset
 from .microbatch import PlannedBatch, is_packed
 from .probing import largest_budget

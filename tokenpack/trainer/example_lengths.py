@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.tokens import IGNORE_INDEX
-from ..packing.sorting import offsets_of
+from ..checks import IGNORE_INDEX
+from ..files import written_whole
+from ..segments import offsets_of
 
 logger = logging.getLogger(__name__)
 
@@ -355,15 +354,9 @@ def _load(path: Path, count: int) -> NDArray[np.int64] | None:
 
 
 def _save(path: Path, lengths: NDArray[np.int64]) -> None:
-    """Written whole or not at all: other ranks may read or write it too."""
+    """Write the cache file. Other ranks may read or write it at the same time."""
     try:
-        number, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(number, "wb") as file:
-                np.save(file, lengths)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with written_whole(path) as partial, partial.open("wb") as file:
+            np.save(file, lengths)
     except OSError as error:
         logger.info("lengths are not kept in %s: %s", path, error)

@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..packing.packer import at_least_one
-from ..packing.sorting import ranges
-from .rows import as_integer
-from .tokens import IGNORE_INDEX, Tokens, flatten_tokens
+from ...checks import IGNORE_INDEX, as_integer, at_least_one
+from ...segments import ranges
+from ..tokens import Tokens, flatten_tokens
 
 # What lies along each side's tokens, by the prefix of its boundaries' name.
 _SIDES = {"": ("input_ids",), "decoder_": ("labels", "decoder_input_ids")}

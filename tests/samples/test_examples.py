@@ -5,7 +5,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from tokenpack.data.examples import (
+from tokenpack.samples.examples import (
     Example,
     causal_examples,
     corrupt_spans,
@@ -14,8 +14,8 @@ from tokenpack.data.examples import (
     random_batches,
     span_corruption_examples,
 )
-from tokenpack.data.text import Text
-from tokenpack.data.tokenizer import BOS, EOS, SENTINELS, train_tokenizer
+from tokenpack.samples.text import Text
+from tokenpack.samples.tokenizer import BOS, EOS, SENTINELS, train_tokenizer
 
 SENTENCE = "A body of several words follows here."
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenpack.data.tokenizer import PAD, SENTINELS, SPECIAL_TOKENS, train_tokenizer
+from tokenpack.samples.tokenizer import PAD, SENTINELS, SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = ["the cat sat on the mat\n\n  the end", "naïve café 猫 🙂", "\t\r\n\x00"]
 

@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..packing.packer import at_least_one
-from ..packing.sorting import offsets_of
-from .batch import take_apart
-from .pairs import PackedPairs, pack_pairs_to_tensors, pad_rows
-from .rows import as_integer
-from .tokens import IGNORE_INDEX, Tokens, flatten_tokens
+from ...checks import IGNORE_INDEX, as_integer, optional_at_least_one
+from ...segments import offsets_of
+from ..packed.batch import take_apart
+from ..packed.pairs import PackedPairs, pack_pairs_to_tensors, pad_rows
+from ..tokens import Tokens, flatten_tokens
 
 
 class CappedSeq2SeqCollator:
@@ -81,9 +80,9 @@ class CappedSeq2SeqCollator:
         if overlong not in ("truncate", "error"):
             raise ValueError(f"overlong must be 'truncate' or 'error', got {overlong!r}")
         self.tokenizer = tokenizer
-        self.max_encoder_len = optional_limit("max_encoder_len", max_encoder_len)
-        self.max_decoder_len = optional_limit("max_decoder_len", max_decoder_len)
-        self.pad_to_multiple_of = optional_limit("pad_to_multiple_of", pad_to_multiple_of)
+        self.max_encoder_len = optional_at_least_one("max_encoder_len", max_encoder_len)
+        self.max_decoder_len = optional_at_least_one("max_decoder_len", max_decoder_len)
+        self.pad_to_multiple_of = optional_at_least_one("pad_to_multiple_of", pad_to_multiple_of)
         self.length_column_name = length_column_name
         self.packed = packed
         self.overlong = overlong
@@ -284,11 +283,6 @@ def padding_side(tokenizer: Any) -> str:
     if side not in ("left", "right"):
         raise ValueError(f"tokenizer.padding_side must be 'left' or 'right', got {side!r}")
     return side
-
-
-def optional_limit(name: str, value: Any) -> int | None:
-    """``value``, None or an integer from 1 on."""
-    return None if value is None else at_least_one(name, value)
 
 
 def _without_trailing_ignored(labels: Tokens) -> Tokens:

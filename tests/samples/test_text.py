@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tokenpack.data.text import Text, read_texts, split_summary, standard_library_texts
+from tokenpack.samples.text import Text, read_texts, split_summary, standard_library_texts
 
 
 def write(tmp_path, name, content):

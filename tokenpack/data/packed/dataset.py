@@ -7,8 +7,6 @@ then holds the tokens and the rows; with one it is a file, memory-mapped, and me
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,9 +28,10 @@ except ImportError as error:
         "pack_dataset needs datasets and pyarrow: pip install 'tokenpack[data]'"
     ) from error
 
-from ..packing import Packer, PackResult
-from ..packing.packer import at_least_one
-from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_same_lengths
+from ...checks import IGNORE_INDEX, at_least_one
+from ...files import written_whole
+from ...packing import Packer, PackResult
+from ..tokens import Rows, Tokens, flatten_tokens, require_same_lengths
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "seq_lengths")
 _BLOCK_TOKENS = 1 << 22  # of one column, in a block
@@ -269,18 +268,13 @@ def _on_disk(
     path = folder / f"packed-{fingerprint}.arrow"
     rows = _read(path)
     if rows is None:
-        # Under its own name only once it is whole; who else writes the same has the same.
-        handle, name = tempfile.mkstemp(".partial", path.stem, folder)
-        os.close(handle)
-        partial = Path(name)
-        try:
-            with ArrowWriter(path=str(partial), features=make.features) as writer:
-                for batch in _made(make, threads, progress):
-                    writer.write_table(pa.Table.from_batches([batch]))
-                writer.finalize()
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with (
+            written_whole(path) as partial,
+            ArrowWriter(path=str(partial), features=make.features) as writer,
+        ):
+            for batch in _made(make, threads, progress):
+                writer.write_table(pa.Table.from_batches([batch]))
+            writer.finalize()
         rows = datasets.Dataset.from_file(str(path))
     return rows
 

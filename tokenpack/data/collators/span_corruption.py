@@ -44,14 +44,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..packing.sorting import offsets_of, ranges
+from ...checks import IGNORE_INDEX, as_integer, optional_at_least_one
+from ...segments import offsets_of, ranges
+from ..packed.pairs import PackedPairs
 from .denoisers import DENSITY, MEAN, Denoiser, Mixture, Shape, sentinel_ids_of
-from .pairs import PackedPairs
 from .random_parts import random_part_starts, text_keys, words
-from .rows import as_integer
 from .scratch import scratch
-from .seq2seq import optional_limit, padding_side, raw_lengths_of, required_id, take_pairs
-from .tokens import IGNORE_INDEX
+from .seq2seq import padding_side, raw_lengths_of, required_id, take_pairs
 
 __all__ = ["Denoiser", "T5SpanCorruptionCollatorFast"]
 
@@ -150,10 +149,10 @@ class T5SpanCorruptionCollatorFast:
         elif not denoisers:
             raise ValueError("denoisers must hold at least one Denoiser, got none")
         self.tokenizer = tokenizer
-        self.pad_to_multiple_of = optional_limit("pad_to_multiple_of", pad_to_multiple_of)
+        self.pad_to_multiple_of = optional_at_least_one("pad_to_multiple_of", pad_to_multiple_of)
         self.length_column_name = length_column_name
-        self.max_encoder_len = optional_limit("max_encoder_len", max_encoder_len)
-        self.max_decoder_len = optional_limit("max_decoder_len", max_decoder_len)
+        self.max_encoder_len = optional_at_least_one("max_encoder_len", max_encoder_len)
+        self.max_decoder_len = optional_at_least_one("max_decoder_len", max_decoder_len)
         self.seed = as_integer("seed", seed)
         self.packed = packed
         self.truncated_sources = 0

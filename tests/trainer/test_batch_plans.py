@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenpack.packing import batches, pack_lengths
-from tokenpack.packing.batches import (
+from tokenpack.packing import pack_lengths
+from tokenpack.trainer import batches
+from tokenpack.trainer.batches import (
     count_batches,
     cut_groups,
     find_plan,

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..packing.sorting import offsets_of
+from ...checks import as_integer
+from ...segments import offsets_of
+from ..tokens import Tokens
 from .random_parts import words
-from .rows import as_integer
-from .tokens import Tokens
 
 DENSITY, MEAN = 0.15, 3.0
 

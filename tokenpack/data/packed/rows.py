@@ -11,9 +11,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..packing import Packer
-from ..packing.packer import at_least_one
-from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
+from ...checks import IGNORE_INDEX, as_integer, at_least_one
+from ...packing import Packer
+from ..tokens import Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
 
 
 @overload
@@ -122,21 +122,6 @@ def concatenate_and_pack(
         for part, fill in zip((ids, labels, masks), fills)
     )
     return packed_ids, packed_labels, packed_masks
-
-
-def as_integer(name: str, value: Any) -> int:
-    """``value``, an integer of at most 64 bits, as an int.
-
-    Raises:
-        TypeError: if it is none.
-        ValueError: if it is larger.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r:.80}")
-    number = value.__index__()
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{name} must be an integer of at most 64 bits, got {number}")
-    return number
 
 
 def _plan(tokens: Tokens, name: str, max_length: int, strategy: str, overlong: str) -> Rows:

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..packing import Packer, PackResult
+from ...checks import IGNORE_INDEX, as_integer
+from ...packing import Packer, PackResult
+from ..tokens import Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
 from .pairs import pad_rows
-from .rows import as_integer
-from .tokens import IGNORE_INDEX, Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
 
 _BY_TOKEN = ("input_ids", "labels", "position_ids")
 

@@ -9,8 +9,8 @@ import torch
 
 datasets = pytest.importorskip("datasets")
 
-from tokenpack.trainer import lengths as module  # noqa: E402
-from tokenpack.trainer.lengths import dataset_lengths  # noqa: E402
+from tokenpack.trainer import example_lengths as module  # noqa: E402
+from tokenpack.trainer.example_lengths import dataset_lengths  # noqa: E402
 
 SOURCES = [[5, 6, 7], [8], [9, 1], [2, 3, 4, 5], [6]]
 LABELS = [[1, 2], [3, 4, 5], [6], [7], [8, 9]]

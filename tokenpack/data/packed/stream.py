@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..packing import Packer, PackResult
-from ..packing.sorting import offsets_of
+from ...checks import IGNORE_INDEX, as_integer
+from ...packing import Packer, PackResult
+from ...segments import offsets_of
+from ..tokens import Rows, Tokens
 from .batch import PackedBatch, pack_result_to_tensors, take_apart
-from .rows import as_integer
-from .tokens import IGNORE_INDEX, Rows, Tokens
 
 Row = dict[str, Any]
 """``input_ids``, ``labels`` and ``position_ids``, ``(capacity,)`` int64, and ``seq_lengths``."""

@@ -19,7 +19,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from ..packing.sorting import offsets_of
+from ...segments import offsets_of
 from .scratch import scratch
 
 # splitmix64: the odd integer nearest to 2**64 / golden ratio, and the finalizer's numbers.

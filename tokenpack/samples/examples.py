@@ -21,10 +21,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..checks import IGNORE_INDEX
 from .text import Text, split_summary
 from .tokenizer import BOS, EOS, PAD, SENTINELS, SOURCE_LANGUAGE, TARGET_LANGUAGE, token_id
-
-IGNORE_INDEX = -100
 
 # Span corruption as T5 was trained (Raffel et al. 2020, section 3.3): 15 % of the tokens, in spans
 # of 3 on average.
@@ -71,7 +70,7 @@ def pair_examples(
 ) -> ExampleSet:
     """NLLB: ``__body__ source </s>`` -> ``__summary__ target </s>``.
 
-    A text without a target is split by :func:`tokenpack.data.text.split_summary`; one that cannot
+    A text without a target is split by `tokenpack.samples.text.split_summary`. A text that cannot
     be split is counted as unusable.
     """
     pairs = [split_summary(t.source) if t.target is None else (t.source, t.target) for t in texts]
@@ -97,7 +96,7 @@ def span_corruption_examples(
 
     Args:
         texts: with a target, they are used as pairs and nothing is masked.
-        tokenizer: from :func:`tokenpack.data.tokenizer.train_tokenizer`.
+        tokenizer: from :func:`tokenpack.samples.tokenizer.train_tokenizer`.
         max_length: tokens of an input at most; a text is cut to it before spans are masked.
         max_label_length: tokens of the labels at most.
         seed: of the choice of spans.

@@ -84,7 +84,7 @@ def _new_scratch() -> Path:
 def _add_run(folder: Path, files: Files, config: MkDocsConfig) -> str:
     """Add a run's page and plots to the site. Returns its section of `benchmarks.md`."""
     plots, report, results = _bench()
-    run = dataclasses.replace(results.read(folder), folder=_new_scratch())  # plots are written there
+    run = dataclasses.replace(results.read(folder), folder=_new_scratch())  # for its plots
     pictures = plots.draw(run)
     for picture in (each for drawn in pictures.values() for each in drawn):
         uri = f"benchmarks/{folder.name}/{picture.path.name}"

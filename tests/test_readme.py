@@ -23,7 +23,7 @@ HEADS = {
     "ForMaskedLM": "masked language model",
     "ForTokenClassification": "token classifier",
     "ForSequenceClassification": "sequence classifier",
-    "EncoderModel": "encoder alone",
+    "EncoderModel": "encoder only",
     "Model": "base model",
 }
 

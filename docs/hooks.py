@@ -1,11 +1,11 @@
-"""What MkDocs cannot read from `docs/` by itself: the sources as installed, and measured figures.
+"""MkDocs hooks: lay out the sources as installed, and add benchmark results to the site.
 
-- `kernels/` is shown to mkdocstrings as `tokenpack.kernels`, which it is once installed.
-- Where `docs/benchmarks.md` says ``<!-- runs -->`` it gets every folder of results that holds an
-  ``environment.json``: facts, plots and ratios. All tables of a run have a page of their own.
-- Where a page says ``<!-- families of the README -->`` it gets the README's table.
-- `bench/results/errors.md` and `compile.md` are pages too. Links to them, written as they work in
-  the repository, lead there.
+- mkdocstrings finds `kernels/` as `tokenpack.kernels`, its name after installation.
+- ``<!-- runs -->`` in `docs/benchmarks.md` is replaced by a section for each results folder with an
+  ``environment.json``: summary, plots and ratios. A separate page per run has all tables.
+- ``<!-- families of the README -->`` is replaced by the table of families in README.md.
+- `bench/results/errors.md` and `compile.md` become pages of the site. Links to these files are
+  rewritten to the pages.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _scratch: list[tempfile.TemporaryDirectory[str]] = []
 _runs = ""
 
 
-@event_priority(100)  # before mkdocstrings looks for sources
+@event_priority(100)  # before mkdocstrings reads `paths`
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the sources out as they are installed, in links."""
+    """Give mkdocstrings a folder of symlinks that lays out the sources as installed."""
     package = _new_scratch() / "tokenpack"
     package.mkdir()
     for path in (ROOT / "tokenpack").iterdir():
@@ -44,14 +44,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add pages and plots of what was measured."""
+    """Add the pages and plots of the benchmark results."""
     global _runs
     results = ROOT / config.extra["results"]
     for name in TABLES:
         if (ROOT / "bench/results" / name).exists():
             text = (ROOT / "bench/results" / name).read_text(encoding="utf-8")
             files.append(File.generated(config, f"benchmarks/{name}", content=text))
-    # Newest first: folders end in the date.
+    # Newest first: a folder's name ends in its date.
     folders = [path.parent for path in results.glob("*/environment.json")]
     folders.sort(key=lambda folder: (folder.name[-10:], folder.name), reverse=True)
     sections = [_add_run(folder, files, config) for folder in folders]
@@ -60,7 +60,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put runs and families in their places, and lead links to tables to their pages."""
+    """Fill in runs and families, and point links to the two tables at their pages."""
     for name in TABLES:
         markdown = markdown.replace(f"](../bench/results/{name}", f"](benchmarks/{name}")
     if FAMILIES in markdown:
@@ -71,7 +71,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_post_build(**_: Any) -> None:
-    """Remove the links and plots, which the site has copies of."""
+    """Remove the temporary symlinks and plots; the site has its own copies."""
     while _scratch:
         _scratch.pop().cleanup()
 
@@ -82,9 +82,9 @@ def _new_scratch() -> Path:
 
 
 def _add_run(folder: Path, files: Files, config: MkDocsConfig) -> str:
-    """Add a run's page and plots to the site; its section of `benchmarks.md`."""
+    """Add a run's page and plots to the site. Returns its section of `benchmarks.md`."""
     plots, report, results = _bench()
-    run = dataclasses.replace(results.read(folder), folder=_new_scratch())  # plots go there
+    run = dataclasses.replace(results.read(folder), folder=_new_scratch())  # for its plots
     pictures = plots.draw(run)
     for picture in (each for drawn in pictures.values() for each in drawn):
         uri = f"benchmarks/{folder.name}/{picture.path.name}"
@@ -112,8 +112,9 @@ def _section(name: str, run: Any, pictures: dict[str, Any], report: Any) -> str:
 
 
 def _bench() -> tuple[Any, Any, Any]:
-    """The modules of `bench/`, which is not installed."""
-    # Only while they are imported: later, transformers would take kernels/ for another package.
+    """Import modules from `bench/`, which is not installed."""
+    # The root is on sys.path only during this import. If it stayed there, transformers would import
+    # kernels/ in place of the Hugging Face package of that name.
     path = list(sys.path)
     sys.path.insert(0, str(ROOT))
     try:

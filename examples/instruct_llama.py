@@ -1,23 +1,24 @@
-"""Tune a causal model on instructions, in batches of so many tokens: it learns the answers alone.
+"""Instruction tuning of a causal model, with batches sized by tokens and loss on answers only.
 
     python examples/instruct_llama.py                           a small Llama, two minutes
-    torchrun --nproc-per-node 2 examples/instruct_llama.py      the same batches, on two ranks
-    python examples/instruct_llama.py --train_file my.jsonl     with "messages", or "prompt" and
-                                                                "response"
+    torchrun --nproc-per-node 2 examples/instruct_llama.py      the same batches on two ranks
+    python examples/instruct_llama.py --train_file my.jsonl     columns "messages", or "prompt"
+                                                                and "response"
     torchrun --nproc-per-node 8 examples/instruct_llama.py --model meta-llama/Llama-3.2-1B \\
         --dataset HuggingFaceH4/ultrachat_200k --dataset_split train_sft --bf16 \\
         --learning_rate 1e-5 --max_encoder_len 4096 --max_tokens_per_microbatch 8192 \\
         --max_tokens_per_batch 131072 --max_steps -1 --num_train_epochs 1
 
-Without --dataset or --train_file the rows are made of the docstrings of Python's standard library:
-half ask for the summary of a text, half for the text to a summary. Without --model the model is
-small and random, and its tokenizer is trained on the same. Nothing is downloaded then, and what it
-learns in minutes is the form of an answer and common words, not to follow instructions.
+Without --dataset or --train_file, the rows are built from the docstrings of Python's standard
+library. Half of the prompts ask for the summary of a text, and half for the text of a summary.
+Without --model, the model is small with random weights, and its tokenizer is trained on the same
+texts. Nothing is downloaded in that case. In minutes the model learns the form of an answer and
+common words, but not to follow instructions.
 
-A row is a chat, of which the last answer is learned. The tokenizer's chat template writes it; a
-tokenizer without one is given the one below, which is saved with the model. All flags of
-`TokenBudgetArguments` work, and so all of transformers' `TrainingArguments`. To go on after an
-interruption: --resume_from_checkpoint last, or a checkpoint's folder.
+Each row is a chat, and the model is trained on its last answer. The tokenizer's chat template
+formats the chat. A tokenizer without a template gets the one below, which is saved with the model.
+All flags of `TokenBudgetArguments` work, including all of transformers' `TrainingArguments`. To
+resume an interrupted run, pass --resume_from_checkpoint last, or the folder of a checkpoint.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ CHAT_TEMPLATE = (
     "{{ '### assistant\n' if add_generation_prompt else '' }}"
 )
 
-# Where they differ from those of `TokenBudgetArguments`: what two CPU cores take minutes for.
+# Defaults that differ from `TokenBudgetArguments`: training takes minutes on two CPU cores.
 DEFAULTS = {
     **{"output_dir": "runs/llama", "max_steps": 200, "learning_rate": 3e-3, "warmup_steps": 20},
     **{"max_tokens_per_batch": 4096, "max_tokens_per_microbatch": 2048},
     **{"max_eval_tokens_per_microbatch": 4096, "logging_steps": 10, "logging_first_step": True},
-    "use_cpu": not torch.accelerator.is_available(),  # torchrun without a GPU takes it
+    "use_cpu": not torch.accelerator.is_available(),  # required by torchrun without a GPU
 }
 SMALL = {
     **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
@@ -70,24 +71,24 @@ SMALL = {
 
 @dataclass
 class Options:
-    """What is trained, and on what."""
+    """Options of this script: model and data."""
 
-    model: str | None = HfArg(default=None, help="A hub name or folder.")
-    tokenizer: str | None = HfArg(default=None, help="By default the model's.")
-    dataset: str | None = HfArg(default=None, help="A hub name or folder.")
-    dataset_config: str | None = HfArg(default=None, help="Its configuration.")
-    dataset_split: str = HfArg(default="train", help="Such as train[:1000].")
-    messages_column: str = HfArg(default="messages", help="Its chats: lists of role and content.")
-    prompt_column: str = HfArg(default="prompt", help="Where it has no chats.")
-    input_column: str = HfArg(default="input", help="Follows the prompt, if there.")
-    response_column: str = HfArg(default="response", help="Answers to prompts.")
-    train_file: str | None = HfArg(default=None, help="A .jsonl of such columns.")
-    eval_rows: int = HfArg(default=100, help="Rows to hold out.")
-    vocab_size: int = HfArg(default=4096, help="Of a tokenizer trained here.")
+    model: str | None = HfArg(default=None, help="Model name on the Hub, or a folder.")
+    tokenizer: str | None = HfArg(default=None, help="Default: the model's tokenizer.")
+    dataset: str | None = HfArg(default=None, help="Dataset name on the Hub, or a folder.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the dataset.")
+    dataset_split: str = HfArg(default="train", help="Split, such as train[:1000].")
+    messages_column: str = HfArg(default="messages", help="Chats: lists of role and content.")
+    prompt_column: str = HfArg(default="prompt", help="Prompts, if there are no chats.")
+    input_column: str = HfArg(default="input", help="Optional text after the prompt.")
+    response_column: str = HfArg(default="response", help="Answers to the prompts.")
+    train_file: str | None = HfArg(default=None, help="A .jsonl file with these columns.")
+    eval_rows: int = HfArg(default=100, help="Rows held out for evaluation.")
+    vocab_size: int = HfArg(default=4096, help="Size of a newly trained tokenizer.")
 
 
 def main(arguments: list[str] | None = None) -> TokenBudgetTrainer:
-    """Train and evaluate as the flags say; the trainer, with its logs, when it is done."""
+    """Train and evaluate. Returns the trainer, with its logs."""
     parser = HfArgumentParser(
         (Options, TokenBudgetArguments),
         description=__doc__,
@@ -100,14 +101,14 @@ def main(arguments: list[str] | None = None) -> TokenBudgetTrainer:
     rows = load_rows(options, args)
     tokenizer = load_tokenizer(options, args, rows)
     longest = min(args.max_encoder_len, args.max_tokens_per_microbatch)
-    with args.main_process_first(desc="tokenizing"):  # the others find it in the cache
+    with args.main_process_first(desc="tokenizing"):  # other ranks read the cache
         examples = rows.map(
             lambda row: encode(chat_of(row, options), tokenizer), remove_columns=rows.column_names
         )
-        # Left out, not cut: half an answer teaches to stop early.
+        # Drop long rows instead of truncating them: half an answer teaches the model to stop early.
         fitting = examples.filter(lambda row: len(row["input_ids"]) <= longest)
     if args.process_index == 0:
-        print(f"{len(rows):,} rows, {len(fitting):,} of them of at most {longest} tokens")
+        print(f"{len(rows):,} rows, {len(fitting):,} of them with at most {longest} tokens")
     parts = fitting.train_test_split(test_size=options.eval_rows, seed=args.seed)
 
     trainer = TokenBudgetTrainer(
@@ -124,21 +125,21 @@ def main(arguments: list[str] | None = None) -> TokenBudgetTrainer:
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    if not trainer.stop_agreed:  # by a signal: there may be little time
+    if not trainer.stop_agreed:  # a signal may leave little time before the process is killed
         trainer.save_model()
         report(trainer, trainer.evaluate())
     return trainer
 
 
 def load_rows(options: Options, args: TokenBudgetArguments) -> Dataset:
-    """A dataset of chats, or of prompts and responses."""
+    """Load a dataset of chats, or of prompts and responses."""
     if options.dataset is None and options.train_file is None:
         texts = [split_summary(text.source) for text in standard_library_texts()]
         return Dataset.from_list(
             [
-                {"messages": turns(f"Summarise this in one line.\n\n{body}", summary)}
+                {"messages": turns(f"Summarize this in one line.\n\n{body}", summary)}
                 if number % 2
-                else {"messages": turns(f"Write what this summarises.\n\n{summary}", body)}
+                else {"messages": turns(f"Write the text that this summarizes.\n\n{summary}", body)}
                 for number, (body, summary) in enumerate(filter(None, texts))
             ]
         )
@@ -149,12 +150,12 @@ def load_rows(options: Options, args: TokenBudgetArguments) -> Dataset:
 
 
 def turns(prompt: str, response: str) -> list[dict[str, str]]:
-    """A chat of one question and its answer."""
+    """Build a chat of one prompt and its response."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
 def chat_of(row: dict[str, Any], options: Options) -> list[dict[str, str]]:
-    """Of a row, its chat up to the last answer."""
+    """Get the chat of a row, up to its last answer."""
     if options.messages_column not in row:
         prompt = [row[options.prompt_column], row.get(options.input_column)]
         return turns("\n\n".join(filter(None, prompt)), row[options.response_column])
@@ -164,21 +165,27 @@ def chat_of(row: dict[str, Any], options: Options) -> list[dict[str, str]]:
 
 
 def encode(chat: list[dict[str, str]], tokenizer: Any) -> dict[str, list[int]]:
-    """Tokens of a chat; labels are -100 but for its last answer, which ends in EOS."""
+    """Tokenize a chat. Labels are -100 except for the last answer, which ends in EOS."""
     prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template(chat, tokenize=False)
     if not whole.startswith(prompt):
-        raise ValueError(f"the chat template writes {prompt!r} otherwise once it is answered")
-    # Apart, as the prompt will stand alone when an answer is asked for.
+        raise ValueError(
+            f"the chat template must format the prompt the same with and without an answer, got "
+            f"{whole!r} for the prompt {prompt!r}"
+        )
+    # Tokenize the two separately, because the model gets the prompt alone during generation.
     texts = [prompt, whole[len(prompt) :]]
-    asked, answer = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    if tokenizer.eos_token_id not in answer:
-        answer = [*answer, tokenizer.eos_token_id]
-    return {"input_ids": [*asked, *answer], "labels": [-100] * len(asked) + answer}
+    prompt_ids, answer_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id not in answer_ids:
+        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    return {
+        "input_ids": [*prompt_ids, *answer_ids],
+        "labels": [-100] * len(prompt_ids) + answer_ids,
+    }
 
 
 def load_tokenizer(options: Options, args: TokenBudgetArguments, rows: Dataset) -> Any:
-    """One that is named, or one trained on the chats, by the first rank for all."""
+    """Load a tokenizer by name, or train one on the chats on the first rank and broadcast it."""
     if name := options.tokenizer or options.model:
         tokenizer = AutoTokenizer.from_pretrained(name)
     else:
@@ -201,7 +208,7 @@ def load_tokenizer(options: Options, args: TokenBudgetArguments, rows: Dataset) 
 
 
 def load_model(options: Options, tokenizer: Any) -> Any:
-    """The model that is named, or a small Llama of random weights."""
+    """Load a model by name, or build a small Llama with random weights."""
     if options.model is not None:
         return AutoModelForCausalLM.from_pretrained(options.model)
     config = LlamaConfig(
@@ -215,7 +222,7 @@ def load_model(options: Options, tokenizer: Any) -> Any:
 
 
 def report(trainer: TokenBudgetTrainer, metrics: dict[str, float]) -> None:
-    """One line of what was trained, by the first rank."""
+    """Print a one-line summary on the first rank."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     rate = median(entry["tokens_per_second"] for entry in logs)
     share = median(entry["real_token_share"] for entry in logs)
@@ -223,7 +230,7 @@ def report(trainer: TokenBudgetTrainer, metrics: dict[str, float]) -> None:
     if trainer.is_world_process_zero():
         print(
             f"{trainer.state.global_step} steps, {rate:,.0f} tokens/s, {share:.0%} of padded slots"
-            f" real, loss {losses}, held out {metrics['eval_loss']:.3f}"
+            f" are real tokens, loss {losses}, eval loss {metrics['eval_loss']:.3f}"
         )
 
 

@@ -1,11 +1,11 @@
-"""Supervised fine-tuning on packed rows: `pack_dataset` makes them, TRL's `SFTTrainer` takes them.
+"""Supervised fine-tuning with TRL's `SFTTrainer` on rows packed by `pack_dataset`.
 
-    python examples/pack_sft.py                              a tiny Llama on docstrings, a minute
+    python examples/pack_sft.py                              a tiny Llama on docstrings, one minute
     python examples/pack_sft.py --model Qwen/Qwen3-0.6B --data my.jsonl --capacity 4096
 
-Each sequence of a row attends to itself alone and predicts no token of its neighbour, so the loss
-is that of the same sequences padded. `patch_model` is optional: it leaves the padding out too, and
-runs attention sequence by sequence instead of under a mask of rows x rows.
+Each sequence of a row attends only to itself and is not trained to predict tokens of the next one,
+so the loss equals that of the same sequences padded. `patch_model` is optional. It also skips the
+remaining padding, and computes attention per sequence instead of under a mask of the whole row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tokenpack.samples.tokenizer import BOS, EOS, PAD, train_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> SFTTrainer:
-    """Train as the flags say; the trainer, with its logs, when it is done."""
+    """Train. Returns the trainer, with its logs."""
     options = parse(arguments)
     texts = read_texts(options.data) if options.data else standard_library_texts(options.texts)
     texts = [text.source if text.target is None else text.source + text.target for text in texts]
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
             report_to=[],
             bf16=torch.cuda.is_available(),
             use_cpu=not torch.cuda.is_available(),
-            # The rows are ready as they are, boundaries included.
+            # The rows are complete, including sequence boundaries: TRL must not change them.
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
         ),
@@ -81,24 +81,28 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The flags."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="a model's name or folder (default: a tiny random Llama)")
-    parser.add_argument("--data", type=Path, help=".txt or .jsonl (default: Python's docstrings)")
-    parser.add_argument("--texts", type=int, default=2000, help="docstrings to take")
-    parser.add_argument("--capacity", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--model", help="model name or folder (default: a tiny random Llama)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=".txt or .jsonl file (default: docstrings of Python's standard library)",
+    )
+    parser.add_argument("--texts", type=int, default=2000, help="number of docstrings")
+    parser.add_argument("--capacity", type=int, default=1024, help="tokens per row")
     parser.add_argument("--rows-per-batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--unpatched", action="store_true", help="leave the model as it is")
+    parser.add_argument("--unpatched", action="store_true", help="do not patch the model")
     parser.add_argument("--out", type=Path, default=Path("tokenpack-sft"))
     return parser.parse_args(arguments)
 
 
 def tiny_llama(texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A random Llama of a million weights, and a tokenizer trained on the texts."""
+    """Build a Llama with a million random weights, and train a tokenizer on the texts."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train_tokenizer(texts, 2048), pad_token=PAD, eos_token=EOS, bos_token=BOS
     )

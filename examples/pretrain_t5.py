@@ -1,20 +1,21 @@
-"""Pretrain T5 by span corruption, in batches of so many tokens.
+"""Pretrain T5 by span corruption, with batches sized by tokens.
 
     python examples/pretrain_t5.py                              a small T5, two minutes on two cores
-    torchrun --nproc-per-node 2 examples/pretrain_t5.py         the same batches, on two ranks
-    python examples/pretrain_t5.py --train_file my.txt          or .jsonl with a "text"
+    torchrun --nproc-per-node 2 examples/pretrain_t5.py         the same batches on two ranks
+    python examples/pretrain_t5.py --train_file my.txt          or .jsonl with "text"
     torchrun --nproc-per-node 8 examples/pretrain_t5.py --bf16 \\
         --model google/t5-v1_1-base --random_weights --max_steps 100000 \\
         --dataset wikimedia/wikipedia --dataset_config 20231101.en \\
         --max_tokens_per_batch 131072 --max_tokens_per_microbatch 16384
 
-Without --dataset or --train_file the texts are the docstrings of Python's standard library; without
---model the model is small and random, and its tokenizer is trained on the texts. Nothing is
-downloaded then, and what it learns in minutes is which words are frequent in docstrings.
+Without --dataset or --train_file, the texts are the docstrings of Python's standard library.
+Without --model, the model is small with random weights, and its tokenizer is trained on the texts.
+Nothing is downloaded in that case. In minutes the model learns which words are frequent in
+docstrings.
 
-All flags of `TokenBudgetArguments` work, and so all of transformers' `TrainingArguments`. For
-epochs in place of steps: --max_steps -1 --num_train_epochs 3. To go on after an interruption:
---resume_from_checkpoint last, or a checkpoint's folder.
+All flags of `TokenBudgetArguments` work, including all of transformers' `TrainingArguments`. To
+train by epochs instead of steps, pass --max_steps -1 --num_train_epochs 3. To resume an interrupted
+run, pass --resume_from_checkpoint last, or the folder of a checkpoint.
 """
 
 from __future__ import annotations
@@ -43,34 +44,34 @@ from tokenpack.samples.text import standard_library_texts
 from tokenpack.samples.tokenizer import EOS, PAD, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer, TokenBudgetArguments
 
-# Where they differ from those of `TokenBudgetArguments`: what two CPU cores take minutes for.
+# Defaults that differ from `TokenBudgetArguments`: training takes minutes on two CPU cores.
 DEFAULTS = {
     **{"output_dir": "runs/t5", "max_steps": 200, "learning_rate": 5e-3, "warmup_steps": 20},
     **{"max_tokens_per_batch": 4096, "max_tokens_per_microbatch": 2048},
     **{"max_eval_tokens_per_microbatch": 4096, "logging_steps": 10, "logging_first_step": True},
-    "use_cpu": not torch.accelerator.is_available(),  # torchrun without a GPU takes it
+    "use_cpu": not torch.accelerator.is_available(),  # required by torchrun without a GPU
 }
 SMALL = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 2}
 
 
 @dataclass
 class Options:
-    """What is trained, and on what."""
+    """Options of this script: model and data."""
 
-    model: str | None = HfArg(default=None, help="A hub name or folder.")
-    random_weights: bool = HfArg(default=False, help="Take its shape alone.")
-    tokenizer: str | None = HfArg(default=None, help="By default the model's.")
-    dataset: str | None = HfArg(default=None, help="A hub name or folder.")
-    dataset_config: str | None = HfArg(default=None, help="Its configuration.")
-    dataset_split: str = HfArg(default="train", help="Such as train[:1000].")
-    text_column: str = HfArg(default="text", help="Its column of texts.")
-    train_file: str | None = HfArg(default=None, help=".txt (paragraphs) or .jsonl.")
-    eval_texts: int = HfArg(default=100, help="Texts to hold out.")
-    vocab_size: int = HfArg(default=4096, help="Of a tokenizer trained here.")
+    model: str | None = HfArg(default=None, help="Model name on the Hub, or a folder.")
+    random_weights: bool = HfArg(default=False, help="Use only the model's config.")
+    tokenizer: str | None = HfArg(default=None, help="Default: the model's tokenizer.")
+    dataset: str | None = HfArg(default=None, help="Dataset name on the Hub, or a folder.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the dataset.")
+    dataset_split: str = HfArg(default="train", help="Split, such as train[:1000].")
+    text_column: str = HfArg(default="text", help="Column with the texts.")
+    train_file: str | None = HfArg(default=None, help="A .txt (paragraphs) or .jsonl file.")
+    eval_texts: int = HfArg(default=100, help="Texts held out for evaluation.")
+    vocab_size: int = HfArg(default=4096, help="Size of a newly trained tokenizer.")
 
 
 def main(arguments: list[str] | None = None) -> HierarchicalTokenTrainer:
-    """Train and evaluate as the flags say; the trainer, with its logs, when it is done."""
+    """Train and evaluate. Returns the trainer, with its logs."""
     parser = HfArgumentParser(
         (Options, TokenBudgetArguments),
         description=__doc__,
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> HierarchicalTokenTrainer:
     texts = load_texts(options, args)
     tokenizer = load_tokenizer(options, args, texts)
     parts = texts.train_test_split(test_size=options.eval_texts, seed=args.seed)
-    with args.main_process_first(desc="tokenizing"):  # the others find it in the cache
+    with args.main_process_first(desc="tokenizing"):  # other ranks read the cache
         parts = parts.map(
             lambda batch: pieces(batch[options.text_column], tokenizer, args.max_encoder_len),
             batched=True,
@@ -106,14 +107,14 @@ def main(arguments: list[str] | None = None) -> HierarchicalTokenTrainer:
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    if not trainer.stop_agreed:  # by a signal: there may be little time
+    if not trainer.stop_agreed:  # a signal may leave little time before the process is killed
         trainer.save_model()
         report(trainer, trainer.evaluate())
     return trainer
 
 
 def load_texts(options: Options, args: TokenBudgetArguments) -> Dataset:
-    """A dataset with a column of texts."""
+    """Load a dataset with a column of texts."""
     if options.dataset is None and options.train_file is None:
         texts = [text.source for text in standard_library_texts()]
         return Dataset.from_dict({options.text_column: texts})
@@ -128,7 +129,7 @@ def load_texts(options: Options, args: TokenBudgetArguments) -> Dataset:
 
 
 def load_tokenizer(options: Options, args: TokenBudgetArguments, texts: Dataset) -> Any:
-    """One that is named, or one trained on the texts, by the first rank for all."""
+    """Load a tokenizer by name, or train one on the texts on the first rank and broadcast it."""
     if name := options.tokenizer or options.model:
         return AutoTokenizer.from_pretrained(name)
     made = [None]
@@ -139,12 +140,12 @@ def load_tokenizer(options: Options, args: TokenBudgetArguments, texts: Dataset)
         tokenizer_object=Tokenizer.from_str(made[0]),
         pad_token=PAD,
         eos_token=EOS,
-        split_special_tokens=True,  # "</s>" in a text is text
+        split_special_tokens=True,  # tokenize a literal "</s>" in a text as text
     )
 
 
 def pieces(texts: list[str], tokenizer: Any, longest: int) -> dict[str, list[list[int]]]:
-    """Texts as tokens, in pieces of ``longest`` with their EOS: nothing is lost of a long one."""
+    """Tokenize texts into pieces of at most ``longest`` tokens, including an EOS, without loss."""
     step, rows = longest - 1, []
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         rows += [[*ids[at : at + step], tokenizer.eos_token_id] for at in range(0, len(ids), step)]
@@ -152,7 +153,7 @@ def pieces(texts: list[str], tokenizer: Any, longest: int) -> dict[str, list[lis
 
 
 def load_model(options: Options, tokenizer: Any) -> Any:
-    """The model that is named, or a small T5 of random weights."""
+    """Load a model by name, or build a small T5 with random weights."""
     if options.model is not None and not options.random_weights:
         return AutoModelForSeq2SeqLM.from_pretrained(options.model)
     if options.model is not None:
@@ -170,7 +171,7 @@ def load_model(options: Options, tokenizer: Any) -> Any:
 
 
 def report(trainer: HierarchicalTokenTrainer, metrics: dict[str, float]) -> None:
-    """One line of what was trained, by the first rank."""
+    """Print a one-line summary on the first rank."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     rate = median(entry["tokens_per_second"] for entry in logs)
     share = median(entry["real_token_share"] for entry in logs)
@@ -178,7 +179,7 @@ def report(trainer: HierarchicalTokenTrainer, metrics: dict[str, float]) -> None
     if trainer.is_world_process_zero():
         print(
             f"{trainer.state.global_step} steps, {rate:,.0f} tokens/s, {share:.0%} of padded slots"
-            f" real, loss {losses}, held out {metrics['eval_loss']:.3f}"
+            f" are real tokens, loss {losses}, eval loss {metrics['eval_loss']:.3f}"
         )
 
 

@@ -1,7 +1,7 @@
-"""Train a translation model as NLLB is trained, in batches of so many tokens, and score it.
+"""Train and score an NLLB-style translation model, with batches sized by tokens.
 
     python examples/translate_nllb.py                           a small M2M100, two minutes
-    torchrun --nproc-per-node 2 examples/translate_nllb.py      the same batches, on two ranks
+    torchrun --nproc-per-node 2 examples/translate_nllb.py      the same batches on two ranks
     python examples/translate_nllb.py --train_file my.jsonl     with "source" and "target"
     torchrun --nproc-per-node 8 examples/translate_nllb.py --bf16 \\
         --model facebook/nllb-200-distilled-600M --learning_rate 1e-4 --max_steps 20000 \\
@@ -9,15 +9,15 @@
         --source_column translation.en --target_column translation.de \\
         --max_tokens_per_batch 65536 --max_tokens_per_microbatch 16384
 
-Without --dataset or --train_file the pairs are this machine's gettext catalogues: the messages of
-its programs, in English and as people have translated them (for French: --locale fr
---target_language fra_Latn). A machine that has few of them, as a container may, falls back to
-docstrings of Python's standard library, text -> summary, which is no translation. Nothing is
-downloaded either way. Minutes suffice for the loss to fall, not for translations to be good.
+Without --dataset or --train_file, the pairs come from the gettext catalogs on this machine: program
+messages in English and their translations (for French, pass --locale fr --target_language
+fra_Latn). If there are too few, as in most containers, the pairs are docstrings of Python's
+standard library and their summaries, which is not translation. Nothing is downloaded in either
+case. In minutes the loss falls, but the translations are not good yet.
 
-All flags of `TokenBudgetArguments` work, and so all of transformers' `Seq2SeqTrainingArguments`.
-For epochs in place of steps: --max_steps -1 --num_train_epochs 3. To go on after an interruption:
---resume_from_checkpoint last, or a checkpoint's folder.
+All flags of `TokenBudgetArguments` work, including all of transformers' `Seq2SeqTrainingArguments`.
+To train by epochs instead of steps, pass --max_steps -1 --num_train_epochs 3. To resume an
+interrupted run, pass --resume_from_checkpoint last, or the folder of a checkpoint.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from tokenpack.samples.tokenizer import EOS, PAD, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer, TokenBudgetArguments
 
 CATALOGUES = ["/usr/share/locale", "/usr/local/share/locale", "/opt/homebrew/share/locale"]
-ENOUGH = 2000  # pairs to learn something from
+ENOUGH = 2000  # with fewer pairs, use docstrings
 
-# Where they differ from those of `TokenBudgetArguments`: what two CPU cores take minutes for.
+# Defaults that differ from `TokenBudgetArguments`: training takes minutes on two CPU cores.
 DEFAULTS = {
     **{"output_dir": "runs/nllb", "max_steps": 200, "learning_rate": 3e-3, "warmup_steps": 20},
     **{"max_tokens_per_batch": 8192, "max_tokens_per_microbatch": 4096},
     **{"max_eval_tokens_per_microbatch": 4096, "logging_steps": 10, "logging_first_step": True},
-    "use_cpu": not torch.accelerator.is_available(),  # torchrun without a GPU takes it
+    "use_cpu": not torch.accelerator.is_available(),  # required by torchrun without a GPU
     **{"max_encoder_len": 128, "max_decoder_len": 128, "generation_max_length": 64},
     **{"predict_with_generate": True},
 }
@@ -71,25 +71,25 @@ SMALL = {
 
 @dataclass
 class Options:
-    """What is trained, and on what."""
+    """Options of this script: model and data."""
 
-    model: str | None = HfArg(default=None, help="A hub name or folder.")
-    tokenizer: str | None = HfArg(default=None, help="By default the model's.")
-    source_language: str = HfArg(default="eng_Latn", help="Token before sources; '' for none.")
-    target_language: str = HfArg(default="deu_Latn", help="The same of targets.")
-    dataset: str | None = HfArg(default=None, help="A hub name or folder.")
-    dataset_config: str | None = HfArg(default=None, help="Its configuration.")
-    dataset_split: str = HfArg(default="train", help="Such as train[:1000].")
-    source_column: str = HfArg(default="source", help="Its column of sources.")
-    target_column: str = HfArg(default="target", help="Its column of targets.")
-    train_file: str | None = HfArg(default=None, help="A .jsonl of such columns.")
-    locale: str = HfArg(default="de", help="Of catalogues, where there is no data.")
-    eval_pairs: int = HfArg(default=100, help="Pairs to hold out.")
-    vocab_size: int = HfArg(default=4096, help="Of a tokenizer trained here.")
+    model: str | None = HfArg(default=None, help="Model name on the Hub, or a folder.")
+    tokenizer: str | None = HfArg(default=None, help="Default: the model's tokenizer.")
+    source_language: str = HfArg(default="eng_Latn", help="Token before each source; '' for none.")
+    target_language: str = HfArg(default="deu_Latn", help="Token before each target.")
+    dataset: str | None = HfArg(default=None, help="Dataset name on the Hub, or a folder.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the dataset.")
+    dataset_split: str = HfArg(default="train", help="Split, such as train[:1000].")
+    source_column: str = HfArg(default="source", help="Column with the sources.")
+    target_column: str = HfArg(default="target", help="Column with the targets.")
+    train_file: str | None = HfArg(default=None, help="A .jsonl file with these columns.")
+    locale: str = HfArg(default="de", help="Locale of the gettext catalogs.")
+    eval_pairs: int = HfArg(default=100, help="Pairs held out for evaluation.")
+    vocab_size: int = HfArg(default=4096, help="Size of a newly trained tokenizer.")
 
 
 def main(arguments: list[str] | None = None) -> HierarchicalTokenTrainer:
-    """Train and evaluate as the flags say; the trainer, with its logs, when it is done."""
+    """Train and evaluate. Returns the trainer, with its logs."""
     parser = HfArgumentParser(
         (Options, TokenBudgetArguments),
         description=__doc__,
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> HierarchicalTokenTrainer:
     pairs = load_pairs(options, args)
     tokenizer = load_tokenizer(options, args, pairs)
     parts = pairs.train_test_split(test_size=options.eval_pairs, seed=args.seed)
-    with args.main_process_first(desc="tokenizing"):  # the others find it in the cache
+    with args.main_process_first(desc="tokenizing"):  # other ranks read the cache
         parts = parts.map(lambda batch: encode(batch, tokenizer, options), batched=True)
 
     model = load_model(options, tokenizer)
@@ -124,14 +124,14 @@ def main(arguments: list[str] | None = None) -> HierarchicalTokenTrainer:
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    if not trainer.stop_agreed:  # by a signal: there may be little time
+    if not trainer.stop_agreed:  # a signal may leave little time before the process is killed
         trainer.save_model()
         report(trainer, trainer.evaluate())
     return trainer
 
 
 def load_pairs(options: Options, args: TokenBudgetArguments) -> Dataset:
-    """A dataset of sources, targets, and the language of these for the metrics."""
+    """Load a dataset of sources, targets and target languages, which the metrics use."""
     if options.dataset is None and options.train_file is None:
         pairs = catalogue_pairs(options.locale)
         origin = f"messages in English and {options.locale}"
@@ -156,25 +156,26 @@ def load_pairs(options: Options, args: TokenBudgetArguments) -> Dataset:
 
 
 def catalogue_pairs(locale: str) -> dict[str, str]:
-    """Messages of three words or more in this machine's gettext catalogues, and as translated."""
+    """Find messages of three words or more in the gettext catalogs, with their translations."""
     pairs: dict[str, str] = {}
     for root in CATALOGUES:
         for path in sorted(Path(root, locale, "LC_MESSAGES").glob("*.mo")):
             try:
-                with path.open("rb") as file:  # there is no public way to list a catalogue
+                with path.open("rb") as file:  # gettext has no public way to list messages
                     messages = GNUTranslations(file)._catalog
-            except (OSError, ValueError):  # ValueError: not in the encoding that it says
+            except (OSError, ValueError):  # ValueError: wrong encoding declared
                 continue
             for message, translated in messages.items():
-                text = message[0] if isinstance(message, tuple) else message  # of several: plurals
-                text = text.split("\4")[-1].strip()  # what precedes it is a context
+                # The key of a message with plurals is (singular, index).
+                text = message[0] if isinstance(message, tuple) else message
+                text = text.split("\4")[-1].strip()  # "\4" separates the context from the message
                 if len(text.split()) >= 3 and translated.strip() not in ("", text):
                     pairs.setdefault(text, translated.strip())
     return pairs
 
 
 def load_tokenizer(options: Options, args: TokenBudgetArguments, pairs: Dataset) -> Any:
-    """One that is named, or one trained on the texts, by the first rank for all."""
+    """Load a tokenizer by name, or train one on the texts on the first rank and broadcast it."""
     if name := options.tokenizer or options.model:
         return AutoTokenizer.from_pretrained(name)
     made = [None]
@@ -187,12 +188,12 @@ def load_tokenizer(options: Options, args: TokenBudgetArguments, pairs: Dataset)
         pad_token=PAD,
         eos_token=EOS,
         extra_special_tokens=[options.source_language, options.target_language],
-        split_special_tokens=True,  # "</s>" in a text is text
+        split_special_tokens=True,  # tokenize a literal "</s>" in a text as text
     )
 
 
 def encode(batch: dict[str, list[str]], tokenizer: Any, options: Options) -> dict[str, list]:
-    """As NLLB has it: ``language text </s>``, on either side."""
+    """Tokenize as NLLB does: ``language text </s>`` on both sides."""
     plain = {"add_special_tokens": False, "verbose": False}
     sources = tokenizer(batch[options.source_column], **plain)["input_ids"]
     targets = tokenizer(text_target=batch[options.target_column], **plain)["input_ids"]
@@ -208,7 +209,7 @@ def encode(batch: dict[str, list[str]], tokenizer: Any, options: Options) -> dic
 
 
 def load_model(options: Options, tokenizer: Any) -> Any:
-    """The model that is named, or a small M2M100 (which NLLB is) of random weights."""
+    """Load a model by name, or build a small M2M100 (NLLB's architecture) with random weights."""
     if options.model is not None:
         return AutoModelForSeq2SeqLM.from_pretrained(options.model)
     config = M2M100Config(
@@ -222,7 +223,7 @@ def load_model(options: Options, tokenizer: Any) -> Any:
 
 
 def report(trainer: HierarchicalTokenTrainer, metrics: dict[str, float]) -> None:
-    """One line of what was trained, by the first rank."""
+    """Print a one-line summary on the first rank."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     rate = median(entry["tokens_per_second"] for entry in logs)
     share = median(entry["real_token_share"] for entry in logs)
@@ -230,7 +231,7 @@ def report(trainer: HierarchicalTokenTrainer, metrics: dict[str, float]) -> None
     if trainer.is_world_process_zero():
         print(
             f"{trainer.state.global_step} steps, {rate:,.0f} tokens/s, {share:.0%} of padded slots"
-            f" real, loss {losses}, held out {metrics['eval_loss']:.3f},"
+            f" are real tokens, loss {losses}, eval loss {metrics['eval_loss']:.3f},"
             f" BLEU {metrics['eval_bleu']:.2f}, chrF++ {metrics['eval_chrf']:.2f}"
         )
 

@@ -1,6 +1,6 @@
-"""The site builds without a warning, its links lead somewhere, and it says what the code does.
+"""The site builds without warnings, its links resolve, and its statements match the code.
 
-What is on other hosts is not fetched: such links must be well-formed, and nothing else.
+Links to other hosts are not fetched. They only have to be well-formed.
 """
 
 import ast
@@ -29,11 +29,12 @@ API = (
     "tokenpack.kernels.attention",
     "tokenpack.packing",
     "tokenpack.data",
+    "tokenpack.cost",
     "tokenpack.trainer",
 )
 
 
-# Of our own, whatever `make` was called with.
+# Fixed here, so that the variables of a surrounding `make` have no effect.
 ENVIRONMENT = {
     "NO_MKDOCS_2_WARNING": "1",
     "PYTHONSAFEPATH": "1",
@@ -42,7 +43,7 @@ ENVIRONMENT = {
 
 
 class Page(html.parser.HTMLParser):
-    """What a page links to, what it loads, and the places in it that can be linked to."""
+    """The links, loaded resources and anchors of one page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -85,7 +86,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def broken(site: Path) -> list[str]:
-    """Links and files of the site that lead nowhere, each with its page."""
+    """Broken links and missing resources of the site, each with its page and the reason."""
     wrong = []
     for path in sorted(site.rglob("*.html")):
         page = parsed(path)
@@ -106,7 +107,7 @@ def why_wrong(target: str, path: Path, site: Path, loaded: bool) -> str | None:
         well_formed = parts.scheme == "https" and re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc)
         return None if well_formed and not re.search(r"\s", target) else "no https address"
     if path.name == "404.html":
-        return None  # it is served from any depth, so its links are those of the root
+        return None  # served from any depth, so its links are relative to the root
     there = (path.parent / unquote(parts.path)).resolve() if parts.path else path
     there = there / "index.html" if there.is_dir() else there
     if not there.is_relative_to(site.resolve()) and there != path:
@@ -147,6 +148,9 @@ def test_links_from_the_repository_into_itself(site, name):
         if parts.scheme:
             assert parts.scheme == "https", link
             continue
+        if not parts.path:
+            assert parts.fragment in headings(text), link
+            continue
         there = ROOT / parts.path
         assert there.exists(), link
         if parts.fragment:
@@ -154,8 +158,14 @@ def test_links_from_the_repository_into_itself(site, name):
             assert parts.fragment in parsed(page).anchors, link
 
 
+def headings(text: str) -> set[str]:
+    """Anchors that GitHub gives the headings of a Markdown page."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
 def test_a_page_in_the_repository_links_to_what_is_there():
-    """Pages are read there too, where a link to a table is one to the file that it is made from."""
+    """Pages are also read in the repository, where links to tables point to their files."""
     for path in DOCS.rglob("*.md"):
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         for link in re.findall(r"\]\(([^)\s#]+)[^)\s]*\)", text):
@@ -194,7 +204,7 @@ def test_a_run_is_shown_as_it_was_measured(site, tmp_path):
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "site/benchmarks/cpu-2026-11-22/packing.png").exists()
     assert not broken(tmp_path / "site")
-    assert not list((tmp_path / "results").rglob("*.png"))  # what is committed stays as it is
+    assert not list((tmp_path / "results").rglob("*.png"))  # a build changes no committed file
 
 
 def test_a_link_to_nowhere_fails_the_build(site, tmp_path):
@@ -210,12 +220,12 @@ def test_a_link_to_nowhere_fails_the_build(site, tmp_path):
     assert "#nowhere" in done.stderr
 
 
-# ----------------------------------------------------------------------------------- what they say
+# ------------------------------------------------------------------------------ examples and quotes
 
 
 @pytest.mark.parametrize("name", ["index", "getting-started", "exactness", "kernels", "migrating"])
 def test_examples_run(name, tmp_path, monkeypatch):
-    """All blocks of a page, one after the other."""
+    """Runs all Python blocks of a page in order, in one scope."""
     for needed in ("accelerate", "datasets"):
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
@@ -228,18 +238,18 @@ def test_examples_run(name, tmp_path, monkeypatch):
 
 
 def test_messages_are_those_of_the_code():
-    """What troubleshooting quotes in the first column of its tables is raised or said somewhere."""
+    """Each message in the first column of the tables of troubleshooting.md is in the code."""
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     cells = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
     messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
     assert len(messages) > 50
-    said = "\n".join(strings_of(path) for path in sources())
-    lost = [
+    strings = "\n".join(strings_of(path) for path in sources())
+    missing = [
         message
         for message in messages
-        if not all(piece.strip() in said for piece in message.split("…"))
+        if not all(piece.strip() in strings for piece in message.split("…"))
     ]
-    assert not lost
+    assert not missing
 
 
 def sources():

@@ -1,4 +1,4 @@
-"""The figures of README.md and docs/ are those of the runs that they name."""
+"""The figures in README.md and docs/ match the benchmark runs that they name."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# The root is on the path, where bench/ is.
+# Without PYTHONSAFEPATH the root is on sys.path, so that bench/ can be imported.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.fixture(scope="module")
 def rewritten():
-    """Pages by name, as `python -m bench.quote` would write them."""
+    """The text that `python -m bench.quote` would write, by page name."""
     script = (
         "import json, bench.quote as q;"
         "print(json.dumps({p.name: q.update(p.read_text(encoding='utf-8')) for p in q.PAGES}))"
@@ -32,7 +32,7 @@ def rewritten():
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_figures_are_those_of_the_run(page, rewritten):
     assert page.read_text(encoding="utf-8") == rewritten[page.name], (
-        "figures differ from the run: python -m bench.quote writes them anew"
+        "figures differ from the run; update them with python -m bench.quote"
     )
 
 
@@ -48,7 +48,7 @@ def test_the_readme_quotes_runs_with_device_versions_and_date():
 
 
 def test_a_changed_figure_is_seen():
-    """The check can fail: one digit of a block, and the block is another."""
+    """The check fails if one digit of a block is changed."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     script = (
         "import sys, bench.quote as q; t = sys.stdin.read(); sys.exit(0 if q.update(t) == t else 3)"

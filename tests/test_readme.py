@@ -1,4 +1,4 @@
-"""The README's table of families is what the equivalence test runs, and its example works.
+"""The README's table of families matches the equivalence test, and its Python blocks run.
 
 `python -m tests.test_readme` prints the table.
 """
@@ -8,8 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .adapters.models import CASES
 
@@ -22,7 +23,7 @@ HEADS = {
     "ForMaskedLM": "masked language model",
     "ForTokenClassification": "token classifier",
     "ForSequenceClassification": "sequence classifier",
-    "EncoderModel": "encoder alone",
+    "EncoderModel": "encoder only",
     "Model": "base model",
 }
 
@@ -52,21 +53,60 @@ def test_table_of_families_is_the_list_of_tested_models():
     assert table == families_table()
 
 
-def test_example_in_the_readme_runs():
+def block(name: str) -> str:
+    """The Python block behind the comment ``<!-- name -->``."""
     text = README.read_text(encoding="utf-8")
-    (example,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", text, re.DOTALL)
+    (example,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", text, re.DOTALL)
+    return example
+
+
+def test_every_python_block_of_the_readme_has_a_name():
+    text = README.read_text(encoding="utf-8")
+    named = re.findall(r"<!-- (\w+) -->\n```python\n", text)
+    assert named == ["patch", "example", "kernels", "losses", "packing", "trainer"]
+    assert text.count("```python") == len(named)
+
+
+def test_patching_in_the_readme_runs():
+    config = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(3, 50, (2, 8))
+    mask = torch.arange(8) < torch.tensor([[8], [3]])
+    labels = ids.masked_fill(~mask, -100)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    expected = model(**batch).loss.item()
+    scope = {"model": model, "padded_batch": batch}
+    exec(block("patch"), scope)
+    assert scope["loss"].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_kernels_and_losses_in_the_readme_run():
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    q, k, v = torch.randn(3, 5, 2, 16)
+    hidden = torch.randn(2, 4, 8)
+    labels = torch.randint(0, 9, (2, 4))
+    scope = {"attention_mask": mask, "hidden": hidden, "labels": labels, "q": q, "k": k, "v": v}
+    exec(block("kernels"), scope)
+    assert scope["padded"].shape == (2, 4, 2, 16)
+    head = torch.nn.Linear(8, 9)
+    scope |= {"head": head, "logits": head(scope["hidden"])}
+    exec(block("losses"), scope)
+    mean = torch.nn.functional.cross_entropy(scope["logits"][[0, 1, 3]], scope["labels"][[1, 2, 4]])
+    assert torch.allclose(scope["loss"], mean)
+    assert 0 <= scope["accuracy"] <= 1
+
+
+def test_example_in_the_readme_runs():
     scope = {}
-    exec(example, scope)
+    exec(block("example"), scope)
     assert scope["stats"].packed_calls == 1
     assert abs(scope["packed"] - scope["padded"]) < 1e-5
 
 
 def test_packing_in_the_readme_runs():
     pytest.importorskip("datasets")
-    text = README.read_text(encoding="utf-8")
-    (example,) = re.findall(r"<!-- packing -->\n```python\n(.*?)```", text, re.DOTALL)
     scope = {}
-    exec(example, scope)
+    exec(block("packing"), scope)
     assert scope["plan"].metrics.efficiency == 12 / 16
     assert scope["batch"].input_ids.shape == (2, 8)
 
@@ -74,14 +114,12 @@ def test_packing_in_the_readme_runs():
 def test_trainer_in_the_readme_runs(tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
-    text = README.read_text(encoding="utf-8")
-    (example,) = re.findall(r"<!-- trainer -->\n```python\n(.*?)```", text, re.DOTALL)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "word": 2}, unk_token="word"))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="word"
     )
     scope = {"tokenizer": tokenizer}
-    exec(example, scope)
+    exec(block("trainer"), scope)
     assert scope["trainer"].state.global_step == 3
 
 

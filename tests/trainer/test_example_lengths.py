@@ -295,7 +295,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(on_disk, monkeypatch, caplo
     def refuse(*args, **options):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(module.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(module.Path, "open", refuse)
     with caplog.at_level(logging.INFO, module.__name__):
         assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
     assert "read-only" in caplog.text

@@ -112,7 +112,7 @@ def test_a_saved_plan_comes_back(tmp_path, mmap, overlong):
     assert back == plan
     assert (back.strategy, back.seed, back.seconds) == ("ffs", 2, plan.seconds)
     assert isinstance(back.items, np.memmap) == mmap
-    with pytest.raises(FileExistsError, match="no plan yet"):
+    with pytest.raises(FileExistsError, match="must not contain a plan"):
         plan.save(tmp_path / "plan")
 
 
@@ -122,27 +122,27 @@ def test_damaged_plans_are_named(tmp_path, plan):
     plan.save(tmp_path)
     whole = (tmp_path / "items.npy").read_bytes()
     (tmp_path / "items.npy").write_bytes(whole[:-8])
-    with pytest.raises(ValueError, match=r"items\.npy is no array"):
+    with pytest.raises(ValueError, match=r"got an invalid .*items\.npy"):
         PackResult.load(tmp_path)
     (tmp_path / "items.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"items\.npy"):
         PackResult.load(tmp_path)
     np.save(tmp_path / "items.npy", np.arange(3))
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="arrays of inconsistent sizes"):
         PackResult.load(tmp_path)
     facts = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps(facts | {"format": 99}))
-    with pytest.raises(ValueError, match="another version"):
+    with pytest.raises(ValueError, match="of format 1, got format 99"):
         PackResult.load(tmp_path)
     for damage in ({"capacities": 3}, {"arrays": ["offsets"]}):
         (tmp_path / "plan.json").write_text(json.dumps(facts | damage))
-        with pytest.raises(ValueError, match="no whole plan"):
+        with pytest.raises(ValueError, match="a complete plan"):
             PackResult.load(tmp_path)
     (tmp_path / "plan.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"plan\.json is no plan"):
+    with pytest.raises(ValueError, match=r"got an invalid .*plan\.json"):
         PackResult.load(tmp_path)
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(ValueError, match=r"plan\.json is no plan"):
+    with pytest.raises(ValueError, match=r"got an invalid .*plan\.json"):
         PackResult.load(tmp_path)
 
 

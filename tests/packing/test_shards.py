@@ -67,7 +67,7 @@ def test_bad_shards(tmp_path):
         pack_shards(np.empty(0, np.int64), Packer(8), tmp_path / "a")
     with pytest.raises(ValueError, match="shard_size must be from 1"):
         pack_shards(np.ones(3, np.int64), Packer(8), tmp_path / "a", shard_size=0)
-    with pytest.raises(ValueError, match="at least one shard's"):
+    with pytest.raises(ValueError, match="at least one shard"):
         merge_saved([], tmp_path / "b")
     for capacity in (8, 9):
         pack_lengths([3], capacity).save(tmp_path / str(capacity))

@@ -133,5 +133,5 @@ def test_batches_are_random_and_cover_an_epoch(tokenizer):
 def test_fewer_examples_than_a_batch_make_one_of_all(tokenizer):
     (batch, _) = random_batches([Example([7]), Example([8])], tokenizer, 16, steps=2, seed=0)
     assert sorted(batch["input_ids"].flatten().tolist()) == [7, 8]
-    with pytest.raises(ValueError, match="examples: got none"):
+    with pytest.raises(ValueError, match="at least one example, got none"):
         random_batches([], tokenizer, 16, steps=2, seed=0)

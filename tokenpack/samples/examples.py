@@ -1,12 +1,12 @@
-"""Turn texts into what each family trains on, and examples into ordinary padded batches.
+"""Make training examples for each family from texts, and padded batches from examples.
 
-    T5      span corruption: some spans of the text become sentinels, and are the target
-    NLLB    the text after its summary -> the summary, a language code before each
-    Llama   the text itself, every token predicted from those before it
+    T5      span corruption: sentinels replace some spans of the text, and the spans are the target
+    NLLB    the body of a text -> its summary, each after a language code
+    Llama   the text itself, each token predicted from the tokens before it
 
-Data with a source and a target is used as such: T5 and NLLB learn source -> target, Llama the two
-joined by a line break. Batches are drawn at random, as an ordinary ``DataLoader`` draws them, and
-padded on the right to their longest row.
+If a text has a target, T5 and NLLB learn source -> target, and Llama learns the two joined by a
+line break. Batches are drawn at random, as by a shuffling ``DataLoader``, and padded on the right
+to their longest row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MEAN_SPAN = 3.0
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one sequence. ``labels`` is ``None`` where they are the input itself."""
+    """Token ids of one sequence. ``labels`` is None if the labels equal the input."""
 
     input_ids: list[int]
     labels: list[int] | None = None
@@ -41,13 +41,13 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples, and what had to be done to get them.
+    """Examples, with counts of truncated and unusable texts.
 
     Attributes:
-        examples: in the order of the texts.
-        cut_inputs: how many inputs were longer than the model takes, and cut to that.
-        cut_labels: the same of the labels.
-        unusable: how many texts give no example (a single sentence has no summary).
+        examples: the examples, in the order of the texts.
+        cut_inputs: number of inputs truncated to the maximum length.
+        cut_labels: number of labels truncated to the maximum length.
+        unusable: number of texts without an example (a single sentence has no summary).
     """
 
     examples: list[Example]
@@ -57,7 +57,7 @@ class ExampleSet:
 
 
 def causal_examples(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> ExampleSet:
-    """Llama: ``<s> text </s>``, at most ``max_length`` tokens."""
+    """Make examples for Llama: ``<s> text </s>``, at most ``max_length`` tokens."""
     joined = [t.source if t.target is None else f"{t.source}\n{t.target}" for t in texts]
     begin, end = token_id(tokenizer, BOS), token_id(tokenizer, EOS)
     cutter = _Cutter(max_length)
@@ -68,10 +68,10 @@ def causal_examples(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int
 def pair_examples(
     texts: Sequence[Text], tokenizer: Tokenizer, max_length: int, max_label_length: int
 ) -> ExampleSet:
-    """NLLB: ``__body__ source </s>`` -> ``__summary__ target </s>``.
+    """Make examples for NLLB: ``__body__ source </s>`` -> ``__summary__ target </s>``.
 
-    A text without a target is split by `tokenpack.samples.text.split_summary`. A text that cannot
-    be split is counted as unusable.
+    `tokenpack.samples.text.split_summary` splits texts without a target. Texts that cannot be split
+    are counted as unusable.
     """
     pairs = [split_summary(t.source) if t.target is None else (t.source, t.target) for t in texts]
     usable = [pair for pair in pairs if pair is not None]
@@ -154,7 +154,7 @@ def _random_parts(total: int, parts: int, random: np.random.Generator) -> list[i
 
 
 class _Cutter:
-    """Ends token lists and cuts them to a length, and counts how many it had to cut."""
+    """Truncates token lists to a length, end token included, and counts the truncated lists."""
 
     def __init__(self, max_length: int):
         self.max_length = max_length
@@ -179,23 +179,23 @@ def random_batches(
     """Draw ``steps`` padded batches as a shuffling ``DataLoader`` does, epoch after epoch.
 
     Args:
-        examples: one or more.
-        tokenizer: gives the id that pads.
-        batch_size: rows of a batch; with fewer examples than that, a batch is all of them.
-        steps: how many batches.
-        seed: of the order.
+        examples: at least one example.
+        tokenizer: the tokenizer, for the padding id.
+        batch_size: number of rows in a batch. With fewer examples, each batch holds all of them.
+        steps: number of batches.
+        seed: seed of the order.
 
     Returns:
-        Batches of ``input_ids``, ``attention_mask`` (rows, columns) and ``labels`` (rows, columns
-        of their own), int64, padded on the right; labels with -100.
+        Batches of ``input_ids`` and ``attention_mask``, ``(rows, columns)`` int64, and ``labels``,
+        ``(rows, label columns)`` int64. All are padded on the right, labels with -100.
 
     Raises:
-        ValueError: if there is no example.
+        ValueError: if there are no examples.
     """
     if not examples:
-        raise ValueError("examples: got none, takes one or more")
+        raise ValueError("examples must contain at least one example, got none")
     pad = token_id(tokenizer, PAD)
-    dataset: Any = list(examples)  # a dataset in all but its type
+    dataset: Any = list(examples)  # works as a dataset, but does not have its type
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=min(batch_size, len(examples)),
@@ -209,7 +209,7 @@ def random_batches(
 
 
 def pad_batch(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """Pad examples on the right to the longest of them; labels are padded with -100."""
+    """Pad examples on the right to the longest. Labels are padded with -100."""
     labels = [
         example.input_ids if example.labels is None else example.labels for example in examples
     ]

@@ -26,9 +26,6 @@ _DIGIT = 1 << 16
 _MAX_HISTOGRAM = 1 << 22  # lengths up to here always get a counter each
 
 
-# ---------------------------------------------------------------------------------------- segments
-
-
 def offsets_of(lengths: NDArray[Any] | Sequence[int]) -> NDArray[np.int64]:
     """``(n + 1,)`` int64: 0, then the cumulative sum of the segments' lengths."""
     offsets = np.empty(len(lengths) + 1, np.int64)
@@ -42,11 +39,8 @@ def ranges(
 ) -> NDArray[np.int64]:
     """Concatenate the ranges ``start, start + 1, ..., start + count - 1``.
 
-    Args:
-        starts: ``(n,)`` int64, the first value of each range.
-        counts: ``(n,)`` int64, the number of values in each range.
-        arange: ``np.arange`` of at least ``counts.sum()``, if the caller has one. Creating it takes
-            as long as the rest of this function.
+    Pass ``arange``, an ``np.arange`` of at least ``counts.sum()``, if you have one. Creating it
+    takes as long as the rest of this function.
     """
     values = np.repeat(starts - (np.cumsum(counts) - counts), counts)
     values += np.arange(len(values)) if arange is None else arange[: len(values)]
@@ -54,7 +48,7 @@ def ranges(
 
 
 def segment_sum(
-    values: NDArray[Any], offsets: NDArray[np.int64], dtype: DTypeLike = None
+    values: NDArray[Any], offsets: NDArray[np.int64], dtype: DTypeLike | None = None
 ) -> NDArray[Any]:
     """``(n,)``, the sum of each segment of ``values``. No segment may be empty."""
     return np.add.reduceat(values, offsets[:-1], dtype=dtype)
@@ -63,24 +57,16 @@ def segment_sum(
 def group_by_bin(
     bin_of: NDArray[np.integer], num_bins: int, order: NDArray[np.int64] | None = None
 ) -> Plan:
-    """Collect the items of each bin.
+    """Collect the items of each bin, in the order of ``bin_of``.
 
     Args:
-        bin_of: ``(n,)`` integers, the bin of each item.
+        bin_of: ``(n,)`` integers, the bin of item i, or of item ``order[i]`` if ``order`` is given.
         num_bins: the number of bins.
-        order: ``(n,)`` int64, the item that each entry of ``bin_of`` belongs to. By default entry i
-            belongs to item i.
-
-    Returns:
-        ``items (n,)`` and ``offsets (num_bins + 1,)``. The items of a bin keep their order in
-        ``bin_of``.
+        order: ``(n,)`` int64, a permutation of the items.
     """
     items = stable_argsort(bin_of, num_bins)
     offsets = offsets_of(np.bincount(bin_of, None, num_bins))
     return (items if order is None else order[items]), offsets
-
-
-# ----------------------------------------------------------------------------------------- sorting
 
 
 def stable_argsort(keys: NDArray[np.integer], end: int) -> NDArray[np.int64]:

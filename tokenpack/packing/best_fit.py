@@ -193,11 +193,8 @@ def _later_steps(
     """Find the bins of all steps that do not open one.
 
     The bins with one free space leave their queue in the order in which they joined it. So the
-    steps that leave a queue are matched, in order, with the first steps that joined it.
-
-    Returns:
-        For each of these steps: its number, its bin, the sequences in the bin before it, and the
-        sequences that it takes.
+    steps that leave a queue are matched, in order, with the first steps that joined it. Returns the
+    number of each step, its bin, the sequences in the bin before it, and those that it takes.
     """
     before, moving, per_bin, after = moves.T
     leave = np.flatnonzero(before != _NEW)

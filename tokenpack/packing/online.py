@@ -140,12 +140,10 @@ def _fit_by_free_space(
     max_sequences: int | None,
     choose: Callable[[list[int], int], int],
 ) -> Plan:
-    """Place each sequence in a bin whose free space ``choose`` selects.
+    """Place each sequence in a bin with the free space that ``choose`` selects.
 
-    Args:
-        lengths, capacity, max_sequences: as for `best_fit`.
-        choose: maps the distinct free spaces of open bins, in increasing order, and a length to the
-            index of a free space. The index ``len(free)`` opens a bin.
+    ``choose`` takes the distinct free spaces of open bins, in increasing order, and a length. It
+    returns the index of a free space, or their number to open a bin.
     """
     limit = len(lengths) if max_sequences is None else max_sequences
     free: list[int] = []  # the distinct free spaces of open bins, increasing

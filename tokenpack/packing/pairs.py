@@ -248,14 +248,7 @@ def _fewest(loads: NDArray[np.int64], full: int, limit: int) -> int:
 
 
 class _Bins:
-    """The open bins.
-
-    Attributes:
-        number: ``(num_open,)`` int64, the number of each bin.
-        loads: ``(2, num_open)`` int64, the source and target load of each bin.
-        quota: ``(num_open,)`` int64, pairs that each bin may still take.
-        num_opened: the number of bins opened so far, closed ones included.
-    """
+    """The open bins: their numbers, ``(2, num_open)`` loads, and pairs that each may still take."""
 
     def __init__(self, full: int, limit: int) -> None:
         self.full, self.limit, self.num_opened = full, limit, 0
@@ -286,11 +279,7 @@ class _Bins:
     def balanced_fits(
         self, loads: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Match the next pairs to bins: the most source-heavy pair to the least source-heavy bin.
-
-        Returns:
-            The indices of the bins, and the index of the pair for each.
-        """
+        """Match bins with the next pairs: the least source-heavy with the most source-heavy."""
         which = (self.loads[0] - self.loads[1]).argsort(kind="stable")
         pairs = (loads[1, : len(which)] - loads[0, : len(which)]).argsort(kind="stable")
         return which, pairs
@@ -298,14 +287,9 @@ class _Bins:
     def tight_fits(
         self, loads: NDArray[np.int64], side: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """From the emptiest bin on, match each to the longest pair left that fits on one side.
+        """From the emptiest bin on, match each with the longest pair left that fits on one side.
 
-        Args:
-            loads: ``(2, num_pairs)`` int64.
-            side: 0 for source, 1 for target, 2 for the larger load of both.
-
-        Returns:
-            The indices of the bins, and the index of the pair for each.
+        Side 0 is the source, 1 the target, and 2 the larger load of both.
         """
         fill, size = (
             (self.loads.max(0), loads.max(0)) if side == 2 else (self.loads[side], loads[side])

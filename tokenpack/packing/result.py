@@ -282,9 +282,12 @@ def merge_results(results: Sequence[PackResult]) -> PackResult:
         renumbered(result, first_id, first_item, with_starts)
         for result, first_id, first_item in zip(results, first_ids, first_items)
     ]
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    arrays: dict[str, Any] = {
+        name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+    }
+    arrays["offsets"] = np.append(0, arrays["offsets"])
     return PackResult(
-        **arrays | {"offsets": np.append(0, arrays["offsets"])},
+        **arrays,
         capacity=capacities[0],
         strategy=common_strategy({result.strategy for result in results}),
         num_sequences=int(first_ids[-1]),
@@ -295,27 +298,19 @@ def merge_results(results: Sequence[PackResult]) -> PackResult:
 def renumbered(
     plan: PackResult, first_id: int, first_item: int, with_starts: bool
 ) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a shard's plan, renumbered for the plan of all shards.
+    """Return the arrays of a shard's plan, renumbered to follow the shards before it.
 
-    Args:
-        plan: the plan of one shard.
-        first_id: the number of sequences in all earlier shards.
-        first_item: the number of items in all earlier shards.
-        with_starts: whether to include ``item_starts``.
-
-    Returns:
-        The arrays by name. ``offsets`` leaves out the first: it is the last of the earlier shard.
+    Those have ``first_id`` sequences and ``first_item`` items. ``offsets`` leaves out the first,
+    which is the last of the shard before.
     """
-    arrays = {name: getattr(plan, name) + first_id for name in _IDS}
+    ids = ("items", "dropped", "truncated", "split")
+    arrays = {name: getattr(plan, name) + first_id for name in ids}
     arrays["offsets"] = plan.offsets[1:] + first_item
     arrays["item_lengths"] = plan.item_lengths
     if with_starts:
         starts = plan.item_starts
         arrays["item_starts"] = np.zeros_like(plan.items) if starts is None else starts
     return arrays
-
-
-_IDS = ("items", "dropped", "truncated", "split")
 
 
 def common_strategy(names: set[str]) -> str:

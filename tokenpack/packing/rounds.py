@@ -161,8 +161,7 @@ def _emptiest_take_longest(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """From the emptiest bin on, each takes the longest sequence left that fits.
 
-    Returns:
-        The indices of the bins that take a sequence, and the index of the sequence of each.
+    Returns the indices of these bins, and the index of the sequence of each.
     """
     placed = strictly_increasing(np.searchsorted(max_fill, fill))
     which = np.flatnonzero(placed < len(max_fill))
@@ -186,10 +185,7 @@ def _longest_take_fullest(
     Merge ``fill`` and ``max_fill`` in increasing order. Then this rule matches brackets: a bin
     opens a bracket, and a sequence closes the last open one, or is left over if none is open.
     Matching brackets are neighbors among the brackets of equal depth, where opening and closing
-    brackets alternate.
-
-    Returns:
-        The indices of the bins that take a sequence, and the index of the sequence of each.
+    brackets alternate. Returns the same as `_emptiest_take_longest`.
     """
     # At equal values the bin comes first. NumPy's timsort merges the two sorted runs.
     order = np.concatenate((fill, max_fill)).argsort(kind="stable")

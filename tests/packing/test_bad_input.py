@@ -1,4 +1,4 @@
-"""Bad lengths, capacities and names: an error that says what was wrong and what should be."""
+"""Input in every supported form, and error messages for invalid input."""
 
 import subprocess
 import sys
@@ -72,12 +72,12 @@ def test_values_that_cannot_be_packed(name, lengths, message):
         (torch.ones(2, device="meta", dtype=torch.int64), "on the CPU, got a tensor on meta"),
     ],
 )
-def test_what_is_no_integers(lengths, message):
+def test_lengths_that_are_not_integers(lengths, message):
     with pytest.raises(TypeError, match=message):
         pack_lengths(lengths, 8)
 
 
-def test_numbers_at_the_ends_of_their_types():
+def test_extreme_values_of_integer_types():
     narrow = np.array([3, 0, 5], np.uint8)
     plan = pack_lengths(narrow, 2048, overlong="truncate", drop_empty=True)
     assert plan.dropped.tolist() == [1]
@@ -133,7 +133,7 @@ def test_options():
         pack_lengths([9, 9], 8, overlong="drop")
 
 
-def test_strategies_by_their_textbooks_names():
+def test_strategies_by_textbook_name():
     for name in ("First-Fit Decreasing", "first_fit_decreasing", "FFD"):
         assert Packer(8, name).strategy == "ffd"
     assert Packer(8).strategy == "auto"
@@ -142,7 +142,7 @@ def test_strategies_by_their_textbooks_names():
     }
 
 
-def test_the_input_is_left_alone():
+def test_the_input_is_not_modified():
     lengths = np.array([5, 3, 8, 2])
     for name in NAMES:
         pack_lengths(lengths, 8, name)

@@ -1,4 +1,4 @@
-"""Plans as objects: what they tell, how they are saved, merged and compared."""
+"""Plans as objects: metrics, comparison, saving and merging."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def test_metrics(plan):
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
-def test_what_is_over_capacity_is_dealt_with_and_counted(overlong):
+def test_overlong_and_empty_sequences(overlong):
     plan = pack_lengths([25, 0, 4, 10, 11], 10, "nf", overlong=overlong, drop_empty=True)
     parts = {
         (int(i), int(start)): int(length)
@@ -81,7 +81,7 @@ def test_what_is_over_capacity_is_dealt_with_and_counted(overlong):
     assert plan.num_sequences == m.num_sequences == 5
 
 
-def test_the_seed_is_kept_where_it_counts():
+def test_only_strategies_that_shuffle_record_the_seed():
     assert pack_lengths(LENGTHS, 10, "ffs", seed=3).seed == 3
     assert pack_lengths(LENGTHS, 10, "ffs").seed == 0
     assert pack_lengths(LENGTHS, 10, "ffd", seed=3).seed is None
@@ -90,7 +90,7 @@ def test_the_seed_is_kept_where_it_counts():
     assert pack_lengths(many, 10, "ffs", seed=3) != pack_lengths(many, 10, "ffs", seed=4)
 
 
-def test_equality_looks_at_everything_but_time(plan):
+def test_equality_ignores_planning_time(plan):
     assert plan == pack_lengths(LENGTHS, 10, "ffd")
     assert plan != pack_lengths(LENGTHS, 11, "ffd")
     assert plan != pack_lengths(LENGTHS, 10, "nf")
@@ -116,7 +116,7 @@ def test_a_saved_plan_comes_back(tmp_path, mmap, overlong):
         plan.save(tmp_path / "plan")
 
 
-def test_damaged_plans_are_named(tmp_path, plan):
+def test_damaged_plans(tmp_path, plan):
     with pytest.raises(FileNotFoundError, match=r"plan\.json"):
         PackResult.load(tmp_path)
     plan.save(tmp_path)
@@ -146,7 +146,7 @@ def test_damaged_plans_are_named(tmp_path, plan):
         PackResult.load(tmp_path)
 
 
-def test_shards_planned_apart_merge_into_one_plan():
+def test_plans_of_shards_merge_into_one_plan():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 40, 1000)
     shards = np.array_split(lengths, 3)
@@ -157,7 +157,7 @@ def test_shards_planned_apart_merge_into_one_plan():
     whole = pack_lengths(lengths, 30, "obfd", overlong="split")
     assert merged.metrics.tokens == whole.metrics.tokens == lengths.sum()
     assert merged.split.tolist() == whole.split.tolist()
-    # Bin by bin the shards' own, with their sequences' numbers in the whole.
+    # The bins of the shards, with sequences renumbered.
     first = 0
     bins = iter(merged)
     for shard, plan in zip(shards, plans):
@@ -169,7 +169,7 @@ def test_shards_planned_apart_merge_into_one_plan():
     assert mixed.item_starts.shape == mixed.items.shape
 
 
-def test_what_cannot_be_merged_is_named(plan):
+def test_plans_that_cannot_be_merged(plan):
     with pytest.raises(ValueError, match="at least one plan"):
         merge_results([])
     with pytest.raises(ValueError, match=r"one capacity, got \[10, 11\]"):

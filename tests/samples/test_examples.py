@@ -1,4 +1,4 @@
-"""Examples of the three families, and the random padded batches made of them."""
+"""Examples of the three families, and random padded batches of them."""
 
 from itertools import chain
 
@@ -82,7 +82,7 @@ def test_t5_text_is_cut_before_it_is_masked_and_counted(tokenizer):
     assert len(long.input_ids) == 29 - 4 + 1 + 1
 
 
-def test_llama_reads_begin_text_end_and_cuts_are_counted(tokenizer):
+def test_llama_examples(tokenizer):
     begin, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     ids = tokenizer.encode(SENTENCE).ids
     exact = len(ids) + 2
@@ -96,7 +96,7 @@ def test_llama_reads_begin_text_end_and_cuts_are_counted(tokenizer):
     assert tokenizer.decode(joined.input_ids) == "body\nwords"
 
 
-def test_nllb_translates_body_to_summary_and_counts_what_has_none(tokenizer):
+def test_nllb_examples(tokenizer):
     texts = [Text("words.\n\nA body."), Text("words")]
     made = pair_examples(texts, tokenizer, 99, 4)
     code, end = tokenizer.token_to_id("__body__"), tokenizer.token_to_id(EOS)
@@ -130,7 +130,7 @@ def test_batches_are_random_and_cover_an_epoch(tokenizer):
     assert first != second
 
 
-def test_fewer_examples_than_a_batch_make_one_of_all(tokenizer):
+def test_fewer_examples_than_rows_in_a_batch(tokenizer):
     (batch, _) = random_batches([Example([7]), Example([8])], tokenizer, 16, steps=2, seed=0)
     assert sorted(batch["input_ids"].flatten().tolist()) == [7, 8]
     with pytest.raises(ValueError, match="at least one example, got none"):

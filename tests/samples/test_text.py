@@ -1,4 +1,4 @@
-"""Texts from the standard library and from files, and every way a file can be unreadable."""
+"""Texts from the standard library and from files, and the errors of invalid files."""
 
 import json
 
@@ -96,12 +96,12 @@ def test_jsonl_with_targets(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
+def test_error_messages_of_invalid_files(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         read_texts(write(tmp_path, name, content))
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_error_messages_of_missing_files(tmp_path):
     with pytest.raises(ValueError, match=r"a readable file, got .*nothing\.txt: No such file"):
         read_texts(tmp_path / "nothing.txt")
     (tmp_path / "folder.txt").mkdir()

@@ -99,7 +99,8 @@ def fit(
     if len(over) == 0:
         return Pieces(kept, sequences, None, dropped, no_ids, no_ids)
     counts = -(-kept // capacity)
-    starts = capacity * ranges(np.zeros_like(counts), counts)
+    starts = ranges(np.zeros_like(counts), counts)
+    starts *= capacity
     pieces = np.minimum(np.repeat(kept, counts) - starts, capacity)
     return Pieces(pieces, np.repeat(sequences, counts), starts, dropped, no_ids, over)
 

@@ -296,5 +296,5 @@ class _Bins:
         )
         which, pairs = fill.argsort(kind="stable"), (-size).argsort(kind="stable")
         taken = strictly_increasing(np.searchsorted(self.full - size[pairs], fill[which]))
-        exists = taken < len(pairs)
-        return which[exists], pairs[taken[exists]]
+        taken = taken[: np.searchsorted(taken, len(pairs))]
+        return which[: len(taken)], pairs[taken]

@@ -278,12 +278,11 @@ def merge_results(results: Sequence[PackResult]) -> PackResult:
     with_starts = any(result.item_starts is not None for result in results)
     first_ids = offsets_of([result.num_sequences for result in results])
     first_items = offsets_of([len(result.items) for result in results])
-    parts = [
-        renumbered(result, first_id, first_item, with_starts)
-        for result, first_id, first_item in zip(results, first_ids, first_items)
-    ]
     arrays: dict[str, Any] = {
-        name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+        name: np.concatenate(
+            [renumbered(r, name, *firsts) for r, *firsts in zip(results, first_ids, first_items)]
+        )
+        for name in merged_arrays(with_starts)
     }
     arrays["offsets"] = np.append(0, arrays["offsets"])
     return PackResult(
@@ -295,22 +294,24 @@ def merge_results(results: Sequence[PackResult]) -> PackResult:
     )
 
 
-def renumbered(
-    plan: PackResult, first_id: int, first_item: int, with_starts: bool
-) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a shard's plan, renumbered to follow the shards before it.
+def merged_arrays(with_starts: bool) -> list[str]:
+    """Return the names of the arrays of a merged plan."""
+    return [name for name in PackResult.ARRAYS if with_starts or name != "item_starts"]
+
+
+def renumbered(plan: PackResult, name: str, first_id: int, first_item: int) -> NDArray[Any]:
+    """Return one array of a shard's plan, renumbered to follow the shards before it.
 
     Those have ``first_id`` sequences and ``first_item`` items. ``offsets`` leaves out the first,
     which is the last of the shard before.
     """
-    ids = ("items", "dropped", "truncated", "split")
-    arrays = {name: getattr(plan, name) + first_id for name in ids}
-    arrays["offsets"] = plan.offsets[1:] + first_item
-    arrays["item_lengths"] = plan.item_lengths
-    if with_starts:
-        starts = plan.item_starts
-        arrays["item_starts"] = np.zeros_like(plan.items) if starts is None else starts
-    return arrays
+    if name == "offsets":
+        return plan.offsets[1:] + first_item
+    if name == "item_lengths":
+        return plan.item_lengths
+    if name == "item_starts":
+        return np.zeros_like(plan.items) if plan.item_starts is None else plan.item_starts
+    return getattr(plan, name) + first_id
 
 
 def common_strategy(names: set[str]) -> str:

@@ -158,14 +158,14 @@ def _deal(
 
 def _emptiest_take_longest(
     fill: NDArray[np.int32], max_fill: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[slice, NDArray[np.int64]]:
     """From the emptiest bin on, each takes the longest sequence left that fits.
 
     Returns the indices of these bins, and the index of the sequence of each.
     """
     placed = strictly_increasing(np.searchsorted(max_fill, fill))
-    which = np.flatnonzero(placed < len(max_fill))
-    return which, placed[which]
+    placed = placed[: np.searchsorted(placed, len(max_fill))]
+    return slice(len(placed)), placed
 
 
 def strictly_increasing(lower_bounds: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -185,7 +185,7 @@ def _longest_take_fullest(
     Merge ``fill`` and ``max_fill`` in increasing order. Then this rule matches brackets: a bin
     opens a bracket, and a sequence closes the last open one, or is left over if none is open.
     Matching brackets are neighbors among the brackets of equal depth, where opening and closing
-    brackets alternate. Returns the same as `_emptiest_take_longest`.
+    brackets alternate. Returns bins and sequences as `_emptiest_take_longest` does.
     """
     # At equal values the bin comes first. NumPy's timsort merges the two sorted runs.
     order = np.concatenate((fill, max_fill)).argsort(kind="stable")

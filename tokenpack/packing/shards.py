@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..checks import at_least_one
 from .packer import Packer
-from .result import PackResult, common_strategy, renumbered
+from .result import PackResult, common_strategy, merged_arrays, renumbered
 from .saving import PlanWriter, read_facts
 
 
@@ -91,8 +91,8 @@ def _write(
     with PlanWriter(folder) as writer:
         writer.append("offsets", np.zeros(1, np.int64))
         for plan in plans:
-            for name, part in renumbered(plan, num_sequences, num_items, with_starts).items():
-                writer.append(name, part)
+            for name in merged_arrays(with_starts):
+                writer.append(name, renumbered(plan, name, num_sequences, num_items))
             num_sequences += plan.num_sequences
             num_items += len(plan.items)
             seconds += plan.seconds

@@ -51,10 +51,10 @@ def best_fit_decreasing(
 def _plan(sizes: NDArray[np.int64], counts: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     """Return the moves, ``(num_moves, 4)``, for decreasing distinct lengths and their counts."""
     # Sequences over half the capacity never share a bin, so each of them opens one.
-    alone = int(np.searchsorted(-sizes, -(capacity // 2)))
-    opening = np.empty((alone, 4), np.int64)
-    opening[:, 0], opening[:, 1], opening[:, 2] = _NEW, counts[:alone], 1
-    opening[:, 3] = capacity - sizes[:alone]
+    over_half = int(np.searchsorted(-sizes, -(capacity // 2)))
+    opening = np.empty((over_half, 4), np.int64)
+    opening[:, 0], opening[:, 1], opening[:, 2] = _NEW, counts[:over_half], 1
+    opening[:, 3] = capacity - sizes[:over_half]
     bins_with = dict(zip(opening[:, 3].tolist(), opening[:, 1].tolist()))
     bins_with.pop(0, None)
     moves: list[int] = []
@@ -63,7 +63,7 @@ def _plan(sizes: NDArray[np.int64], counts: NDArray[np.int64], capacity: int) ->
     # sizes have decreased far enough.
     fitting: list[int] = []
     waiting = [-free for free in reversed(bins_with)]
-    for size, count in zip(sizes[alone:].tolist(), counts[alone:].tolist()):
+    for size, count in zip(sizes[over_half:].tolist(), counts[over_half:].tolist()):
         while waiting and -waiting[0] >= size:
             fitting.append(-heappop(waiting))
         while count:

@@ -306,8 +306,8 @@ def _plan_auto(
     if not large or len(lengths) >= _SEQUENCES_PER_LENGTH * shareable:
         return *best_fit.best_fit_decreasing(lengths, capacity, max_sequences), "obfd"
     items, offsets = rounds.best_fit_in_rounds(lengths, capacity, max_sequences)
-    alone = int(np.count_nonzero(lengths > capacity // 2))
-    fewest = max(alone, -(-int(lengths.sum(dtype=np.int64)) // capacity))
+    over_half = int(np.count_nonzero(lengths > capacity // 2))
+    fewest = max(over_half, -(-int(lengths.sum(dtype=np.int64)) // capacity))
     if max_sequences is not None:
         fewest = max(fewest, -(-len(lengths) // max_sequences))
     if len(offsets) - 1 <= _WASTEFUL * fewest:

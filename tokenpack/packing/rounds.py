@@ -49,8 +49,10 @@ def best_fit_in_rounds(
     max_fill = capacity - lengths[order].astype(np.int32)  # a capacity is below 2**31
     limit = len(order) if max_sequences is None else max_sequences
     bins = _Bins(capacity, max_sequences)
-    alone = int(np.searchsorted(max_fill, capacity - capacity // 2))  # over half the capacity
-    bins.open(max(alone, -(-int(lengths.sum(dtype=np.int64)) // capacity), -(-len(order) // limit)))
+    over_half = int(np.searchsorted(max_fill, capacity - capacity // 2))  # over half the capacity
+    bins.open(
+        max(over_half, -(-int(lengths.sum(dtype=np.int64)) // capacity), -(-len(order) // limit))
+    )
     bin_of = np.empty(len(order), np.int64)
     left = np.arange(len(order))
     while len(left):

@@ -11,24 +11,20 @@ to their longest row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checks import IGNORE_INDEX
+from ..data import T5SpanCorruptionCollatorFast
 from .text import Text, split_summary
 from .tokenizer import BOS, EOS, PAD, SENTINELS, SOURCE_LANGUAGE, TARGET_LANGUAGE, token_id
-
-# Span corruption as T5 was trained (Raffel et al. 2020, section 3.3): 15 % of the tokens, in spans
-# of 3 on average.
-_CORRUPTED_SHARE = 0.15
-_MEAN_SPAN = 3.0
 
 
 @dataclass(frozen=True)
@@ -92,65 +88,48 @@ def pair_examples(
 def span_corruption_examples(
     texts: Sequence[Text], tokenizer: Tokenizer, max_length: int, max_label_length: int, seed: int
 ) -> ExampleSet:
-    """T5: ``text with spans masked </s>`` -> ``the masked spans </s>``, or source -> target.
+    """Make examples for T5: ``text with masked spans </s>`` -> ``the masked spans </s>``.
 
     Args:
-        texts: with a target, they are used as pairs and nothing is masked.
-        tokenizer: from :func:`tokenpack.samples.tokenizer.train_tokenizer`.
-        max_length: tokens of an input at most; a text is cut to it before spans are masked.
-        max_label_length: tokens of the labels at most.
-        seed: of the choice of spans.
+        texts: either all have a target, or none has. If all have one, they are used as source ->
+            target, and nothing is masked.
+        tokenizer: from `tokenpack.samples.tokenizer.train_tokenizer`.
+        max_length: the largest number of tokens of an input. Texts are truncated before masking.
+        max_label_length: the largest number of tokens of the labels.
+        seed: seed of the choice of spans.
     """
     end = token_id(tokenizer, EOS)
-    sentinels = [token_id(tokenizer, token) for token in SENTINELS]
-    random = np.random.default_rng(seed)
     inputs, labels = _Cutter(max_length), _Cutter(max_label_length)
-    examples = []
-    sources = _encode(tokenizer, [text.source for text in texts])
-    targets = _encode(tokenizer, [text.target or "" for text in texts])
-    for text, source, target in zip(texts, sources, targets):
-        source = inputs.cut(source, end)[:-1]
-        if text.target is None:
-            source, target = corrupt_spans(source, sentinels, random)
-        examples.append(Example([*source, end], labels.cut(target, end)))
+    encoded = _encode(tokenizer, [text.source for text in texts])
+    sources = [inputs.cut(ids, end) for ids in encoded]
+    targets = [text.target for text in texts if text.target is not None]
+    pairs: Iterable[tuple[list[int], list[int]]]
+    if len(targets) == len(texts):
+        pairs = zip(sources, _encode(tokenizer, targets))
+    else:
+        pairs = _corrupt_spans(sources, tokenizer, seed)
+    examples = [Example(source, labels.cut(target, end)) for source, target in pairs]
     return ExampleSet(examples, inputs.count, labels.count, 0)
 
 
-def corrupt_spans(
-    ids: Sequence[int], sentinels: Sequence[int], random: np.random.Generator
-) -> tuple[list[int], list[int]]:
-    """Replace random spans of ``ids`` by sentinels; the target lists each sentinel and its span.
+def _corrupt_spans(
+    texts: list[list[int]], tokenizer: Tokenizer, seed: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Mask 15 % of each text in spans of 3 tokens on average; yield sources and targets.
 
-    Returns:
-        ``(input, target)``. Put back in the place of their sentinels, the target's spans give
-        ``ids``. The target ends with one sentinel more, as T5's does.
+    Texts and sources end with the end token, targets do not.
     """
-    masked = min(max(round(len(ids) * _CORRUPTED_SHARE), 1), len(ids))
-    kept = len(ids) - masked
-    spans = max(min(round(masked / _MEAN_SPAN), kept, len(sentinels) - 1), 1)
-    # Kept and masked stretches alternate, beginning with a kept one.
-    kept_lengths = _random_parts(kept, spans, random)
-    masked_lengths = _random_parts(masked, spans, random)
-    corrupted: list[int] = []
-    target: list[int] = []
-    position = 0
-    for sentinel, kept_length, masked_length in zip(sentinels, kept_lengths, masked_lengths):
-        begin, end = position + kept_length, position + kept_length + masked_length
-        corrupted += [*ids[position:begin], sentinel]
-        target += [sentinel, *ids[begin:end]]
-        position = end
-    return corrupted, [*target, sentinels[spans]]
-
-
-def _random_parts(total: int, parts: int, random: np.random.Generator) -> list[int]:
-    """``parts`` positive integers with the sum ``total``, every such list equally likely.
-
-    A single part may be 0: a text of one token has nothing to keep.
-    """
-    if parts == 1:
-        return [total]
-    cuts = np.sort(random.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff([0, *cuts, total]).tolist()
+    ids = SimpleNamespace(
+        pad_token_id=token_id(tokenizer, PAD),
+        eos_token_id=token_id(tokenizer, EOS),
+        padding_side="right",
+    )
+    sentinels = [token_id(tokenizer, token) for token in SENTINELS]
+    corrupt = T5SpanCorruptionCollatorFast(ids, seed=seed, packed=True, sentinel_ids=sentinels)
+    batch = corrupt([{"input_ids": text} for text in texts])
+    sources = batch["input_ids"][0].split(batch["cu_seqlens"].diff().tolist())
+    targets = batch["labels"][0].split(batch["decoder_cu_seqlens"].diff().tolist())
+    return ((source.tolist(), target[:-1].tolist()) for source, target in zip(sources, targets))
 
 
 class _Cutter:

@@ -304,7 +304,7 @@ def test_bad_input_is_one_line_and_exit_code_2(texts, tokenizer, tmp_path, capsy
     inspect = ["inspect", "--data", str(texts), "--tokenizer"]
     tiny = ["demo", "--size", "tiny", "--steps", "1", "--out", str(tmp_path / "out")]
     for arguments, message in [
-        ([*tiny, "--data", "missing.txt"], "cannot read missing.txt"),
+        ([*tiny, "--data", "missing.txt"], "must be a readable file, got missing.txt"),
         ([*tiny, "--data", "a.csv"], "must end in .txt or .jsonl"),
         ([*tiny, "--data", str(tmp_path / "words.txt"), "--model", "nllb"], "split into a summary"),
         (["demo", "--out", str(tmp_path / "file")], "--out: cannot make the folder"),

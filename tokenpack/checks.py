@@ -1,4 +1,4 @@
-"""Argument checks that several rooms share, and the label that the loss ignores.
+"""Argument checks that several packages share, and the label that the loss ignores.
 
 NumPy only: `tokenpack.packing` imports this file and must not import torch.
 """
@@ -31,7 +31,7 @@ def at_least_one(name: str, value: Any) -> int:
 
 
 def optional_at_least_one(name: str, value: Any) -> int | None:
-    """`at_least_one`, and None for None."""
+    """Like `at_least_one`, but return None for None."""
     return None if value is None else at_least_one(name, value)
 
 

@@ -1,7 +1,14 @@
-"""Sorting lengths and bins: by counting, since they are small integers.
+"""NumPy helpers for arrays of segments, and fast stable sorts of small integers.
 
-NumPy sorts 16-bit integers by radix, in time linear in their number, and wider ones by comparison,
-about ten times slower. So wider keys are sorted by 16 bits at a time, the lowest first.
+Segments of different lengths are stored one after the other in a flat array with their offsets:
+
+    segment i = values[offsets[i] : offsets[i + 1]],    offsets[0] = 0
+
+NumPy sorts 16-bit integers with a radix sort, in linear time, and wider integers with a comparison
+sort, which is about ten times slower. Lengths and bin numbers are small, so `stable_argsort` sorts
+them as 16-bit integers. It sorts wider keys 16 bits at a time, lowest bits first.
+
+This file imports nothing but NumPy: `tokenpack.packing` uses it and must not import torch.
 """
 
 from __future__ import annotations
@@ -10,14 +17,60 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+Plan = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""``(items, offsets)``: bin b holds ``items[offsets[b]:offsets[b + 1]]``. Both are int64."""
 
 _DIGIT = 1 << 16
-_COUNTED_BY_VALUE = 1 << 22  # up to where a counter for each value is nothing to speak of
+_MAX_HISTOGRAM = 1 << 22  # lengths up to here always get a counter each
+
+
+def offsets_of(lengths: NDArray[Any] | Sequence[int]) -> NDArray[np.int64]:
+    """``(n + 1,)`` int64: 0, then the cumulative sum of the segments' lengths."""
+    offsets = np.empty(len(lengths) + 1, np.int64)
+    offsets[0] = 0
+    np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
+    return offsets
+
+
+def ranges(
+    starts: NDArray[np.int64], counts: NDArray[np.int64], arange: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """Concatenate the ranges ``start, start + 1, ..., start + count - 1``.
+
+    Pass ``arange``, an ``np.arange`` of at least ``counts.sum()``, if you have one. Creating it
+    takes as long as the rest of this function.
+    """
+    values = np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    values += np.arange(len(values)) if arange is None else arange[: len(values)]
+    return values
+
+
+def segment_sum(
+    values: NDArray[Any], offsets: NDArray[np.int64], dtype: DTypeLike | None = None
+) -> NDArray[Any]:
+    """``(n,)``, the sum of each segment of ``values``. No segment may be empty."""
+    return np.add.reduceat(values, offsets[:-1], dtype=dtype)
+
+
+def group_by_bin(
+    bin_of: NDArray[np.integer], num_bins: int, order: NDArray[np.int64] | None = None
+) -> Plan:
+    """Collect the items of each bin, in the order of ``bin_of``.
+
+    Args:
+        bin_of: ``(n,)`` integers, the bin of item i, or of item ``order[i]`` if ``order`` is given.
+        num_bins: the number of bins.
+        order: ``(n,)`` int64, a permutation of the items.
+    """
+    items = stable_argsort(bin_of, num_bins)
+    offsets = offsets_of(np.bincount(bin_of, None, num_bins))
+    return (items if order is None else order[items]), offsets
 
 
 def stable_argsort(keys: NDArray[np.integer], end: int) -> NDArray[np.int64]:
-    """Indices that sort integers from 0 up to ``end``, excluded; equal ones stay in order."""
+    """Return the indices that sort integers in ``[0, end)``. Equal keys keep their order."""
     if end <= _DIGIT:
         return keys.astype(np.uint16, copy=False).argsort(kind="stable")
     order = (keys % _DIGIT).astype(np.uint16).argsort(kind="stable")
@@ -25,11 +78,19 @@ def stable_argsort(keys: NDArray[np.integer], end: int) -> NDArray[np.int64]:
     return order[higher]
 
 
-def distinct_lengths(
+def longest_first(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return the indices that sort by decreasing length. Equal lengths keep their order."""
+    longest = int(lengths.max())
+    if longest < _DIGIT:
+        lengths = lengths.astype(np.uint16)  # before the subtraction, which is then 4 times faster
+    return stable_argsort(lengths.dtype.type(longest) - lengths, longest + 1)
+
+
+def length_histogram(
     lengths: NDArray[np.integer],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which lengths there are, rising, and how many of each."""
-    if int(lengths.max()) > _COUNTED_BY_VALUE + 8 * len(lengths):
+    """Return the distinct lengths in increasing order, and the number of sequences of each."""
+    if int(lengths.max()) > _MAX_HISTOGRAM + 8 * len(lengths):
         sizes, counts = np.unique(lengths, return_counts=True)
         return sizes.astype(np.int64), counts
     histogram = np.bincount(lengths)
@@ -37,47 +98,10 @@ def distinct_lengths(
     return sizes, histogram[sizes]
 
 
-def longest_first(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Indices by falling length; equal lengths stay in order."""
-    longest = int(lengths.max())
-    if longest < _DIGIT:
-        lengths = lengths.astype(np.uint16)  # first, which makes the subtraction four times cheaper
-    return stable_argsort(lengths.dtype.type(longest) - lengths, longest + 1)
+def random_permutation(count: int, seed: int) -> NDArray[np.int64]:
+    """Return a random permutation of ``0, ..., count - 1``.
 
-
-def group_by_bin(
-    bin_of: NDArray[np.integer], num_bins: int, order: NDArray[np.int64] | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """``(items, offsets)`` from the bin of each item; ``order`` says which item that is.
-
-    Items of a bin stay in the order they are given in. ``offsets`` is ``(num_bins + 1,)``.
+    It sorts raw generator bits. NumPy keeps those the same across versions, but not the results of
+    its random methods.
     """
-    items = stable_argsort(bin_of, num_bins)
-    offsets = offsets_of(np.bincount(bin_of, None, num_bins))
-    return (items if order is None else order[items]), offsets
-
-
-def offsets_of(counts: NDArray[Any] | Sequence[int]) -> NDArray[np.int64]:
-    """``(n + 1,)``: 0, then the sums of the counts so far."""
-    offsets = np.empty(len(counts) + 1, np.int64)
-    offsets[0] = 0
-    np.cumsum(counts, dtype=np.int64, out=offsets[1:])
-    return offsets
-
-
-def ranges(
-    firsts: NDArray[np.int64], counts: NDArray[np.int64], naturals: NDArray[np.int64] | None = None
-) -> NDArray[np.int64]:
-    """``count`` numbers from each of ``firsts`` on, one range after the other.
-
-    ``naturals`` are 0, 1, ... for at least as many, where the caller has them: to write them anew
-    takes as long as the rest.
-    """
-    numbers = np.repeat(firsts - (np.cumsum(counts) - counts), counts)
-    numbers += np.arange(len(numbers)) if naturals is None else naturals[: len(numbers)]
-    return numbers
-
-
-def shuffled(count: int, seed: int) -> NDArray[np.int64]:
-    """A permutation: of raw bits, which NumPy keeps the same over versions, unlike its methods."""
     return np.random.PCG64(seed).random_raw(count).argsort(kind="stable")

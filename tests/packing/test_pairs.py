@@ -1,4 +1,4 @@
-"""Pairs: no side over its capacity, each pair once, and nearly as few bins as there can be."""
+"""Plans of pairs are valid and need few bins."""
 
 import pickle
 
@@ -33,7 +33,7 @@ def test_plans_are_valid(pairs, limit):
 
 
 def first_fit_decreasing(source, target, source_capacity, target_capacity):
-    """The textbook's, by the fuller side."""
+    """The textbook algorithm, sorted by the fuller side."""
     key = np.maximum(source / source_capacity, target / target_capacity)
     rooms = []
     for i in np.argsort(-key, kind="stable"):
@@ -78,7 +78,7 @@ def test_large_capacities_do_not_overflow():
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "drop"])
-def test_what_is_over_capacity_on_either_side(overlong):
+def test_pairs_with_either_side_over_capacity(overlong):
     plan = pack_pairs([9, 2, 3, 0], [1, 8, 2, 2], 6, 5, overlong=overlong, drop_empty=True)
     lengths = dict(zip(plan.items.tolist(), zip(plan.item_lengths, plan.item_target_lengths)))
     if overlong == "drop":
@@ -99,12 +99,12 @@ def test_a_plan_of_pairs_comes_back_with_its_targets(tmp_path):
     assert repr(plan).startswith("PairPackResult(")
     assert plan != pack_pairs([3, 4, 5], [1, 1, 1], 8, 4)
     with pytest.raises(
-        ValueError, match=r"holds a PairPackResult: load it by PairPackResult\.load"
+        ValueError, match=r"a PackResult, got a PairPackResult in .*use PairPackResult\.load"
     ):
         PackResult.load(tmp_path / "plan")
     with pytest.raises(TypeError, match="of type PackResult, got PairPackResult"):
         merge_results([plan, plan])
-    # 24 source + target tokens of the linear layers, and the pairs that attend.
+    # 12 source and 4 target tokens in the linear layers, and query-key pairs in attention.
     source, target = plan.item_lengths.astype(int), plan.item_target_lengths.astype(int)
     pairs = (source**2 + target**2 + source * target).sum() / 6
     assert bin_costs(plan, 1).sum() == pytest.approx(12 + 4 + pairs)
@@ -116,8 +116,8 @@ def test_narrow_integers():
     assert pack_pairs(source, source, 4, 300, overlong="truncate").truncated.tolist() == [1]
 
 
-def test_bad_pairs_are_named():
-    with pytest.raises(ValueError, match="as many, got 2 and 1"):
+def test_error_messages():
+    with pytest.raises(ValueError, match="the same size, got 2 and 1"):
         pack_pairs([1, 2], [1], 8, 8)
     with pytest.raises(ValueError, match=r"target_lengths must be at most capacity = 4.*\[1\] = 5"):
         pack_pairs([1, 2], [1, 5], 8, 4)
@@ -129,7 +129,7 @@ def test_bad_pairs_are_named():
         pack_pairs([1], [1], 8, 0)
     with pytest.raises(ValueError, match='for pairs, got "split"'):
         pack_pairs([1], [1], 8, 8, overlong="split")
-    with pytest.raises(ValueError, match="no pair is left of 1"):
+    with pytest.raises(ValueError, match="a pair that is not dropped, got 1 pairs"):
         pack_pairs([9], [1], 8, 8, overlong="drop")
-    with pytest.raises(ValueError, match="no pair is left of 2"):
+    with pytest.raises(ValueError, match="a pair that is not dropped, got 2 pairs"):
         pack_pairs([9, 1], [1, 9], 8, 8, overlong="drop")

@@ -1,4 +1,4 @@
-"""Bins dealt to ranks: each once, and those of a step alike."""
+"""Each bin goes to one rank, and the bins of a step cost alike."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_a_step_costs_its_ranks_alike(plan):
     balanced = balance_ranks(plan, 8)[:-1]
 
     def waste(steps):
-        """Share of the ranks' time that is waiting."""
+        """Share of the total time that ranks spend waiting."""
         return 1 - costs[steps].mean() / costs[steps].max(1).mean()
 
     assert waste(balanced) <= 0.005
@@ -52,7 +52,7 @@ def test_windows_keep_the_order_of_the_plan(plan):
         )
 
 
-def test_the_same_seed_deals_the_same(plan):
+def test_the_seed_determines_the_result(plan):
     first, again, other = (balance_ranks(plan, 4, seed=seed) for seed in (1, 1, 2))
     assert (first == again).all()
     assert not (first == other).all()

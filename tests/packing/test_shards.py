@@ -1,4 +1,4 @@
-"""Plans shard by shard: the same as merged in memory, and memory that is a shard's."""
+"""Plans of shards on disk: equal to plans merged in memory, and memory bounded by a shard."""
 
 import resource
 import tracemalloc
@@ -42,14 +42,14 @@ def test_many_shards_are_merged_without_holding_them_open(tmp_path):
     assert merged == merge_results([plan] * 60)
 
 
-def test_a_shard_may_be_dropped_whole(tmp_path):
+def test_all_sequences_of_a_shard_may_be_dropped(tmp_path):
     packer = Packer(8, overlong="drop")
     plan = pack_shards(np.array([9, 9, 3, 4, 9]), packer, tmp_path / "plan", shard_size=2)
     assert [members.tolist() for members in plan] == [[3, 2]]
     assert (plan.dropped.tolist(), plan.num_sequences) == ([0, 1, 4], 5)
 
 
-def test_memory_is_a_shards(tmp_path):
+def test_memory_depends_on_the_shard_only(tmp_path):
     peaks = []
     for count in (200_000, 800_000):
         lengths = np.lib.format.open_memmap(tmp_path / f"{count}.npy", "w+", np.uint16, (count,))
@@ -67,7 +67,7 @@ def test_bad_shards(tmp_path):
         pack_shards(np.empty(0, np.int64), Packer(8), tmp_path / "a")
     with pytest.raises(ValueError, match="shard_size must be from 1"):
         pack_shards(np.ones(3, np.int64), Packer(8), tmp_path / "a", shard_size=0)
-    with pytest.raises(ValueError, match="at least one shard's"):
+    with pytest.raises(ValueError, match="at least one shard"):
         merge_saved([], tmp_path / "b")
     for capacity in (8, 9):
         pack_lengths([3], capacity).save(tmp_path / str(capacity))
@@ -75,7 +75,7 @@ def test_bad_shards(tmp_path):
         merge_saved([tmp_path / "8", tmp_path / "9"], tmp_path / "c")
     with pytest.raises(FileNotFoundError):
         merge_saved([tmp_path / "none"], tmp_path / "d")
-    # A plan that failed half-way is none.
+    # A failure half-way leaves no plan.
     with pytest.raises(ValueError, match=r"begins at 2: .* at most capacity = 8, got lengths\[0\]"):
         pack_shards(np.array([3, 3, 9]), Packer(8), tmp_path / "e", shard_size=2)
     assert not (tmp_path / "e" / "plan.json").exists()

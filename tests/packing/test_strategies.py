@@ -1,4 +1,4 @@
-"""Every strategy beside its textbook, bin by bin, and every plan valid."""
+"""Every strategy gives the bins of its textbook algorithm, and every plan is valid."""
 
 import math
 
@@ -26,7 +26,7 @@ NAMES = [*Packer.strategies(), "auto"]
 
 
 def random_case(rng):
-    """Lengths of some shape: few or many distinct, long or short beside the capacity."""
+    """Random lengths: few or many distinct, long or short relative to the capacity."""
     capacity = int(rng.integers(1, 400))
     longest = max(1, int(capacity * rng.choice([0.1, 0.4, 0.6, 1.0])))
     count = int(rng.integers(1, 150))
@@ -41,7 +41,7 @@ def bins_of(result):
 
 
 @pytest.mark.parametrize("name", TEXTBOOK)
-def test_bins_are_the_textbooks(name):
+def test_bins_equal_those_of_the_textbook(name):
     rng = np.random.default_rng(7)
     for _ in range(200):
         lengths, capacity = random_case(rng)
@@ -50,7 +50,7 @@ def test_bins_are_the_textbooks(name):
 
 
 @pytest.mark.parametrize("name", [name for name in TEXTBOOK if name != "mffd"])
-def test_bins_with_a_limit_on_sequences_are_the_textbooks(name):
+def test_bins_with_max_sequences_equal_those_of_the_textbook(name):
     rng = np.random.default_rng(8)
     for _ in range(200):
         lengths, capacity = random_case(rng)
@@ -65,7 +65,6 @@ def test_shuffled_first_fit_is_first_fit_of_a_shuffle():
     for seed in range(200):
         lengths, capacity = random_case(rng)
         got = bins_of(pack_lengths(lengths, capacity, "ffs", seed=seed))
-        # The order that explains the plan: members as they went in, and bins as they were opened.
         shuffle = np.random.PCG64(seed).random_raw(len(lengths)).argsort(kind="stable").tolist()
         assert got == textbook.first_fit(lengths.tolist(), capacity, None, shuffle)
 
@@ -92,7 +91,7 @@ def cases(draw):
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=150, deadline=None)
 @given(case=cases(), seed=st.integers(0, 9))
-def test_plans_hold_each_sequence_once_and_no_bin_too_much(name, case, seed):
+def test_plans_are_valid(name, case, seed):
     lengths, capacity = case
     check(pack_lengths(lengths, capacity, name, seed), lengths, capacity)
 
@@ -114,7 +113,7 @@ def test_plans_keep_limits_and_windows(name, case, limit, window):
 @given(case=cases())
 def test_decreasing_strategies_keep_their_bounds(name, case):
     lengths, capacity = case
-    # At least this many are needed: by tokens, and by those that no two of fit together.
+    # Lower bound: by tokens, and by sequences over half the capacity, which cannot share a bin.
     fewest = max(
         math.ceil(sum(lengths) / capacity), sum(2 * length > capacity for length in lengths)
     )
@@ -126,7 +125,7 @@ def test_decreasing_strategies_keep_their_bounds(name, case):
 
 
 def cut_into_pieces(rng, capacity, count):
-    """Full bins cut up, so that it is known how few there can be."""
+    """Cut full bins into pieces, so that the smallest number of bins is known."""
     pieces = []
     for _ in range(count):
         cuts = rng.choice(np.arange(1, capacity), rng.integers(1, 4), replace=False)
@@ -135,19 +134,19 @@ def cut_into_pieces(rng, capacity, count):
 
 
 @pytest.mark.parametrize("name", ["ffd", "bfd", "obfd", "mffd"])
-def test_decreasing_strategies_keep_their_bounds_on_bins_cut_up(name):
+def test_decreasing_strategies_keep_their_bounds_if_the_optimum_is_known(name):
     rng = np.random.default_rng(6)
     for _ in range(60):
         capacity, optimum = int(rng.integers(20, 400)), int(rng.integers(5, 60))
         lengths = cut_into_pieces(rng, capacity, optimum)
         bound = 71 / 60 * optimum + 1 if name == "mffd" else 11 / 9 * optimum + 6 / 9
         assert optimum <= pack_lengths(lengths, capacity, name).num_bins <= bound
-        # What takes them as they come does not: the bound is none of any plan's.
+    # An online strategy exceeds the bound, so the bound is a real test.
     assert pack_lengths(lengths, capacity, "nf").num_bins > bound
 
 
 def fewest_bins(lengths, capacity):
-    """By trying every assignment that is not the same but for the order of bins."""
+    """Try every assignment, up to the order of bins."""
     best = len(lengths)
     lengths = sorted(lengths, reverse=True)
 
@@ -169,7 +168,7 @@ def fewest_bins(lengths, capacity):
 @pytest.mark.parametrize("capacity", [2048, 8192])
 @pytest.mark.parametrize("shape", ["lognormal", "uniform", "exponential", "short"])
 @pytest.mark.parametrize("count", [3_000, 30_000])
-def test_rounds_need_as_many_bins_as_best_fit_or_hardly_more(shape, capacity, count):
+def test_rounds_need_about_as_many_bins_as_best_fit(shape, capacity, count):
     rng = np.random.default_rng(3)
     lengths = {
         "lognormal": lambda: rng.lognormal(np.log(180), 1.0, count),
@@ -187,7 +186,7 @@ def test_rounds_need_as_many_bins_as_best_fit_or_hardly_more(shape, capacity, co
 
 @pytest.mark.parametrize("middle, width", [(0.4, 0.1), (0.3, 0.02), (0.55, 0.2)])
 def test_auto_is_never_far_from_best_fit(middle, width):
-    """Lengths of which fewer fit a bin than tokens allow for, where rounds guess wrong."""
+    """Lengths that need far more bins than the lower bound from tokens, with which rounds begin."""
     lengths = np.random.default_rng(5).normal(middle * 8192, width * 8192, 6000)
     lengths = np.clip(lengths.astype(np.int64), 1, 8192)
     result, best = pack_lengths(lengths, 8192), pack_lengths(lengths, 8192, "bfd")
@@ -198,20 +197,20 @@ def test_auto_is_never_far_from_best_fit(middle, width):
         assert pack_lengths(lengths, 8192, "obfdp").num_bins > 1.05 * best.num_bins
 
 
-def test_auto_takes_the_histogram_where_lengths_repeat():
+def test_auto_uses_the_histogram_if_lengths_repeat():
     rng = np.random.default_rng(0)
     assert pack_lengths(rng.integers(1, 65, 20_000), 2048).strategy == "obfd"
     assert pack_lengths(rng.integers(1, 2049, 20_000), 2048).strategy == "obfdp"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_lengths_past_sixteen_bits(name):
+def test_lengths_over_16_bits(name):
     rng = np.random.default_rng(4)
     lengths = rng.integers(1, 200_000, 400)
     check(pack_lengths(lengths, 300_000, name), lengths, 300_000)
 
 
-def test_more_bins_than_sixteen_bits_number():
+def test_bin_numbers_over_16_bits():
     lengths = np.full(140_000, 600)
     for name in ("obfd", "obfdp", "hk", "nf"):
         result = pack_lengths(lengths, 1000, name)
@@ -219,8 +218,8 @@ def test_more_bins_than_sixteen_bits_number():
         check(result, lengths, 1000)
 
 
-def test_a_plan_of_today_stays_the_same():
-    """The same bins on every machine and in every version: these were written down once."""
+def test_plans_do_not_change():
+    """Bins are the same on every machine and in every version. These were recorded once."""
     lengths = (np.arange(60) * 37) % 97 + 1
     assert bins_of(pack_lengths(lengths, 200, "ffs", seed=5))[:2] == SHUFFLED
     assert bins_of(pack_lengths(lengths, 200, "obfdp"))[:2] == ROUNDS

@@ -1,4 +1,4 @@
-"""Packing a stream: everything once, bounded memory, linear, and resumable anywhere."""
+"""Streams: each sequence once, bounded memory, linear time, and resumable at any point."""
 
 import json
 
@@ -38,7 +38,7 @@ def check(bins, lengths, capacity):
     lookahead=st.integers(1, 40),
     cuts=st.lists(st.integers(0, 300), max_size=5),
 )
-def test_each_sequence_once_however_it_is_added(name, lengths, lookahead, cuts):
+def test_chunks_give_the_same_bins_as_single_sequences(name, lengths, lookahead, cuts):
     one_by_one = run(StreamPacker(50, name, lookahead), lengths)
     check(one_by_one, lengths, 50)
     packer = StreamPacker(50, name, lookahead)
@@ -62,12 +62,12 @@ def test_next_fit_and_harmonic_give_the_bins_of_one_plan(name, limit):
     assert sorted(one.items.tolist() for one in bins) == sorted(m.tolist() for m in plan)
 
 
-def test_bins_come_out_as_soon_as_they_are_final():
+def test_bins_are_emitted_as_soon_as_they_are_final():
     packer = StreamPacker(10, "nf", lookahead=1)
     assert packer.add(6) == []
     (first,) = packer.add(7)
     assert first.items.tolist() == [0]
-    assert packer.add(3) == []  # may still be joined, though it is full: next fit looks at the next
+    assert packer.add(3) == []  # full, but next fit closes a bin only when a sequence does not fit
     (second,) = packer.extend([1])
     assert second.items.tolist() == [1, 2]
 
@@ -89,7 +89,7 @@ def test_memory_is_bounded_and_bins_are_full(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_work_is_linear(name, monkeypatch):
-    """Sequences planned in all, counted: a fixed number of times each."""
+    """Each sequence is planned a bounded number of times on average."""
     planned = 0
 
     class Counting(Packer):
@@ -109,7 +109,7 @@ def test_work_is_linear(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["nf", "obfd", "hk"])
-def test_a_stream_goes_on_from_its_state(name):
+def test_a_stream_resumes_from_its_state(name):
     rng = np.random.default_rng(3)
     lengths = rng.integers(1, 60, 700).tolist()
     whole = as_lists(run(StreamPacker(100, name, 50), lengths))
@@ -125,7 +125,7 @@ def test_a_stream_goes_on_from_its_state(name):
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
-def test_what_is_over_capacity_or_empty_is_counted(overlong):
+def test_overlong_and_empty_sequences(overlong):
     packer = StreamPacker(10, "nf", overlong=overlong, drop_empty=True)
     bins = packer.extend([25, 0, 4]) + packer.add(11) + packer.finish()
     parts = sorted(
@@ -143,10 +143,10 @@ def test_what_is_over_capacity_or_empty_is_counted(overlong):
     assert (
         counts == {"truncate": (4, 1, 2, 0), "split": (4, 1, 0, 2), "drop": (4, 3, 0, 0)}[overlong]
     )
-    assert packer.extend([0]) == []  # a chunk of which nothing is left
+    assert packer.extend([0]) == []  # all of the chunk is dropped
 
 
-def test_bad_input_is_refused_whole():
+def test_a_chunk_with_invalid_lengths_adds_nothing():
     packer = StreamPacker(10)
     packer.add(3)
     for bad, error in (([4, 0], ValueError), ([4, 11], ValueError), ([1.5], TypeError)):

@@ -1,6 +1,6 @@
-"""The strategies as textbooks tell them: one sequence after the other, all bins looked at. Slow.
+"""The strategies as in textbooks: one sequence at a time, searching all bins. Slow.
 
-Each function takes lengths in order of arrival and returns bins, lists of the sequences' numbers.
+Each function takes lengths in input order and returns bins, which are lists of sequence numbers.
 """
 
 import math
@@ -9,29 +9,29 @@ import math
 class _Bins:
     def __init__(self, lengths, capacity, limit=None):
         self.lengths, self.capacity, self.limit = lengths, capacity, limit or len(lengths)
-        self.bins, self.rooms, self.since = [], [], []
+        self.bins, self.free, self.since = [], [], []
         self.clock = 0
 
     def fitting(self, i):
         return [
             b
-            for b, room in enumerate(self.rooms)
-            if room >= self.lengths[i] and len(self.bins[b]) < self.limit
+            for b, space in enumerate(self.free)
+            if space >= self.lengths[i] and len(self.bins[b]) < self.limit
         ]
 
     def put(self, i, b=None):
         if b is None:
             b = len(self.bins)
             self.bins.append([])
-            self.rooms.append(self.capacity)
+            self.free.append(self.capacity)
             self.since.append(0)
         self.bins[b].append(i)
-        self.rooms[b] -= self.lengths[i]
+        self.free[b] -= self.lengths[i]
         self.clock += 1
         self.since[b] = self.clock
 
 
-def falling(lengths):
+def longest_first(lengths):
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
@@ -53,28 +53,28 @@ def first_fit(lengths, capacity, limit=None, order=None):
 def best_fit(lengths, capacity, limit=None):
     bins = _Bins(lengths, capacity, limit)
     for i in range(len(lengths)):
-        bins.put(i, min(bins.fitting(i), key=lambda b: bins.rooms[b], default=None))
+        bins.put(i, min(bins.fitting(i), key=lambda b: bins.free[b], default=None))
     return bins.bins
 
 
 def worst_fit(lengths, capacity, limit=None):
     bins = _Bins(lengths, capacity, limit)
     for i in range(len(lengths)):
-        bins.put(i, max(bins.fitting(i), key=lambda b: bins.rooms[b], default=None))
+        bins.put(i, max(bins.fitting(i), key=lambda b: bins.free[b], default=None))
     return bins.bins
 
 
 def first_fit_decreasing(lengths, capacity, limit=None):
-    return first_fit(lengths, capacity, limit, falling(lengths))
+    return first_fit(lengths, capacity, limit, longest_first(lengths))
 
 
 def best_fit_decreasing(lengths, capacity, limit=None):
-    """Of bins with equal room, the one that has had it for longest."""
+    """Among bins with equal free space, takes the one that has had it the longest."""
     bins = _Bins(lengths, capacity, limit)
-    for i in falling(lengths):
+    for i in longest_first(lengths):
         bins.put(
             i,
-            min(bins.fitting(i), key=lambda b: (bins.rooms[b], bins.since[b]), default=None),
+            min(bins.fitting(i), key=lambda b: (bins.free[b], bins.since[b]), default=None),
         )
     return bins.bins
 
@@ -100,7 +100,7 @@ def harmonic(lengths, capacity, limit=None, k=10):
 
 def modified_first_fit_decreasing(lengths, capacity):
     """Five passes (Johnson and Garey, 1985)."""
-    order = falling(lengths)
+    order = longest_first(lengths)
     large = [i for i in order if lengths[i] > capacity / 2]
     medium = [i for i in order if capacity / 3 < lengths[i] <= capacity / 2]
     small = [i for i in order if capacity / 6 < lengths[i] <= capacity / 3]

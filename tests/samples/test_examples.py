@@ -1,4 +1,4 @@
-"""Examples of the three families, and the random padded batches made of them."""
+"""Examples of the three families, and random padded batches of them."""
 
 from itertools import chain
 
@@ -8,7 +8,6 @@ import pytest
 from tokenpack.samples.examples import (
     Example,
     causal_examples,
-    corrupt_spans,
     pad_batch,
     pair_examples,
     random_batches,
@@ -36,19 +35,23 @@ def put_back(corrupted, target, sentinels):
     return [t for token in corrupted for t in spans.get(token, [token])]
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 10, 19, 20, 100, 2500])
-def test_span_corruption_loses_nothing(length):
-    ids = list(range(1000, 1000 + length))
-    sentinels = list(range(100))
-    corrupted, target = corrupt_spans(ids, sentinels, np.random.default_rng(length))
-    assert put_back(corrupted, target, sentinels) == ids
-    used = [token for token in corrupted if token < 100]
+@pytest.mark.parametrize("length", [1, 2, 3, 10, 19, 20, 100, 1900])
+def test_span_corruption_loses_nothing(tokenizer, length):
+    # The tokenizer has not seen digits, so each is a token.
+    text = "".join(map(str, np.random.default_rng(length).integers(0, 10, length)))
+    (example,) = span_corruption_examples([Text(text)], tokenizer, 2000, 2000, seed=0).examples
+    sentinels = [tokenizer.token_to_id(token) for token in SENTINELS]
+    (*corrupted, end), (*target, target_end) = example.input_ids, example.labels
+    assert end == target_end == tokenizer.token_to_id(EOS)
+    assert put_back(corrupted, target, sentinels) == tokenizer.encode(text).ids
+    used = [token for token in corrupted if token in sentinels]
     assert used == sentinels[: len(used)]
-    assert target[-1] == len(used)
     masked = length - (len(corrupted) - len(used))
-    assert masked == max(round(0.15 * length), 1)
-    # Three tokens a span on average, as far as there are sentinels.
-    assert len(used) == max(1, min(round(masked / 3), 99))
+    assert masked == min(max(round(0.15 * length), 1), length - 1)
+    # Three tokens to a span on average, and no sentinel after the last span.
+    assert len(used) == (max(1, round(masked / 3)) if masked else 0)
+    assert [token for token in target if token in sentinels] == (used or sentinels[:1])
+    assert target[-1] not in sentinels or not masked
 
 
 def test_span_corruption_depends_on_the_seed_alone(tokenizer):
@@ -70,19 +73,19 @@ def test_t5_with_targets_masks_nothing(tokenizer):
 
 def test_t5_text_is_cut_before_it_is_masked_and_counted(tokenizer):
     texts = [Text(SENTENCE * 10), Text("body")]
-    made = span_corruption_examples(texts, tokenizer, 30, 6, seed=0)
+    made = span_corruption_examples(texts, tokenizer, 30, 5, seed=0)
     assert made.cut_inputs == 1
     assert made.cut_labels == 1
     long = made.examples[0]
     assert len(long.input_ids) <= 30
-    assert len(long.labels) == 6
-    # 29 tokens of the text and the end: 4 of them masked by one sentinel, and its end-sentinel.
+    assert len(long.labels) == 5  # of 6: a sentinel, 4 masked tokens and the end
+    # 29 tokens of the text and the end. One sentinel replaces 4 tokens.
     sentinels = [tokenizer.token_to_id(token) for token in SENTINELS]
     assert sum(token in sentinels for token in long.input_ids) == 1
     assert len(long.input_ids) == 29 - 4 + 1 + 1
 
 
-def test_llama_reads_begin_text_end_and_cuts_are_counted(tokenizer):
+def test_llama_examples(tokenizer):
     begin, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     ids = tokenizer.encode(SENTENCE).ids
     exact = len(ids) + 2
@@ -96,7 +99,7 @@ def test_llama_reads_begin_text_end_and_cuts_are_counted(tokenizer):
     assert tokenizer.decode(joined.input_ids) == "body\nwords"
 
 
-def test_nllb_translates_body_to_summary_and_counts_what_has_none(tokenizer):
+def test_nllb_examples(tokenizer):
     texts = [Text("words.\n\nA body."), Text("words")]
     made = pair_examples(texts, tokenizer, 99, 4)
     code, end = tokenizer.token_to_id("__body__"), tokenizer.token_to_id(EOS)
@@ -130,8 +133,8 @@ def test_batches_are_random_and_cover_an_epoch(tokenizer):
     assert first != second
 
 
-def test_fewer_examples_than_a_batch_make_one_of_all(tokenizer):
+def test_fewer_examples_than_rows_in_a_batch(tokenizer):
     (batch, _) = random_batches([Example([7]), Example([8])], tokenizer, 16, steps=2, seed=0)
     assert sorted(batch["input_ids"].flatten().tolist()) == [7, 8]
-    with pytest.raises(ValueError, match="examples: got none"):
+    with pytest.raises(ValueError, match="at least one example, got none"):
         random_batches([], tokenizer, 16, steps=2, seed=0)

@@ -1,4 +1,4 @@
-"""The byte-level BPE: every text comes back, special tokens stay special."""
+"""The byte-level BPE decodes every text, and reserves its special tokens."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tokenpack.samples.tokenizer import PAD, SENTINELS, SPECIAL_TOKENS, train_to
 TEXTS = ["the cat sat on the mat\n\n  the end", "naïve café 猫 🙂", "\t\r\n\x00"]
 
 
-def test_every_text_comes_back_also_one_never_seen():
+def test_every_text_is_decoded_also_one_not_trained_on():
     tokenizer = train_tokenizer(TEXTS, 400)
     for text in [*TEXTS, "Здравствуй 🦙\x7f"]:
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
@@ -19,13 +19,13 @@ def test_special_tokens_come_first_and_in_order():
     assert tokenizer.get_vocab_size() <= 400
 
 
-def test_a_special_token_spelled_out_in_a_text_is_text():
+def test_the_name_of_a_special_token_in_a_text_is_text():
     tokenizer = train_tokenizer(TEXTS, 400)
     ids = tokenizer.encode(f"a{PAD}b{SENTINELS[0]}").ids
     assert min(ids) >= len(SPECIAL_TOKENS)
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{PAD}b{SENTINELS[0]}"
 
 
-def test_a_vocabulary_without_room_is_refused():
-    with pytest.raises(ValueError, match="vocab_size: got 360, takes 361 or more"):
+def test_a_vocabulary_that_is_too_small_is_an_error():
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 361, .*got 360"):
         train_tokenizer(TEXTS, 360)

@@ -1,4 +1,4 @@
-"""Plans: which sequences share which bin. By NumPy alone; `tokenpack.data` makes batches of it."""
+"""Plans: which sequences share a bin. NumPy only; `tokenpack.data` turns plans into batches."""
 
 from .packer import Packer, pack_lengths
 from .pairs import PairPackResult, pack_pairs

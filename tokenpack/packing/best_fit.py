@@ -1,15 +1,16 @@
-"""Best-fit decreasing over a histogram of lengths: the textbook's bins, in time that is the sort's.
+"""Best-fit decreasing over a histogram of lengths: the textbook's bins, in the time of a sort.
 
-Best fit puts the next longest sequence into the fullest bin that has room for it. With sequences of
-one length at hand that bin takes as many of them as fit before another is looked at, and so do the
-bins that are as full as it. So the plan is made of few moves,
+Best fit puts the next longest sequence into the fullest bin that has space for it. That bin stays
+the fullest, so it takes as many sequences of the same length as fit before best fit looks at
+another bin. The other bins with the same free space then do the same. So a plan is a short list of
+moves,
 
-    (room before, bins that move, sequences that each takes, room after),
+    (free space before, number of bins, sequences per bin, free space after),
 
-about two for each distinct length, whatever the number of sequences: O(distinct lengths * log)
-steps in Python (`_plan`). Everything that is as many as bins or sequences is NumPy (`_place`).
+about two for each distinct length, however many sequences there are. `_plan` finds the moves in
+O(distinct lengths * log(distinct lengths)) Python steps. `_place` carries them out in NumPy.
 
-Bins of equal room are a queue: the one that came to have that room first is served first.
+Bins with equal free space form a first-in, first-out queue.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from ..segments import distinct_lengths, longest_first, offsets_of, ranges, stable_argsort
+from ..segments import Plan, length_histogram, longest_first, offsets_of, ranges, stable_argsort
 
-_NEW = -1  # room before, of bins that a move opens
+_NEW = -1  # the free space before a move that opens bins
 
 
 def best_fit_decreasing(
     lengths: NDArray[np.integer], capacity: int, max_sequences: int | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> Plan:
     """Pack by best-fit decreasing (Johnson, 1973; at most 11/9 of the fewest bins, plus 4).
 
     Args:
         lengths: ``(n,)`` integers from 1 to ``capacity``.
-        capacity: what a bin may hold.
-        max_sequences: how many sequences a bin may hold, or None.
+        capacity: tokens that fit in a bin.
+        max_sequences: the largest number of sequences in a bin, or None for no limit.
 
     Returns:
-        ``items (n,)`` and ``offsets (num_bins + 1,)``, both int64: bins in the order in which they
-        were opened, their sequences from the longest.
+        ``items (n,)`` and ``offsets (num_bins + 1,)``, both int64. Bins are in the order in which
+        they open, and the longest sequence of a bin comes first.
     """
-    sizes, counts = (each[::-1] for each in distinct_lengths(lengths))
+    sizes, counts = (column[::-1] for column in length_histogram(lengths))
     if max_sequences is None:
         moves = _plan(sizes, counts, capacity)
     else:
@@ -48,42 +49,43 @@ def best_fit_decreasing(
 
 
 def _plan(sizes: NDArray[np.int64], counts: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """``(moves, 4)``, for distinct lengths from the longest and how many there are of each."""
-    # No two of those over half the capacity share a bin: they open one each.
-    alone = int(np.searchsorted(-sizes, -(capacity // 2)))
-    opening = np.empty((alone, 4), np.int64)
-    opening[:, 0], opening[:, 1], opening[:, 2] = _NEW, counts[:alone], 1
-    opening[:, 3] = capacity - sizes[:alone]
+    """Return the moves, ``(num_moves, 4)``, for decreasing distinct lengths and their counts."""
+    # Sequences over half the capacity never share a bin, so each of them opens one.
+    over_half = int(np.searchsorted(-sizes, -(capacity // 2)))
+    opening = np.empty((over_half, 4), np.int64)
+    opening[:, 0], opening[:, 1], opening[:, 2] = _NEW, counts[:over_half], 1
+    opening[:, 3] = capacity - sizes[:over_half]
     bins_with = dict(zip(opening[:, 3].tolist(), opening[:, 1].tolist()))
     bins_with.pop(0, None)
     moves: list[int] = []
-    # Rooms of open bins, each once: those with room for the size at hand are a stack, the tightest
-    # on top. A bin left with too little waits, until sizes have come down to what it has.
-    serving: list[int] = []
-    waiting = [-room for room in reversed(bins_with)]  # a heap, the roomiest on top
-    for size, count in zip(sizes[alone:].tolist(), counts[alone:].tolist()):
+    # Each free space of the open bins is in one of two places. Those that fit the current size are
+    # on a stack with the smallest on top. The others wait in a heap with the largest on top, until
+    # sizes have decreased far enough.
+    fitting: list[int] = []
+    waiting = [-free for free in reversed(bins_with)]
+    for size, count in zip(sizes[over_half:].tolist(), counts[over_half:].tolist()):
         while waiting and -waiting[0] >= size:
-            serving.append(-heappop(waiting))
+            fitting.append(-heappop(waiting))
         while count:
-            if serving:
-                before = room = serving[-1]
-                bins = bins_with[room]
+            if fitting:
+                before = free = fitting[-1]
+                bins = bins_with[free]
             else:
-                before, room, bins = _NEW, capacity, count
-            each = room // size
-            moving = count // each
+                before, free, bins = _NEW, capacity, count
+            per_bin = free // size
+            moving = count // per_bin
             if not moving:
-                moving, each = 1, count  # the last few do not fill their bin
+                moving, per_bin = 1, count  # the last few sequences do not fill their bin
             elif moving > bins:
                 moving = bins
-            count -= moving * each
-            if serving:
+            count -= moving * per_bin
+            if fitting:
                 if moving == bins:
-                    serving.pop()
-                    del bins_with[room]
+                    fitting.pop()
+                    del bins_with[free]
                 else:
-                    bins_with[room] = bins - moving
-            after = room - each * size
+                    bins_with[free] = bins - moving
+            after = free - per_bin * size
             if after in bins_with:
                 bins_with[after] += moving
             elif after:
@@ -91,8 +93,8 @@ def _plan(sizes: NDArray[np.int64], counts: NDArray[np.int64], capacity: int) ->
                 if after < size:
                     heappush(waiting, -after)
                 else:
-                    serving.append(after)
-            moves += (before, moving, each, after)
+                    fitting.append(after)
+            moves += (before, moving, per_bin, after)
     shared = np.fromiter(moves, np.int64, len(moves)).reshape(-1, 4)
     return np.concatenate((opening, shared))
 
@@ -100,123 +102,129 @@ def _plan(sizes: NDArray[np.int64], counts: NDArray[np.int64], capacity: int) ->
 def _plan_limited(
     sizes: list[int], counts: list[int], capacity: int, max_sequences: int
 ) -> NDArray[np.int64]:
-    """`_plan` where a bin closes at ``max_sequences``; bins of one room may differ in that."""
+    """`_plan` with at most ``max_sequences`` sequences in a bin.
+
+    Bins with equal free space may differ in how many more sequences they may take (their quota), so
+    each free space has a queue of ``[bins, quota]``.
+    """
     moves: list[int] = []
-    queues: dict[int, deque[list[int]]] = {}  # by room: [bins, sequences that each still may take]
-    serving: list[int] = []
+    queues: dict[int, deque[list[int]]] = {}
+    fitting: list[int] = []
     waiting: list[int] = []
     for size, count in zip(sizes, counts):
         while waiting and -waiting[0] >= size:
-            serving.append(-heappop(waiting))
+            fitting.append(-heappop(waiting))
         while count:
-            if serving:
-                before = room = serving[-1]
-                bins, allowed = queues[room][0]
+            if fitting:
+                before = free = fitting[-1]
+                bins, quota = queues[free][0]
             else:
-                before, room, bins, allowed = _NEW, capacity, count, max_sequences
-            each = min(room // size, allowed)
-            moving = count // each
+                before, free, bins, quota = _NEW, capacity, count, max_sequences
+            per_bin = min(free // size, quota)
+            moving = count // per_bin
             if not moving:
-                moving, each = 1, count
+                moving, per_bin = 1, count
             moving = min(moving, bins)
-            count -= moving * each
-            if serving:
-                queues[room][0][0] -= moving
+            count -= moving * per_bin
+            if fitting:
+                queues[free][0][0] -= moving
                 if moving == bins:
-                    queues[room].popleft()
-                if not queues[room]:
-                    serving.pop()
-                    del queues[room]
-            after = room - each * size if each < allowed else 0
+                    queues[free].popleft()
+                if not queues[free]:
+                    fitting.pop()
+                    del queues[free]
+            after = free - per_bin * size if per_bin < quota else 0
             if after in queues:
-                queues[after].append([moving, allowed - each])
+                queues[after].append([moving, quota - per_bin])
             elif after:
-                queues[after] = deque([[moving, allowed - each]])
+                queues[after] = deque([[moving, quota - per_bin]])
                 if after < size:
                     heappush(waiting, -after)
                 else:
-                    serving.append(after)
-            moves += (before, moving, each, after)
+                    fitting.append(after)
+            moves += (before, moving, per_bin, after)
     return np.fromiter(moves, np.int64, len(moves)).reshape(-1, 4)
 
 
-def _place(
-    order: NDArray[np.int64], moves: NDArray[np.int64], capacity: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Carry the moves out: which bin moves, and where in it the sequences go.
+def _place(order: NDArray[np.int64], moves: NDArray[np.int64], capacity: int) -> Plan:
+    """Carry out the moves: find the bin of each step and the position of its sequences.
 
-    A step is one bin's part in one move, and takes the next sequences of ``order`` in its turn.
+    A step is the part of one bin in one move. Steps take the sequences of ``order`` in turn.
     """
-    before, moving, each, _ = moves.T
-    firsts = np.cumsum(moving) - moving  # the first step of each move
+    before, moving, per_bin, _ = moves.T
+    first_step = np.cumsum(moving) - moving  # of each move
     opens = before == _NEW
-    naturals = np.arange(len(order))
-    opening = ranges(firsts[opens], moving[opens], naturals)  # bins are numbered in their order
-    later, bins, filled, takes = _later_steps(moves, firsts, len(opening), capacity, naturals)
-    counts = np.repeat(each[opens], moving[opens])
+    arange = np.arange(len(order))
+    opening = ranges(first_step[opens], moving[opens], arange)  # step opening[b] opens bin b
+    later, bins, before_step, takes = _later_steps(
+        moves, first_step, len(opening), capacity, arange
+    )
+    counts = np.repeat(per_bin[opens], moving[opens])
     np.add.at(counts, bins, takes)
     offsets = offsets_of(counts)
-    places = np.empty(len(opening) + len(later), np.int64)  # where in the items each step begins
-    places[opening] = offsets[:-1]
-    filled += offsets[bins]
-    places[later] = filled
+    positions = np.empty(len(opening) + len(later), np.int64)  # of each step's first sequence
+    positions[opening] = offsets[:-1]
+    before_step += offsets[bins]
+    positions[later] = before_step
     items = np.empty(len(order), np.int64)
-    takes = np.repeat(each, moving)
-    taken = np.cumsum(takes)  # by the steps before
-    taken -= takes
-    if len(order) - len(places) > len(places) // 4:  # many steps take several
-        places -= taken
-        places = np.repeat(places, takes)
-        places += naturals
-        items[places] = order
-    else:  # the first of each step, and then the few others
-        items[places] = order[taken]
+    takes = np.repeat(per_bin, moving)
+    taken = np.cumsum(takes)
+    taken -= takes  # by all earlier steps
+    if len(order) - len(positions) > len(positions) // 4:  # many steps take several sequences
+        positions -= taken
+        positions = np.repeat(positions, takes)
+        positions += arange
+        items[positions] = order
+    else:  # place the first sequence of each step, then the few others
+        items[positions] = order[taken]
         several = np.flatnonzero(takes > 1)
         others = takes[several] - 1
-        items[ranges(places[several] + 1, others)] = order[ranges(taken[several] + 1, others)]
+        items[ranges(positions[several] + 1, others)] = order[ranges(taken[several] + 1, others)]
     return items, offsets
 
 
 def _later_steps(
     moves: NDArray[np.int64],
-    firsts: NDArray[np.int64],
+    first_step: NDArray[np.int64],
     num_bins: int,
     capacity: int,
-    naturals: NDArray[np.int64],
+    arange: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Of all steps that open no bin: ``step, bin, sequences in the bin before, sequences taken``.
+    """Find the bins of all steps that do not open one.
 
-    The bins of one room leave their queue in the order in which they came. So the steps that leave
-    it are paired, in turn, with the first steps that joined it.
+    The bins with one free space leave their queue in the order in which they joined it. So the
+    steps that leave a queue are matched, in order, with the first steps that joined it. Returns the
+    number of each step, its bin, the sequences in the bin before it, and those that it takes.
     """
-    before, moving, each, after = moves.T
+    before, moving, per_bin, after = moves.T
     leave = np.flatnonzero(before != _NEW)
     leave = leave[stable_argsort(before[leave], capacity + 1)]
     join = np.flatnonzero(after > 0)
     join = join[stable_argsort(after[join], capacity + 1)]
-    # Steps by number: those that open a bin have the bin's, the others follow as they leave.
+    # Renumber the steps: the one that opens bin b becomes b, and the others follow in the order in
+    # which they leave. number[m] is the new number of the first step of move m.
     number = np.empty(len(moves), np.int64)
     opens = before == _NEW
     number[opens] = np.cumsum(moving[opens]) - moving[opens]
     number[leave] = num_bins + np.cumsum(moving[leave]) - moving[leave]
-    # How far from the head of its queue a move's bins join, and how many leave that queue in all.
+    # For each move that joins a queue: the bins ahead of its own, and the bins that ever leave.
     queue, joining = after[join], moving[join]
     ahead = np.cumsum(joining) - joining
     ahead -= ahead[np.searchsorted(queue, queue)]
-    left_so_far = offsets_of(moving[leave])
+    left_before = offsets_of(moving[leave])
     first_leaves = np.searchsorted(before[leave], queue)
     last_leaves = np.searchsorted(before[leave], queue, side="right")
-    leaving = left_so_far[last_leaves] - left_so_far[first_leaves]
-    paired = np.clip(leaving - ahead, 0, joining)
-    origin = ranges(number[join], paired, naturals)  # the step before, at first
-    filled = np.repeat(each[join], paired)
-    # Follow each bin back to the step that opened it: two, four, eight steps at a time.
-    under_way = np.flatnonzero(origin >= num_bins)
-    while len(under_way):
-        ancestor = origin[under_way] - num_bins
+    leaving = left_before[last_leaves] - left_before[first_leaves]
+    matched = np.clip(leaving - ahead, 0, joining)
+    origin = ranges(number[join], matched, arange)  # the previous step of each bin, to begin with
+    in_bin = np.repeat(per_bin[join], matched)
+    # Follow each bin back to the step that opened it. Each pass doubles the distance covered.
+    active = np.flatnonzero(origin >= num_bins)
+    while len(active):
+        ancestor = origin[active] - num_bins
         further = origin[ancestor]
-        filled[under_way] += filled[ancestor]
-        origin[under_way] = further
-        under_way = under_way[further >= num_bins]
-    takes = np.repeat(each[leave], moving[leave])
-    return ranges(firsts[leave], moving[leave], naturals), origin, filled, takes
+        in_bin[active] += in_bin[ancestor]
+        origin[active] = further
+        active = active[further >= num_bins]
+    takes = np.repeat(per_bin[leave], moving[leave])
+    return ranges(first_step[leave], moving[leave], arange), origin, in_bin, takes

@@ -1,27 +1,21 @@
-"""A plan drawn: the lengths that were packed, and how full the bins are."""
+"""Draw a plan: a histogram of the lengths and one of how full the bins are."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import numpy as np
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from .result import PackResult
+from numpy.typing import NDArray
 
 
-def plot_plan(plan: PackResult) -> Figure:
-    """Two histograms, of item lengths and of bins' fills."""
-    metrics = plan.metrics
+def plot_plan(
+    item_lengths: NDArray[np.integer], bin_tokens: NDArray[np.int64], capacity: int, title: str
+) -> Figure:
+    """Draw two histograms: the tokens of each item, and the filled share of each bin."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     lengths, fills = figure.subplots(1, 2)
-    bins = min(plan.capacity, 60)
-    lengths.hist(plan.item_lengths, bins=bins, range=(0, plan.capacity), color="#3b6ea5")
+    lengths.hist(item_lengths, bins=min(capacity, 60), range=(0, capacity), color="#3b6ea5")
     lengths.set(title="lengths", xlabel="tokens", ylabel="sequences")
-    fills.hist(plan.bin_tokens / plan.capacity, bins=60, range=(0, 1), color="#3b6ea5", log=True)
+    fills.hist(bin_tokens / capacity, bins=60, range=(0, 1), color="#3b6ea5", log=True)
     fills.set(title="bins", xlabel="share filled", ylabel="bins (log)")
-    figure.suptitle(
-        f"{plan.strategy}: {metrics.num_sequences:,} sequences in {metrics.num_bins:,} bins of "
-        f"{plan.capacity:,}, {metrics.efficiency:.2%} filled"
-    )
+    figure.suptitle(title)
     return figure

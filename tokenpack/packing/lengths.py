@@ -1,7 +1,7 @@
-"""Lengths of sequences, from whatever holds them to one array of checked integers.
+"""Convert the lengths of sequences to one checked integer array, and fit them to a capacity.
 
-No copy is made of an array that already is one, and nothing here imports torch, pyarrow or
-datasets: what they hand over is told by what it can do.
+An array is not copied. Nothing here imports torch, pyarrow or datasets: their objects are
+recognized by their attributes.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..segments import ranges
+
 OVERLONG = ("error", "truncate", "split", "drop")
 Lengths = Sequence[int] | NDArray[np.integer] | Any
 """Integers, one per sequence: NumPy, a torch CPU tensor, an Arrow or datasets column, a list."""
 
 
 class Pieces(NamedTuple):
-    """What is to be packed, after what was too long or empty was dealt with.
+    """The pieces of sequences to pack, after overlong and empty sequences are handled.
 
     Attributes:
         lengths: ``(num_pieces,)`` integers from 1 to the capacity.
-        sequences: ``(num_pieces,)`` int64, the sequence of each; None where piece i is sequence i.
-        starts: ``(num_pieces,)`` int64, where in its sequence each begins; None where all do at 0.
-        dropped: ids of the sequences left out, rising.
-        truncated: ids of the sequences cut to the capacity, rising.
-        split: ids of the sequences in more than one piece, rising.
+        sequences: ``(num_pieces,)`` int64, the sequence of each piece. None if piece i is the whole
+            of sequence i.
+        starts: ``(num_pieces,)`` int64, the token of its sequence at which each piece begins. None
+            if all begin at token 0.
+        dropped: ids of the dropped sequences, increasing.
+        truncated: ids of the sequences truncated to the capacity, increasing.
+        split: ids of the sequences split into several pieces, increasing.
     """
 
     lengths: NDArray[np.integer]
@@ -38,17 +42,17 @@ class Pieces(NamedTuple):
 
 
 def as_lengths(values: Lengths, name: str = "lengths") -> NDArray[np.integer]:
-    """The integers in ``values``, one-dimensional and at least one.
+    """Return ``values`` as a one-dimensional integer array with at least one element.
 
     Raises:
-        TypeError: if they are no integers, saying which is not.
-        ValueError: if there are none, or they are no single row of numbers.
+        TypeError: if the values are not integers. The message names the first that is not.
+        ValueError: if there are no values, or they are not one-dimensional.
     """
     array = _as_array(values, name)
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
     if array.size == 0:
-        raise ValueError(f"{name} must name at least one sequence, got none")
+        raise ValueError(f"{name} must contain at least one sequence, got none")
     if array.dtype.kind not in "iu":
         raise TypeError(_not_integers(array, name))
     if array.dtype == np.uint64 and (beyond := array >= 2**63).any():
@@ -59,11 +63,11 @@ def as_lengths(values: Lengths, name: str = "lengths") -> NDArray[np.integer]:
 def fit(
     lengths: NDArray[np.integer], capacity: int, overlong: str, drop_empty: bool, name: str
 ) -> Pieces:
-    """What is to be packed, each piece from 1 to ``capacity`` long.
+    """Return the pieces to pack, each with 1 to ``capacity`` tokens.
 
     Raises:
-        ValueError: if a length is negative, is 0 and not to be dropped, or is over the capacity and
-            ``overlong`` is "error"; if ``overlong`` is none of `OVERLONG`.
+        ValueError: if a length is negative; if it is 0 and ``drop_empty`` is False; if it exceeds
+            the capacity and ``overlong`` is "error"; or if ``overlong`` is not in `OVERLONG`.
     """
     check_overlong(overlong)
     shortest, longest = int(lengths.min(initial=1)), int(lengths.max(initial=1))
@@ -71,37 +75,38 @@ def fit(
         raise ValueError(f"{name} must not be negative, got {_first(lengths < 0, lengths, name)}")
     if shortest == 0 and not drop_empty:
         raise ValueError(
-            f"{name} must be 1 or more, got {_first(lengths == 0, lengths, name)} "
-            "(drop_empty=True leaves out sequences without tokens)"
+            f"{name} must be 1 or more, got {_first(lengths == 0, lengths, name)}; "
+            "pass drop_empty=True to leave out empty sequences"
         )
     if longest > capacity and overlong == "error":
         raise ValueError(
             f"{name} must be at most capacity = {capacity}, got "
-            f"{_first(lengths > capacity, lengths, name)} (overlong= truncate, split or drop)"
+            f"{_first(lengths > capacity, lengths, name)}; "
+            'pass overlong="truncate" or "drop" to accept longer sequences'
         )
-    none = np.empty(0, np.int64)
+    no_ids = np.empty(0, np.int64)
     if shortest > 0 and longest <= capacity:
-        return Pieces(lengths, None, None, none, none, none)
+        return Pieces(lengths, None, None, no_ids, no_ids, no_ids)
     keep = lengths > 0
     if overlong == "drop":
         keep &= lengths <= capacity
     dropped = np.flatnonzero(~keep)
     sequences = np.flatnonzero(keep)
-    kept = lengths[sequences].astype(np.int64)  # whatever they came in, a capacity fits
+    kept = lengths[sequences].astype(np.int64)  # a narrower dtype may not hold the capacity
     over = sequences[kept > capacity]
     if overlong == "truncate":
-        return Pieces(np.minimum(kept, capacity), sequences, None, dropped, over, none)
+        return Pieces(np.minimum(kept, capacity), sequences, None, dropped, over, no_ids)
     if len(over) == 0:
-        return Pieces(kept, sequences, None, dropped, none, none)
+        return Pieces(kept, sequences, None, dropped, no_ids, no_ids)
     counts = -(-kept // capacity)
-    starts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = ranges(np.zeros_like(counts), counts)
     starts *= capacity
     pieces = np.minimum(np.repeat(kept, counts) - starts, capacity)
-    return Pieces(pieces, np.repeat(sequences, counts), starts, dropped, none, over)
+    return Pieces(pieces, np.repeat(sequences, counts), starts, dropped, no_ids, over)
 
 
 def check_overlong(overlong: str) -> None:
-    """Raise the ValueError of an unknown way to deal with what is over capacity."""
+    """Raise a ValueError if ``overlong`` is not in `OVERLONG`."""
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
 
@@ -121,12 +126,12 @@ def _as_array(values: Any, name: str) -> NDArray[Any]:
         raise TypeError(f"{name} must be on the CPU, got a tensor on {device}")
     try:
         return np.asarray(values)
-    except ValueError as error:  # of lists of unequal lengths
+    except ValueError as error:  # lists of different lengths
         raise ValueError(f"{name} must be one-dimensional, got a ragged sequence") from error
 
 
 def arrow_column(values: Any) -> Any:
-    """The Arrow array that ``values`` is, or that a datasets column reads, or None."""
+    """Return ``values`` if it is an Arrow array, the Arrow data of a datasets column, or None."""
     if hasattr(values, "null_count"):
         return values
     source, column = getattr(values, "source", None), getattr(values, "column_name", None)
@@ -145,6 +150,6 @@ def _not_integers(array: NDArray[Any], name: str) -> str:
 
 
 def _first(where: NDArray[np.bool_], values: NDArray[Any], name: str) -> str:
-    at, count = int(where.argmax()), int(where.sum())
+    index, count = int(where.argmax()), int(where.sum())
     more = f" and {count - 1} more" if count > 1 else ""
-    return f"{name}[{at}] = {values[at]}{more}"
+    return f"{name}[{index}] = {values[index]}{more}"

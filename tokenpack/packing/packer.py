@@ -1,9 +1,9 @@
-"""Lengths to bins: which strategy plans, and what happens to what does not fit.
+"""Pack lengths into bins with a choice of strategies.
 
     pack_lengths(lengths, capacity=2048).bins
 
-A strategy is a function of checked lengths, `Plan` its answer; everything a user may pass beside
-(what is too long or empty, windows, seeds) is dealt with here, once for all of them.
+A strategy maps checked lengths to a `Plan`. All other options (overlong and empty sequences,
+windows, seeds) are handled here, once for all strategies.
 """
 
 from __future__ import annotations
@@ -17,58 +17,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import at_least_one, check_seed, optional_at_least_one
-from ..segments import distinct_lengths, shuffled
-from . import arrival, best_fit, decreasing, rounds
-from .arrival import Plan
+from ..segments import Plan, length_histogram, random_permutation
+from . import best_fit, decreasing, online, rounds
 from .lengths import Lengths, as_lengths, check_overlong, fit
-from .result import PackResult
+from .result import PackResult, common_strategy
 
-# What a move of `best_fit` costs beside a sequence in `rounds`, so that `auto` takes the faster.
-_SEQUENCES_PER_LENGTH = 50
-_SAMPLE = 10_000  # sequences that it looks at for how many lengths there are
-_SMALL = 2000  # sequences, below which `obfd` takes a millisecond at most
-_WASTEFUL = 1.005  # bins over the least there can be, above which `auto` tries `obfd` too
+# Thresholds of "auto".
+_SEQUENCES_PER_LENGTH = 50  # a distinct length in `best_fit` costs as much as these in `rounds`
+_SAMPLE = 10_000  # sequences sampled to estimate the number of distinct lengths
+_SMALL = 2000  # up to this many sequences, `obfd` takes a millisecond at most
+_WASTEFUL = 1.005  # number of bins relative to the lower bound above which `obfd` is tried too
 
 
 class Strategy(NamedTuple):
-    """One way to plan.
+    """A packing strategy.
 
     Attributes:
-        short: short name, ``"obfd"``.
-        name: the textbook's, ``"optimized_best_fit_decreasing"``.
+        short: short name, such as ``"obfd"``.
+        name: textbook name, such as ``"optimized_best_fit_decreasing"``.
         plan: ``(lengths, capacity, max_sequences) -> (items, offsets)``.
-        about: what it does, in a line.
-        shuffles: whether it takes the sequences in random order, by the seed.
+        description: what the strategy does, in one line.
+        shuffles: whether the sequences are shuffled by the seed first.
     """
 
     short: str
     name: str
     plan: Callable[[NDArray[np.integer], int, int | None], Plan]
-    about: str
+    description: str
     shuffles: bool = False
 
 
 _STRATEGIES = (
-    Strategy("nf", "next_fit", arrival.next_fit, "one open bin; order is kept"),
-    Strategy("ff", "first_fit", arrival.first_fit, "as they come, the first bin with room"),
-    Strategy("bf", "best_fit", arrival.best_fit, "as they come, the fullest bin with room"),
-    Strategy("wf", "worst_fit", arrival.worst_fit, "as they come, the emptiest open bin"),
+    Strategy("nf", "next_fit", online.next_fit, "one open bin; keeps the input order"),
+    Strategy("ff", "first_fit", online.first_fit, "in input order, the first bin with space"),
+    Strategy("bf", "best_fit", online.best_fit, "in input order, the fullest bin with space"),
+    Strategy("wf", "worst_fit", online.worst_fit, "in input order, the emptiest open bin"),
     Strategy(
-        "ffd", "first_fit_decreasing", decreasing.first_fit_decreasing, "ff from the longest on"
+        "ffd",
+        "first_fit_decreasing",
+        decreasing.first_fit_decreasing,
+        "ff from the longest to the shortest",
     ),
-    Strategy("bfd", "best_fit_decreasing", best_fit.best_fit_decreasing, "bf from the longest on"),
-    Strategy("ffs", "first_fit_shuffle", arrival.first_fit, "ff in random order", True),
+    Strategy(
+        "bfd",
+        "best_fit_decreasing",
+        best_fit.best_fit_decreasing,
+        "bf from the longest to the shortest",
+    ),
+    Strategy("ffs", "first_fit_shuffle", online.first_fit, "ff in random order", True),
     Strategy(
         "mffd",
         "modified_first_fit_decreasing",
         decreasing.modified_first_fit_decreasing,
-        "ffd that pairs long ones with care first",
+        "ffd that fills the bins of the longest sequences first",
     ),
     Strategy(
         "obfd",
         "optimized_best_fit_decreasing",
         best_fit.best_fit_decreasing,
-        "bfd over a histogram of lengths; here bfd is the same",
+        "bfd over a histogram of lengths; the same as bfd here",
     ),
     Strategy(
         "obfdp",
@@ -76,7 +83,7 @@ _STRATEGIES = (
         rounds.best_fit_in_rounds,
         "bfd for all bins at once, in rounds",
     ),
-    Strategy("hk", "harmonic", arrival.harmonic, "as they come, like lengths together"),
+    Strategy("hk", "harmonic", online.harmonic, "in input order, similar lengths together"),
 )
 _BY_NAME = {name: strategy for strategy in _STRATEGIES for name in (strategy.short, strategy.name)}
 _BY_NAME |= {"harmonic_k": _BY_NAME["hk"]}
@@ -93,32 +100,33 @@ def pack_lengths(
     overlong: str = "error",
     drop_empty: bool = False,
 ) -> PackResult:
-    """Plan which sequences share which bin.
+    """Plan which sequences share a bin.
 
     Args:
-        lengths: tokens of each sequence: any integer array or sequence, a torch CPU tensor, an
-            Arrow or datasets column.
-        capacity: tokens that a bin holds, at least 1.
-        strategy: a short or a textbook's name (`Packer.strategies`), or "auto": ``obfd`` where
-            sequences are few or their lengths repeat, else ``obfdp``, and ``obfd`` all the same
-            where the latter needs 0.5 % more bins than tokens demand at the least. The result says
-            which it was.
-        seed: of the shuffle, where the strategy shuffles. None is 0: ranks that plan for themselves
-            must plan alike. The same input and seed give the same bins on every machine.
-        max_sequences: how many sequences a bin may hold, if there is a limit.
-        window: let sequences share a bin only within this many that follow one another, and keep
-            the windows in order, so that a shuffle or a curriculum survives.
+        lengths: ``(n,)``, tokens of each sequence: any integer array or sequence, a torch CPU
+            tensor, an Arrow or datasets column.
+        capacity: tokens that fit in a bin, at least 1.
+        strategy: a short or textbook name (see `Packer.strategies`), or "auto". "auto" uses
+            ``obfd`` if there are few sequences or their lengths repeat, and ``obfdp`` otherwise. If
+            ``obfdp`` needs more than 1.005 times the lower bound on the number of bins, "auto" also
+            tries ``obfd`` and returns the better plan. The result names the strategy used.
+        seed: seed of the shuffle, for strategies that shuffle. None means 0, so that ranks that
+            plan independently get the same plan. The same input and seed give the same bins on
+            every machine.
+        max_sequences: the largest number of sequences in a bin, or None for no limit.
+        window: let sequences share a bin only within windows of this many consecutive sequences,
+            and keep the order of the windows. This preserves a shuffle or a curriculum.
         overlong: what to do with a sequence over capacity: raise an "error", "truncate" it, "split"
-            it into pieces that are packed by themselves, or "drop" it. The result counts them.
-        drop_empty: leave out sequences without tokens; else they are an error.
+            it into pieces that are packed separately, or "drop" it. The result counts them.
+        drop_empty: leave out sequences of length 0. If False, they are an error.
 
     Returns:
         The plan.
 
     Raises:
-        TypeError: if lengths or a limit are no integers.
-        ValueError: if a length is negative, 0 or over capacity and nothing was said about it, a
-            limit is below 1, or a name is unknown.
+        TypeError: if the lengths or a limit are not integers.
+        ValueError: if a length is negative; if it is 0 or over capacity and the options do not
+            allow that; if a limit is below 1; or if a name is unknown.
     """
     packer = Packer(
         capacity,
@@ -133,13 +141,13 @@ def pack_lengths(
 
 
 class Packer:
-    """Plans with one set of options again and again; they are those of `pack_lengths`.
+    """Plans with one set of options, which are those of `pack_lengths`.
 
     Attributes:
-        capacity: tokens that a bin holds.
+        capacity: tokens that fit in a bin.
         strategy: short name of the strategy, or "auto".
-        seed: what a shuffle is seeded with.
-        overlong: what is done with a sequence over capacity.
+        seed: seed of the shuffle.
+        overlong: what to do with a sequence over capacity.
     """
 
     def __init__(
@@ -168,7 +176,7 @@ class Packer:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that decides about bins."""
+        """All options that affect the plan."""
         return {
             "capacity": self.capacity,
             "strategy": self.strategy,
@@ -181,27 +189,28 @@ class Packer:
 
     @staticmethod
     def strategies() -> dict[str, str]:
-        """Short names of all strategies, and what each does."""
-        return {s.short: f"{s.name}: {s.about}" for s in _STRATEGIES}
+        """Return the short name and the description of each strategy."""
+        return {s.short: f"{s.name}: {s.description}" for s in _STRATEGIES}
 
     def pack(self, lengths: Lengths) -> PackResult:
-        """Plan which sequences share which bin; see `pack_lengths`."""
+        """Plan which sequences share a bin; see `pack_lengths`."""
         result = self.pack_some(lengths)
         if not len(result):
             raise ValueError(
-                f"lengths: no sequence is left of {result.num_sequences}, all were dropped"
+                "lengths must contain a sequence that is not dropped, got "
+                f"{result.num_sequences} sequences, all dropped"
             )
         return result
 
     def pack_some(self, lengths: Lengths) -> PackResult:
-        """`pack`, but a plan without bins where all sequences were dropped."""
+        """Like `pack`, but return a plan without bins if all sequences are dropped."""
         begin = time.perf_counter()
         _keep_freed_memory()
         given = as_lengths(lengths)
         pieces = fit(given, self.capacity, self.overlong, self._drop_empty, "lengths")
-        compact = pieces.lengths.astype(np.min_scalar_type(self.capacity))  # 2 bytes each, mostly
+        compact = pieces.lengths.astype(np.min_scalar_type(self.capacity))  # usually 2 bytes each
         items, offsets, strategy = self._plan(compact)
-        result = PackResult(
+        return PackResult(
             items=items if pieces.sequences is None else pieces.sequences[items],
             offsets=offsets,
             item_lengths=compact[items],
@@ -215,94 +224,95 @@ class Packer:
             seed=self.seed if self._chosen is not None and self._chosen.shuffles else None,
             seconds=time.perf_counter() - begin,
         )
-        return result
 
     def pack_flat(self, lengths: Lengths) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """`pack`, as the two arrays alone: ``items`` and ``offsets`` (see `PackResult`)."""
+        """Like `pack`, but return only ``items`` and ``offsets`` (see `PackResult`)."""
         result = self.pack(lengths)
         return result.items, result.offsets
 
     def drops(self, lengths: NDArray[np.integer]) -> NDArray[np.bool_]:
-        """Which of these the packer leaves out, as it was told to."""
+        """``(n,)`` bool, True for the sequences that the packer drops."""
         dropped = (lengths > self.capacity) & (self.overlong == "drop")
         return dropped | ((lengths == 0) & self._drop_empty)
 
     def _plan(
         self, lengths: NDArray[np.integer]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
-        """``items, offsets`` and what planned them, window by window."""
+        """Plan window by window; return ``items``, ``offsets`` and the strategy used."""
         if not len(lengths):
             return np.empty(0, np.int64), np.zeros(1, np.int64), self.strategy
         window = self._window or len(lengths)
-        firsts = range(0, len(lengths), window)  # of sequences, and so of items
+        firsts = range(0, len(lengths), window)  # the first sequence, and item, of each window
         planned = [self._plan_window(lengths[first : first + window], first) for first in firsts]
         if len(planned) == 1:
             return planned[0]
         items = np.concatenate([items + first for (items, _, _), first in zip(planned, firsts)])
         offsets = [offsets[:-1] + first for (_, offsets, _), first in zip(planned, firsts)]
-        names = {name for _, _, name in planned}
         return (
             items,
             np.append(np.concatenate(offsets), len(items)),
-            names.pop() if len(names) == 1 else "several",
+            common_strategy({name for _, _, name in planned}),
         )
 
     def _plan_window(
         self, lengths: NDArray[np.integer], first: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
         if self._chosen is None:
-            return _plan_fast(lengths, self.capacity, self._max_sequences)
+            return _plan_auto(lengths, self.capacity, self._max_sequences)
         if self._chosen.shuffles:
-            order = shuffled(len(lengths), self.seed + first)
+            order = random_permutation(len(lengths), self.seed + first)
             lengths = lengths[order]
         items, offsets = self._chosen.plan(lengths, self.capacity, self._max_sequences)
         return order[items] if self._chosen.shuffles else items, offsets, self._chosen.short
 
 
 def find_strategy(name: str) -> Strategy:
-    """The strategy of a short or a textbook's name.
+    """Return the strategy with a short or textbook name.
 
     Raises:
-        ValueError: if there is none, listing those there are.
+        ValueError: if there is no such strategy. The message lists all strategies.
     """
     found = _BY_NAME.get(str(name).lower().replace("-", "_").replace(" ", "_"))
     if found is None:
         known = ", ".join(f"{s.short} ({s.name})" for s in _STRATEGIES)
-        raise ValueError(f"strategy must be auto or one of {known}; got {name!r}")
+        raise ValueError(f"strategy must be auto or one of {known}, got {name!r}")
     return found
 
 
 @cache
 def _keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next array; once a process.
+    """Make glibc reuse freed memory for large arrays. Runs once per process.
 
-    glibc maps each large array anew, and hands it back, until an array as large was freed once. A
-    planner's arrays are short-lived, and a third of its time would go into fresh pages. So one of
-    30 MB is allocated and freed, without ever being touched: 10 µs, no memory. Other allocators do
-    not mind.
+    glibc maps each large array separately and unmaps it when it is freed, until a mapped array of
+    that size has been freed once. The arrays of a planner are short-lived, and page faults would
+    take a third of its time. So this allocates and frees 30 MB without touching them, which takes
+    10 µs and no memory. It has no effect on other allocators.
     """
     np.empty(30 << 20, np.uint8)
 
 
-def _plan_fast(
+def _plan_auto(
     lengths: NDArray[np.integer], capacity: int, max_sequences: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
-    """What `auto` does: ``obfd`` pays by distinct lengths up to half the capacity, or ``obfdp``."""
-    shareable = capacity // 2
-    few = len(lengths) < _SMALL
-    if not few and len(lengths) < _SEQUENCES_PER_LENGTH * shareable:  # else no need to look
-        some, _ = distinct_lengths(lengths[:: -(-len(lengths) // _SAMPLE)])
-        shareable = int(np.searchsorted(some, shareable, side="right"))
-    if not few and len(lengths) < _SEQUENCES_PER_LENGTH * shareable:
-        items, offsets = rounds.best_fit_in_rounds(lengths, capacity, max_sequences)
-        alone = int(np.count_nonzero(lengths > capacity // 2))
-        fewest = max(alone, -(-int(lengths.sum(dtype=np.int64)) // capacity))
-        if max_sequences is not None:
-            fewest = max(fewest, -(-len(lengths) // max_sequences))
-        if len(offsets) - 1 <= _WASTEFUL * fewest:
-            return items, offsets, "obfdp"
-        other_items, other_offsets = best_fit.best_fit_decreasing(lengths, capacity, max_sequences)
-        if len(offsets) <= len(other_offsets):
-            return items, offsets, "obfdp"
-        return other_items, other_offsets, "obfd"
-    return *best_fit.best_fit_decreasing(lengths, capacity, max_sequences), "obfd"
+    """Plan with "auto"; see `pack_lengths`.
+
+    ``obfd`` takes time per distinct length up to half the capacity, ``obfdp`` per sequence.
+    """
+    shareable = capacity // 2  # distinct lengths up to half the capacity, at most
+    large = len(lengths) >= _SMALL
+    if large and len(lengths) < _SEQUENCES_PER_LENGTH * shareable:
+        sizes, _ = length_histogram(lengths[:: -(-len(lengths) // _SAMPLE)])
+        shareable = int(np.searchsorted(sizes, shareable, side="right"))
+    if not large or len(lengths) >= _SEQUENCES_PER_LENGTH * shareable:
+        return *best_fit.best_fit_decreasing(lengths, capacity, max_sequences), "obfd"
+    items, offsets = rounds.best_fit_in_rounds(lengths, capacity, max_sequences)
+    over_half = int(np.count_nonzero(lengths > capacity // 2))
+    fewest = max(over_half, -(-int(lengths.sum(dtype=np.int64)) // capacity))
+    if max_sequences is not None:
+        fewest = max(fewest, -(-len(lengths) // max_sequences))
+    if len(offsets) - 1 <= _WASTEFUL * fewest:
+        return items, offsets, "obfdp"
+    other_items, other_offsets = best_fit.best_fit_decreasing(lengths, capacity, max_sequences)
+    if len(offsets) <= len(other_offsets):
+        return items, offsets, "obfdp"
+    return other_items, other_offsets, "obfd"

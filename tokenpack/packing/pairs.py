@@ -1,16 +1,16 @@
-"""Bins with two capacities, for encoder-decoder models: source tokens and target tokens.
+"""Bins with two capacities, for the source and target tokens of encoder-decoder models.
 
     sum of source lengths <= source_capacity   and   sum of target lengths <= target_capacity
 
-Two-dimensional vector bin packing, in rounds as in `rounds`. While pairs are many, the next longest
-ones go one to each bin, those that are mostly source to the bins that hold mostly target, so that
-both sides fill alike. At the end each round looks for tight fits on one side, in turn source,
-target and the fuller of both, and takes those of them that fit on the other side too. Where that
-needs 2 % more bins than there must be at the least, first-fit decreasing is tried as well, and the
-better plan taken.
+This is two-dimensional vector bin packing, in rounds as in `rounds`. While there are many pairs,
+each bin takes one of the next longest pairs. The pairs with the most source tokens relative to
+target tokens go to the bins with the fewest, so that both sides fill evenly. Later rounds look for
+tight fits on one side (in turn source, target, and the fuller of the two) and place the pairs that
+fit on the other side too. If the plan needs more than 1.02 times the lower bound on the number of
+bins, first-fit decreasing runs as well, and the better plan is used.
 
-Loads are integers: a source token counts target_capacity, a target token source_capacity, and a
-side is full at their product.
+Loads are integers in common units: a source token counts target_capacity, a target token counts
+source_capacity, and a side is full at the product of both.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import at_least_one, optional_at_least_one
-from ..segments import group_by_bin
+from ..segments import Plan, group_by_bin, segment_sum
 from .lengths import Lengths, as_lengths, fit
 from .result import PackResult
+from .rounds import strictly_increasing
 
-_PATIENCE = 6  # rounds that place few, each side looked at twice, before bins are opened
-_FEW = 0.01  # of the bins
-_WASTEFUL = 1.02  # bins over the least there can be, above which first fit is tried too
-_FIRST_FIT_PAIRS = 10_000  # planned together by it
-_BLOCK = 512  # bins that it looks at together
+_PATIENCE = 6  # consecutive rounds with few placements before bins are opened: two for each side
+_FEW = 0.01  # few placements, relative to the number of open bins
+_WASTEFUL = 1.02  # number of bins relative to the lower bound above which first fit is tried too
+_FIRST_FIT_PAIRS = 10_000  # pairs that first fit plans together
+_BLOCK = 512  # bins per NumPy call of first fit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PairPackResult(PackResult):
-    """Pairs in bins: a `PackResult` of the sources, and the targets beside.
+    """A plan of pairs: a `PackResult` for the sources, with the lengths of the targets.
 
     Attributes:
         item_target_lengths: ``(num_items,)`` integers, target tokens of each item.
-        target_capacity: target tokens that a bin holds.
+        target_capacity: target tokens that fit in a bin.
     """
 
     item_target_lengths: NDArray[np.integer] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -49,17 +50,17 @@ class PairPackResult(PackResult):
     ARRAYS: ClassVar[tuple[str, ...]] = (*PackResult.ARRAYS, "item_target_lengths")
     NUMBERS: ClassVar[tuple[str, ...]] = (*PackResult.NUMBERS, "target_capacity")
 
-    def _is_whole(self) -> bool:
-        return super()._is_whole() and len(self.item_target_lengths) == len(self.items)
+    def _is_consistent(self) -> bool:
+        return super()._is_consistent() and len(self.item_target_lengths) == len(self.items)
 
     @property
     def bin_target_tokens(self) -> NDArray[np.int64]:
         """``(num_bins,)`` int64, target tokens in each bin."""
-        return np.add.reduceat(self.item_target_lengths, self.offsets[:-1], dtype=np.int64)
+        return segment_sum(self.item_target_lengths, self.offsets, np.int64)
 
     @property
     def target_efficiency(self) -> float:
-        """Share of the bins' target slots that hold a token; `efficiency` is the sources'."""
+        """Share of the target slots that hold a token. `efficiency` is that of the source slots."""
         return int(self.bin_target_tokens.sum()) / (len(self) * self.target_capacity)
 
 
@@ -73,29 +74,30 @@ def pack_pairs(
     overlong: str = "error",
     drop_empty: bool = False,
 ) -> PairPackResult:
-    """Plan which pairs share which bin, so that neither side of a bin is over its capacity.
+    """Plan which pairs share a bin, with a capacity for each side.
 
-    On log-normal lengths it needs at most about 1 % more bins than tokens alone demand, and takes a
-    second for a million pairs. Where it comes to more than 2 %, it also tries first-fit decreasing,
-    which takes half a minute for a million.
+    On log-normal lengths the plan needs at most about 1 % more bins than the lower bound from the
+    number of tokens, and takes a second for a million pairs. If it needs over 2 % more, first-fit
+    decreasing runs too, which takes half a minute for a million pairs.
 
     Args:
         source_lengths: ``(n,)`` integers, as in `pack_lengths`.
         target_lengths: ``(n,)`` integers.
-        source_capacity: source tokens that a bin holds.
-        target_capacity: target tokens that a bin holds.
-        max_sequences: how many pairs a bin may hold, if there is a limit.
-        overlong: what to do with a pair either side of which is over capacity: raise an "error",
+        source_capacity: source tokens that fit in a bin.
+        target_capacity: target tokens that fit in a bin.
+        max_sequences: the largest number of pairs in a bin, or None for no limit.
+        overlong: what to do with a pair if either side is over capacity: raise an "error",
             "truncate" that side, or "drop" the pair.
-        drop_empty: leave out pairs a side of which has no token; else they are an error.
+        drop_empty: leave out pairs with an empty side. If False, they are an error.
 
     Returns:
-        The plan, of strategy "pairs".
+        The plan. Its strategy is "pairs".
 
     Raises:
-        TypeError: if lengths or a limit are no integers.
-        ValueError: if the numbers of lengths differ, one is negative, 0 or over capacity and
-            nothing was said about it, or ``overlong`` is "split", which would part a pair.
+        TypeError: if the lengths or a limit are not integers.
+        ValueError: if the numbers of lengths differ; if a length is negative; if it is 0 or over
+            capacity and the options do not allow that; if a limit is below 1; or if ``overlong`` is
+            "split", which cannot be applied to pairs.
     """
     begin = time.perf_counter()
     capacities = (
@@ -107,7 +109,7 @@ def pack_pairs(
     sides = [as_lengths(source_lengths, names[0]), as_lengths(target_lengths, names[1])]
     if len(sides[0]) != len(sides[1]):
         raise ValueError(
-            "source_lengths and target_lengths must be as many, "
+            "source_lengths and target_lengths must have the same size, "
             f"got {len(sides[0])} and {len(sides[1])}"
         )
     if overlong == "split":
@@ -119,7 +121,10 @@ def pack_pairs(
     dropped = np.union1d(pieces[0].dropped, pieces[1].dropped)
     kept = np.delete(np.arange(len(sides[0])), dropped)
     if not len(kept):
-        raise ValueError(f"source_lengths: no pair is left of {len(sides[0])}, all were dropped")
+        raise ValueError(
+            "source_lengths must contain a pair that is not dropped, got "
+            f"{len(sides[0])} pairs, all dropped"
+        )
     source, target = (
         np.minimum(side[kept].astype(np.int64), capacity)
         for side, capacity in zip(sides, capacities)
@@ -147,13 +152,13 @@ def _plan(
     source_capacity: int,
     target_capacity: int,
     limit: int | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> Plan:
     full = source_capacity * target_capacity
     loads = np.stack([source * target_capacity, target * source_capacity])  # [2, n]
     order = (-loads.max(0)).argsort(kind="stable")
     loads = loads[:, order]
     limit = len(order) if limit is None else limit
-    # Of those over half a side's capacity, no two share a bin.
+    # Two pairs that both fill over half of one side never share a bin.
     fewest = max(_fewest(loads, full, limit), int((loads > full // 2).sum(1).max()))
     bin_of, num_bins = _in_rounds(loads, full, limit, fewest)
     if num_bins > _WASTEFUL * fewest:
@@ -164,11 +169,10 @@ def _plan(
 
 
 def _first_fit(loads: NDArray[np.int64], full: int, limit: int) -> tuple[NDArray[np.int64], int]:
-    """Each pair in turn into the first bin that it fits, so from the longest on: decreasing.
+    """Put each pair, from the longest to the shortest, into the first bin with space for it.
 
-    A loop in Python over pairs, with bins in blocks: what the roomiest of a block on either side
-    has no room for fits none of it. Many pairs go in parts, each of every so many-th pair, so that
-    time is linear in their number.
+    This is a Python loop over pairs. To keep the time linear, many pairs are planned in p separate
+    parts: part i holds the pairs i, i + p, i + 2p, and so on.
     """
     parts = -(-loads.shape[1] // _FIRST_FIT_PAIRS)
     bin_of = np.empty(loads.shape[1], np.int64)
@@ -183,108 +187,114 @@ def _first_fit(loads: NDArray[np.int64], full: int, limit: int) -> tuple[NDArray
 def _first_fit_part(
     loads: NDArray[np.int64], full: int, limit: int
 ) -> tuple[NDArray[np.int64], int]:
+    # Bins are in blocks. A pair that exceeds the largest free space of a block on either side fits
+    # none of its bins.
     blocks = -(-loads.shape[1] // _BLOCK)
-    rooms = np.full((2, blocks, _BLOCK), full)
-    roomiest = np.full((2, blocks), full)
-    allowed = np.full((blocks, _BLOCK), limit)
+    free = np.full((2, blocks, _BLOCK), full)
+    largest = np.full((2, blocks), full)
+    quota = np.full((blocks, _BLOCK), limit)  # pairs that each bin may still take
     bin_of = []
-    for one, other in loads.T.tolist():
-        for block in np.flatnonzero((roomiest[0] >= one) & (roomiest[1] >= other)).tolist():
-            fits = (rooms[0, block] >= one) & (rooms[1, block] >= other)
-            at = int(fits.argmax())
-            if fits[at]:
+    for source, target in loads.T.tolist():
+        for block in np.flatnonzero((largest[0] >= source) & (largest[1] >= target)).tolist():
+            fits = (free[0, block] >= source) & (free[1, block] >= target)
+            index = int(fits.argmax())
+            if fits[index]:
                 break
-        bin_of.append(block * _BLOCK + at)
-        allowed[block, at] -= 1
-        taken = (one, other) if allowed[block, at] else (full + 1, full + 1)
-        rooms[:, block, at] -= taken
-        roomiest[:, block] = rooms[:, block].max(1)
+        bin_of.append(block * _BLOCK + index)
+        quota[block, index] -= 1
+        taken = (source, target) if quota[block, index] else (full + 1, full + 1)
+        free[:, block, index] -= taken
+        largest[:, block] = free[:, block].max(1)
     return np.array(bin_of), max(bin_of) + 1
 
 
 def _in_rounds(
     loads: NDArray[np.int64], full: int, limit: int, fewest: int
 ) -> tuple[NDArray[np.int64], int]:
-    """The bin of each pair, and how many there are; the pairs come from the longest."""
+    """Return the bin of each pair and the number of bins. Pairs are sorted longest first."""
     bins = _Bins(full, limit)
     bins.open(fewest)
     bin_of = np.empty(loads.shape[1], np.int64)
     left = np.arange(loads.shape[1])
-    dealing, since_many, side = True, 0, 0
+    balancing, rounds_with_few, side = True, 0, 0
     while len(left):
-        dealing = dealing and len(left) > 2 * len(bins.number)
-        if dealing:
-            where, which = bins.evened_by(loads[:, left])
+        balancing = balancing and len(left) > 2 * len(bins.number)
+        if balancing:
+            which, pairs = bins.balanced_fits(loads[:, left])
         else:
-            where, which = bins.tight_fits(loads[:, left], side)
+            which, pairs = bins.tight_fits(loads[:, left], side)
             side = (side + 1) % 3
-        fits = bins.have_room(where, loads[:, left[which]])
-        if dealing and 2 * np.count_nonzero(fits) < len(fits):
-            dealing = False
-        where, which = where[fits], which[fits]
-        bins.put(where, loads[:, left[which]])
-        bin_of[left[which]] = bins.number[where]
-        left = np.delete(left, which)
-        since_many = 0 if len(which) > _FEW * len(bins.number) else since_many + 1
-        if len(left) and (since_many == _PATIENCE or not len(bins.number)):
+        fits = bins.have_space(which, loads[:, left[pairs]])
+        if balancing and 2 * np.count_nonzero(fits) < len(fits):
+            balancing = False
+        which, pairs = which[fits], pairs[fits]
+        bins.add(which, loads[:, left[pairs]])
+        bin_of[left[pairs]] = bins.number[which]
+        left = np.delete(left, pairs)
+        many = len(pairs) > _FEW * len(bins.number)
+        rounds_with_few = 0 if many else rounds_with_few + 1
+        if len(left) and (rounds_with_few == _PATIENCE or not len(bins.number)):
             bins.close_full(loads[:, left].min(1))
             bins.open(_fewest(loads[:, left], full, limit))
-            since_many = 0
-    return bin_of, bins.opened
+            rounds_with_few = 0
+    return bin_of, bins.num_opened
 
 
 def _fewest(loads: NDArray[np.int64], full: int, limit: int) -> int:
-    """Bins that these pairs need at least."""
-    # Shares of a bin, since sums of loads may be past int64.
+    """Return a lower bound on the number of bins."""
+    # Sums of loads may exceed int64, so sum shares of a bin.
     shares = (loads / full).sum(1).max()
     return max(1, int(np.ceil(shares - 1e-6)), -(-loads.shape[1] // limit))
 
 
 class _Bins:
-    """Open bins: numbers ``(open,)``, loads ``(2, open)``, and pairs that each may still take."""
+    """The open bins: their numbers, ``(2, num_open)`` loads, and pairs that each may still take."""
 
     def __init__(self, full: int, limit: int) -> None:
-        self.full, self.limit, self.opened = full, limit, 0
-        self.number = self.allowed = np.empty(0, np.int64)
+        self.full, self.limit, self.num_opened = full, limit, 0
+        self.number = self.quota = np.empty(0, np.int64)
         self.loads = np.empty((2, 0), np.int64)
 
     def open(self, count: int) -> None:
-        new = np.arange(self.opened, self.opened + count)
-        self.opened += count
+        new = np.arange(self.num_opened, self.num_opened + count)
+        self.num_opened += count
         self.number = np.concatenate((self.number, new))
-        self.allowed = np.concatenate((self.allowed, np.full(count, self.limit)))
+        self.quota = np.concatenate((self.quota, np.full(count, self.limit)))
         self.loads = np.concatenate((self.loads, np.zeros((2, count), np.int64)), axis=1)
 
     def close_full(self, smallest: NDArray[np.int64]) -> None:
-        """Close those with no room for the smallest load of each side, or no pair allowed."""
-        still = ((self.loads + smallest[:, None]) <= self.full).all(0) & (self.allowed > 0)
-        self.number, self.allowed = self.number[still], self.allowed[still]
-        self.loads = self.loads[:, still]
+        """Close bins without space for the smallest load of each side, or without quota."""
+        kept = ((self.loads + smallest[:, None]) <= self.full).all(0) & (self.quota > 0)
+        self.number, self.quota = self.number[kept], self.quota[kept]
+        self.loads = self.loads[:, kept]
 
-    def put(self, where: NDArray[np.int64], loads: NDArray[np.int64]) -> None:
-        self.loads[:, where] += loads
-        self.allowed[where] -= 1
+    def add(self, which: NDArray[np.int64], loads: NDArray[np.int64]) -> None:
+        """Add one pair to each of these bins. No bin may occur twice."""
+        self.loads[:, which] += loads
+        self.quota[which] -= 1
 
-    def have_room(self, where: NDArray[np.int64], loads: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return ((self.loads[:, where] + loads) <= self.full).all(0) & (self.allowed[where] > 0)
+    def have_space(self, which: NDArray[np.int64], loads: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return ((self.loads[:, which] + loads) <= self.full).all(0) & (self.quota[which] > 0)
 
-    def evened_by(self, loads: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """A bin each for the first pairs, the most of a source where there is least of it."""
-        count = len(self.number)
-        where = (self.loads[0] - self.loads[1]).argsort(kind="stable")
-        which = (loads[1, :count] - loads[0, :count]).argsort(kind="stable")
-        return where, which
+    def balanced_fits(
+        self, loads: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Match bins with the next pairs: the least source-heavy with the most source-heavy."""
+        which = (self.loads[0] - self.loads[1]).argsort(kind="stable")
+        pairs = (loads[1, : len(which)] - loads[0, : len(which)]).argsort(kind="stable")
+        return which, pairs
 
     def tight_fits(
         self, loads: NDArray[np.int64], side: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """From the roomiest bin on, each takes the longest pair that fits it on one side."""
-        held, size = (
+        """From the emptiest bin on, match each with the longest pair left that fits on one side.
+
+        Side 0 is the source, 1 the target, and 2 the larger load of both.
+        """
+        fill, size = (
             (self.loads.max(0), loads.max(0)) if side == 2 else (self.loads[side], loads[side])
         )
-        where, which = held.argsort(kind="stable"), (-size).argsort(kind="stable")
-        turn = np.arange(len(where))
-        fitting = np.searchsorted(self.full - size[which], held[where])
-        taken = np.fmax.accumulate(fitting - turn) + turn
-        there = taken < len(which)
-        return where[there], which[taken[there]]
+        which, pairs = fill.argsort(kind="stable"), (-size).argsort(kind="stable")
+        taken = strictly_increasing(np.searchsorted(self.full - size[pairs], fill[which]))
+        taken = taken[: np.searchsorted(taken, len(pairs))]
+        return which[: len(taken)], pairs[taken]

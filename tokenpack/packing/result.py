@@ -1,8 +1,7 @@
-"""A plan: which sequences share which bin, and how full the bins are.
+"""A plan: which sequences share a bin, and how full the bins are.
 
-It is two flat arrays, as everything that carries it out wants it, and a bin is a slice of the
-first. A plan can be saved to a folder and comes back memory-mapped, so that a hundred million
-sequences need not be in memory.
+A plan is two flat arrays, ``items`` and ``offsets``. A bin is a slice of ``items``. A saved plan is
+read back memory-mapped, so plans of a hundred million sequences need not fit in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..segments import offsets_of
+from ..segments import offsets_of, segment_sum
 from .saving import PlanWriter, read_plan
 
 if TYPE_CHECKING:
@@ -23,20 +22,21 @@ if TYPE_CHECKING:
 
 
 class PackMetrics(NamedTuple):
-    """How well a plan packs, and what it took.
+    """How full the bins of a plan are, and how long planning took.
 
     Attributes:
-        num_sequences: sequences asked for, dropped ones included.
-        num_bins: bins.
-        tokens: tokens in bins.
-        padding: slots in bins that hold none.
+        num_sequences: number of input sequences, including dropped ones.
+        num_bins: number of bins.
+        tokens: tokens in all bins.
+        padding: slots in all bins without a token.
         efficiency: ``tokens / (tokens + padding)``.
-        utilization_mean, utilization_std, utilization_min, utilization_max: of the bins' shares of
-            slots that hold a token.
+        utilization_mean, utilization_std, utilization_min, utilization_max: statistics over bins of
+            the share of slots that hold a token.
         sequences_per_bin: mean number of items in a bin.
-        dropped, truncated, split: sequences left out, cut to the capacity, and cut in pieces.
-        seconds: time that planning took; 0 where it was not measured.
-        sequences_per_second: ``num_sequences / seconds``; 0 likewise.
+        dropped, truncated, split: number of sequences dropped, truncated to the capacity, and split
+            into several items.
+        seconds: planning time; 0 if it was not measured.
+        sequences_per_second: ``num_sequences / seconds``; 0 if the time was not measured.
     """
 
     num_sequences: int
@@ -62,23 +62,23 @@ def _no_ids() -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackResult(Sequence[NDArray[np.int64]]):
-    """Sequences in bins of a capacity. A sequence of bins: ``result[b]`` are the items of bin b.
+    """A plan, as a sequence of bins: ``result[b]`` holds the items of bin b.
 
     Attributes:
-        items: ``(num_items,)`` int64, ids of the sequences, one bin after the other. With
-            ``overlong="split"`` a sequence may be there several times.
+        items: ``(num_items,)`` int64, ids of the sequences, bin after bin. With
+            ``overlong="split"`` a sequence may occur several times.
         offsets: ``(num_bins + 1,)`` int64; bin b is ``items[offsets[b]:offsets[b + 1]]``.
         item_lengths: ``(num_items,)`` integers, tokens of each item.
-        item_starts: ``(num_items,)`` int64, the token of its sequence that an item begins with;
-            None where all begin with the first.
-        capacity: tokens that a bin holds.
+        item_starts: ``(num_items,)`` int64, the token of its sequence at which each item begins.
+            None if all items begin at token 0.
+        capacity: tokens that fit in a bin.
         strategy: short name of the strategy that ran.
-        num_sequences: how many there were to be packed.
-        dropped: ids of the sequences left out, rising.
-        truncated: ids of the sequences cut to the capacity, rising.
-        split: ids of the sequences in more than one item, rising.
-        seed: what the shuffle was seeded with, where there was one.
-        seconds: time that planning took.
+        num_sequences: number of input sequences, including dropped ones.
+        dropped: ids of the dropped sequences, increasing.
+        truncated: ids of the sequences truncated to the capacity, increasing.
+        split: ids of the sequences split into several items, increasing.
+        seed: seed of the shuffle, or None if the strategy does not shuffle.
+        seconds: planning time.
     """
 
     items: NDArray[np.int64]
@@ -94,7 +94,7 @@ class PackResult(Sequence[NDArray[np.int64]]):
     seed: int | None = None
     seconds: float = 0.0
 
-    # What a saved plan holds, and what two equal plans have in common.
+    # The fields that equality compares. A saved plan holds them too.
     ARRAYS: ClassVar[tuple[str, ...]] = (
         *("items", "offsets", "item_lengths", "item_starts"),
         *("dropped", "truncated", "split"),
@@ -112,16 +112,16 @@ class PackResult(Sequence[NDArray[np.int64]]):
 
     def __getitem__(self, index: int | slice) -> NDArray[np.int64] | list[NDArray[np.int64]]:
         if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = range(len(self))[index]  # which knows negative ones, and raises IndexError
-        return self.items[self.offsets[at] : self.offsets[at + 1]]
+            return [self[b] for b in range(*index.indices(len(self)))]
+        b = range(len(self))[index]  # handles negative indices and raises IndexError
+        return self.items[self.offsets[b] : self.offsets[b + 1]]
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         bounds = self.offsets.tolist()
         return (self.items[start:end] for start, end in zip(bounds, bounds[1:]))
 
     def __eq__(self, other: object) -> bool:
-        """Whether both plans put the same items into the same bins; time does not count."""
+        """Whether both plans put the same items into the same bins. Planning time is ignored."""
         if not isinstance(other, PackResult):
             return NotImplemented
         return (
@@ -141,20 +141,18 @@ class PackResult(Sequence[NDArray[np.int64]]):
 
     @property
     def num_bins(self) -> int:
-        """How many bins there are."""
+        """The number of bins."""
         return len(self)
 
     @property
     def bins(self) -> list[NDArray[np.int64]]:
-        """The ids of each bin, views of ``items``."""
+        """The sequence ids of each bin, as views of ``items``."""
         return list(self)
 
     @property
     def bin_tokens(self) -> NDArray[np.int64]:
         """``(num_bins,)`` int64, tokens in each bin."""
-        if not len(self):
-            return _no_ids()
-        return np.add.reduceat(self.item_lengths, self.offsets[:-1], dtype=np.int64)
+        return segment_sum(self.item_lengths, self.offsets, np.int64)
 
     @property
     def efficiency(self) -> float:
@@ -163,7 +161,7 @@ class PackResult(Sequence[NDArray[np.int64]]):
 
     @property
     def metrics(self) -> PackMetrics:
-        """How well the plan packs, and what it took."""
+        """How full the bins are, and how long planning took."""
         fills = self.bin_tokens / self.capacity
         tokens = int(self.item_lengths.sum(dtype=np.int64))
         return PackMetrics(
@@ -185,23 +183,27 @@ class PackResult(Sequence[NDArray[np.int64]]):
         )
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Draw the lengths that were packed and how full the bins are; needs matplotlib.
+        """Draw histograms of the packed lengths and of how full the bins are. Needs matplotlib.
 
         Args:
-            path: where to save it too, as an image of the kind its name says.
+            path: also save the figure here, as an image of the type that the extension names.
         """
         from .figure import plot_plan  # matplotlib is an extra
 
-        figure = plot_plan(self)
+        title = (
+            f"{self.strategy}: {self.num_sequences:,} sequences in {self.num_bins:,} bins of "
+            f"{self.capacity:,}, {self.efficiency:.2%} filled"
+        )
+        figure = plot_plan(self.item_lengths, self.bin_tokens, self.capacity, title)
         if path is not None:
             figure.savefig(path)
         return figure
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the plan into a folder, as one ``.npy`` per array and ``plan.json``.
+        """Write the plan to a folder, as one ``.npy`` file per array and ``plan.json``.
 
         Raises:
-            FileExistsError: if there is a plan in it already.
+            FileExistsError: if the folder already contains a plan.
         """
         with PlanWriter(folder) as writer:
             for name in self.ARRAYS:
@@ -214,32 +216,36 @@ class PackResult(Sequence[NDArray[np.int64]]):
         """Read a plan that `save` wrote.
 
         Args:
-            folder: where it is.
-            mmap: leave the arrays on disk, read-only, until they are looked at.
+            folder: the folder of the plan.
+            mmap: memory-map the arrays, read-only, instead of reading them into memory.
 
         Raises:
-            FileNotFoundError: if there is no plan in the folder, or an array of it is missing.
-            ValueError: if a file of it is damaged, of another version, or a plan of pairs where
-                there should be one of sequences, or the other way round.
+            FileNotFoundError: if the folder contains no plan, or one of its arrays is missing.
+            ValueError: if a file is damaged or has another format version, or if the plan is of
+                another class (a plan of pairs loaded as a plan of sequences, or the reverse).
         """
         facts, arrays = read_plan(folder, mmap)
         contents: dict[str, Any] = {**facts, **arrays}
         kind = contents.pop("kind", cls.__name__)
         if kind != cls.__name__:
             raise ValueError(
-                f"{folder} holds a {kind}: load it by {kind}.load, not {cls.__name__}'s"
+                f"folder must contain a {cls.__name__}, got a {kind} in {folder}; use {kind}.load"
             )
         try:
             plan = cls(**contents)
-            whole = plan._is_whole()
+            consistent = plan._is_consistent()
         except (TypeError, IndexError) as error:
-            raise ValueError(f"{folder} is no whole plan: {error}") from error
-        if not whole:
-            raise ValueError(f"{folder} is no whole plan: its arrays do not belong together")
+            raise ValueError(
+                f"folder must contain a complete plan, got {folder}: {error}"
+            ) from error
+        if not consistent:
+            raise ValueError(
+                f"folder must contain a complete plan, got arrays of inconsistent sizes in {folder}"
+            )
         return plan
 
-    def _is_whole(self) -> bool:
-        """Whether the arrays are as long as one another says; their values are trusted."""
+    def _is_consistent(self) -> bool:
+        """Whether the sizes and dtypes of the arrays match. Other values are not checked."""
         return (
             len(self.items) == len(self.item_lengths)
             and self.offsets[0] == 0
@@ -253,46 +259,61 @@ class PackResult(Sequence[NDArray[np.int64]]):
 
 
 def merge_results(results: Sequence[PackResult]) -> PackResult:
-    """One plan of several, of consecutive shards of the sequences.
+    """Merge plans of consecutive shards of the sequences into one plan.
 
-    The ids of a shard go on where those of the one before it ended, and so do the bins.
+    The ids of a shard continue after those of the previous shard, and so do the bins.
 
     Raises:
-        TypeError: if one is a plan of pairs; those are planned whole.
-        ValueError: if there is none, or capacities differ.
+        TypeError: if a result is a plan of pairs. Those cannot be planned in shards.
+        ValueError: if there are no results, or capacities differ.
     """
     if not results:
-        raise ValueError("results must be at least one plan, got none")
+        raise ValueError("results must contain at least one plan, got none")
     for result in results:
         if type(result) is not PackResult:
             raise TypeError(f"results must be of type PackResult, got {type(result).__name__}")
     capacities = sorted({result.capacity for result in results})
     if len(capacities) > 1:
         raise ValueError(f"results must have one capacity, got {capacities}")
+    with_starts = any(result.item_starts is not None for result in results)
     first_ids = offsets_of([result.num_sequences for result in results])
     first_items = offsets_of([len(result.items) for result in results])
-
-    def shifted(name: str) -> NDArray[np.int64]:
-        return np.concatenate([getattr(r, name) + at for r, at in zip(results, first_ids)])
-
-    starts = None
-    if any(result.item_starts is not None for result in results):
-        none = [np.zeros(len(result.items), np.int64) for result in results]
-        starts = np.concatenate(
-            [zeros if r.item_starts is None else r.item_starts for r, zeros in zip(results, none)]
+    arrays: dict[str, Any] = {
+        name: np.concatenate(
+            [renumbered(r, name, *firsts) for r, *firsts in zip(results, first_ids, first_items)]
         )
-    offsets = [result.offsets[:-1] + at for result, at in zip(results, first_items)]
-    strategies = {result.strategy for result in results}
+        for name in merged_arrays(with_starts)
+    }
+    arrays["offsets"] = np.append(0, arrays["offsets"])
     return PackResult(
-        items=shifted("items"),
-        offsets=np.concatenate([*offsets, first_items[-1:]]),
-        item_lengths=np.concatenate([result.item_lengths for result in results]),
-        item_starts=starts,
+        **arrays,
         capacity=capacities[0],
-        strategy=strategies.pop() if len(strategies) == 1 else "several",
+        strategy=common_strategy({result.strategy for result in results}),
         num_sequences=int(first_ids[-1]),
-        dropped=shifted("dropped"),
-        truncated=shifted("truncated"),
-        split=shifted("split"),
         seconds=sum(result.seconds for result in results),
     )
+
+
+def merged_arrays(with_starts: bool) -> list[str]:
+    """Return the names of the arrays of a merged plan."""
+    return [name for name in PackResult.ARRAYS if with_starts or name != "item_starts"]
+
+
+def renumbered(plan: PackResult, name: str, first_id: int, first_item: int) -> NDArray[Any]:
+    """Return one array of a shard's plan, renumbered to follow the shards before it.
+
+    Those have ``first_id`` sequences and ``first_item`` items. ``offsets`` leaves out the first,
+    which is the last of the shard before.
+    """
+    if name == "offsets":
+        return plan.offsets[1:] + first_item
+    if name == "item_lengths":
+        return plan.item_lengths
+    if name == "item_starts":
+        return np.zeros_like(plan.items) if plan.item_starts is None else plan.item_starts
+    return getattr(plan, name) + first_id
+
+
+def common_strategy(names: set[str]) -> str:
+    """Return the one name in a set of strategies, or "several"."""
+    return next(iter(names)) if len(names) == 1 else "several"

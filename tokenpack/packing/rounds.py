@@ -1,20 +1,22 @@
-"""Best-fit decreasing for all bins at once: rounds in which each bin takes what fits it.
+"""Best-fit decreasing for all bins at once: in each round, every bin takes a sequence that fits.
 
-The histogram of `best_fit` saves nothing where hardly two sequences have one length, and its moves
-then cost more than the sort. Here the number of bins is guessed first, at the least there can be,
-and each round gives every bin that still has room a sequence, or several. A round is a dozen NumPy
-calls, and there are a dozen or two, so this is data-parallel: what threads or a GPU would do too.
+If lengths hardly repeat, the histogram of `best_fit` saves nothing, and its moves cost more than
+the sort. This module starts with the lower bound on the number of bins. In each round, every bin
+with space takes one or more sequences. There are one or two dozen rounds of about a dozen NumPy
+calls each. The method is data-parallel, so threads or a GPU could run it too.
 
-    while bins have room for several of the longest sequence left:  deal them out in turn
-    while sequences are many:   the roomiest bin takes the longest that fits, and so on down
-    then:                       each sequence, from the longest, takes the fullest bin it fits in
+    while bins have space for several of the longest sequences left:  deal these out in turn
+    while there are many sequences per bin:  from the emptiest bin on, take the longest that fits
+    then:  from the longest sequence on, go to the fullest bin with space
 
-The last rule is best fit, and there the tight fits are found. The plan is not best fit's, since a
-bin takes one sequence a round. On log-normal, exponential and uniform lengths it needs as many bins
-or up to 0.2 % more; where far more are needed than tokens demand, up to 7 % (docs/packing.md).
+The last rule is best fit and finds the tight fits. The plan differs from that of best fit, because
+a bin takes one sequence per round. On log-normal, exponential and uniform lengths it needs up to
+0.2 % more bins than best fit. If far more bins are needed than the tokens would fill, it needs up
+to 7 % more (docs/packing.md).
 
-Sequences are held by their ceiling, ``capacity - length``: what a bin may be filled to and still
-have room. Longest first, that rises, and so do the fills of bins from the emptiest.
+Sequences are represented by ``max_fill = capacity - length``: a sequence fits in a bin if the fill
+of the bin is at most ``max_fill``. From the longest sequence on, ``max_fill`` increases, as do the
+fills of the bins from the emptiest on.
 """
 
 from __future__ import annotations
@@ -22,180 +24,195 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..segments import group_by_bin, longest_first, stable_argsort
+from ..segments import Plan, group_by_bin, longest_first, stable_argsort
 
-_ROOMY = 5  # deal to bins that have room for this many of the longest sequence
-_MANY = 2.5  # sequences per bin, down to which tight fits are not looked for yet,
-_FEW = 1.02  # and below which they are not needed: a bin each is enough
+_DEALT = 5  # deal to bins with space for at least this many of the longest sequence
+_MANY = 2.5  # sequences per bin above which it is too early to look for tight fits
+_FEW = 1.02  # sequences per bin below which tight fits are not needed
 
 
 def best_fit_in_rounds(
     lengths: NDArray[np.integer], capacity: int, max_sequences: int | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> Plan:
     """Pack by best-fit decreasing in rounds.
 
     Args:
         lengths: ``(n,)`` integers from 1 to ``capacity``.
-        capacity: what a bin may hold.
-        max_sequences: how many sequences a bin may hold, or None.
+        capacity: tokens that fit in a bin.
+        max_sequences: the largest number of sequences in a bin, or None for no limit.
 
     Returns:
-        ``items (n,)`` and ``offsets (num_bins + 1,)``, both int64; in a bin the longest is first.
+        ``items (n,)`` and ``offsets (num_bins + 1,)``, both int64. The longest sequence of a bin
+        comes first.
     """
     order = longest_first(lengths)
-    # Half the bytes: a capacity is below 2**31.
-    ceilings = capacity - lengths[order].astype(np.int32)
+    max_fill = capacity - lengths[order].astype(np.int32)  # a capacity is below 2**31
     limit = len(order) if max_sequences is None else max_sequences
     bins = _Bins(capacity, max_sequences)
-    alone = int(np.searchsorted(ceilings, capacity - capacity // 2))  # over half the capacity
-    bins.open(max(alone, -(-int(lengths.sum(dtype=np.int64)) // capacity), -(-len(order) // limit)))
+    over_half = int(np.searchsorted(max_fill, capacity - capacity // 2))  # over half the capacity
+    bins.open(
+        max(over_half, -(-int(lengths.sum(dtype=np.int64)) // capacity), -(-len(order) // limit))
+    )
     bin_of = np.empty(len(order), np.int64)
     left = np.arange(len(order))
     while len(left):
-        fitless = len(ceilings)
+        # The longest sequences, if they do not fit even in the emptiest bin, open new bins.
+        too_long = len(max_fill)
         if len(bins.fill):
-            fitless = int(np.searchsorted(ceilings, bins.fill[0]))
-        if fitless:
-            total = capacity * fitless - int(ceilings[:fitless].sum(dtype=np.int64))
-            bins.open(max(-(-total // capacity), -(-fitless // limit)))
-        placed, where = _round(bins, ceilings, capacity)
-        bin_of[left[placed]] = where
-        left, ceilings = _without(placed, left, ceilings)
+            too_long = int(np.searchsorted(max_fill, bins.fill[0]))
+        if too_long:
+            total = capacity * too_long - int(max_fill[:too_long].sum(dtype=np.int64))
+            bins.open(max(-(-total // capacity), -(-too_long // limit)))
+        placed, chosen = _round(bins, max_fill, capacity)
+        bin_of[left[placed]] = chosen
+        left, max_fill = _without(placed, left, max_fill)
         if len(left):
-            bins.tidy(int(ceilings[-1]))
-    return group_by_bin(bin_of, bins.opened, order)
+            bins.close_full(int(max_fill[-1]))
+    return group_by_bin(bin_of, bins.num_opened, order)
 
 
 class _Bins:
-    """The open bins from the emptiest: which they are, their fills, and what each may still take.
+    """The open bins, from the emptiest to the fullest.
 
     Attributes:
-        number: ``(open,)`` int64.
-        fill: ``(open,)`` int32, tokens.
-        allowed: ``(open,)`` int64, sequences; None without a limit.
-        opened: how many were ever opened.
+        number: ``(num_open,)`` int64, the number of each bin.
+        fill: ``(num_open,)`` int32, tokens in each bin.
+        quota: ``(num_open,)`` int64, sequences that each bin may still take; None if unlimited.
+        num_opened: the number of bins opened so far, closed ones included.
     """
 
     def __init__(self, capacity: int, limit: int | None) -> None:
         self.capacity, self.limit = capacity, limit
-        self.opened = 0
+        self.num_opened = 0
         self.number = np.empty(0, np.int64)
         self.fill = np.empty(0, np.int32)
-        self.allowed = None if limit is None else np.empty(0, np.int64)
+        self.quota = None if limit is None else np.empty(0, np.int64)
 
     def open(self, count: int) -> None:
-        """Open empty ones; those that are open have something in them, so the order stays."""
-        numbers = np.arange(self.opened, self.opened + count)
-        self.opened += count
+        """Open empty bins. They go first, because the bins that are already open are not empty."""
+        numbers = np.arange(self.num_opened, self.num_opened + count)
+        self.num_opened += count
         self.number = np.concatenate((numbers, self.number))
         self.fill = np.concatenate((np.zeros(count, np.int32), self.fill))
-        if self.allowed is not None:
-            self.allowed = np.concatenate((np.full(count, self.limit), self.allowed))
+        if self.quota is not None:
+            self.quota = np.concatenate((np.full(count, self.limit), self.quota))
 
-    def put(
+    def add(
         self, which: NDArray[np.int64] | slice, tokens: NDArray, sequences: NDArray | int
     ) -> None:
-        """Fill bins up, each named once."""
+        """Add tokens and sequences to bins. No bin may occur twice."""
         self.fill[which] += tokens
-        if self.allowed is not None:
-            self.allowed[which] -= sequences
+        if self.quota is not None:
+            self.quota[which] -= sequences
 
-    def tidy(self, highest_ceiling: int) -> None:
-        """Sort by fill, and close those that nothing fits into any more."""
-        fits = self.fill <= highest_ceiling
-        if self.allowed is not None:
-            fits &= self.allowed > 0
+    def close_full(self, largest_max_fill: int) -> None:
+        """Sort by fill, and close the bins that cannot take any of the sequences left."""
+        fits = self.fill <= largest_max_fill
+        if self.quota is not None:
+            fits &= self.quota > 0
         kept = np.flatnonzero(fits)
         fill = self.fill[kept]
-        if (fill[1:] <= fill[:-1]).all():  # after a round over empty bins, which gave longest first
+        if (fill[1:] <= fill[:-1]).all():  # decreasing after a round in which all bins were empty
             kept = kept[::-1]
         else:
             kept = kept[stable_argsort(fill, self.capacity + 1)]
         self.number, self.fill = self.number[kept], self.fill[kept]
-        if self.allowed is not None:
-            self.allowed = self.allowed[kept]
+        if self.quota is not None:
+            self.quota = self.quota[kept]
 
 
 def _round(
-    bins: _Bins, ceilings: NDArray[np.int32], capacity: int
+    bins: _Bins, max_fill: NDArray[np.int32], capacity: int
 ) -> tuple[NDArray[np.int64] | slice, NDArray[np.int64]]:
-    """One round: which sequences are placed, and into which bins."""
-    longest = capacity - int(ceilings[0])
-    if capacity - int(bins.fill[0]) >= _ROOMY * longest:
-        return _deal(bins, ceilings, capacity, longest)
+    """Run one round; return the sequences that are placed, and the number of the bin of each."""
+    longest = capacity - int(max_fill[0])
+    if capacity - int(bins.fill[0]) >= _DEALT * longest:
+        return _deal(bins, max_fill, capacity, longest)
     which: NDArray[np.int64] | slice
     placed: NDArray[np.int64] | slice
     if bins.fill[0] == bins.fill[-1]:
-        which = placed = slice(min(len(bins.fill), len(ceilings)))
-    elif len(ceilings) > _MANY * len(bins.fill) or len(ceilings) <= _FEW * len(bins.fill):
-        head = ceilings[: int(_MANY * len(bins.fill))]  # the others' turn comes
-        which, placed = _roomiest_take_longest(bins.fill, head)
+        which = placed = slice(min(len(bins.fill), len(max_fill)))
+    elif len(max_fill) > _MANY * len(bins.fill) or len(max_fill) <= _FEW * len(bins.fill):
+        head = max_fill[: int(_MANY * len(bins.fill))]  # shorter sequences wait for later rounds
+        which, placed = _emptiest_take_longest(bins.fill, head)
     else:
-        which, placed = _longest_take_fullest(bins.fill, ceilings)
-    bins.put(which, capacity - ceilings[placed], 1)
+        which, placed = _longest_take_fullest(bins.fill, max_fill)
+    bins.add(which, capacity - max_fill[placed], 1)
     return placed, bins.number[which]
 
 
 def _deal(
-    bins: _Bins, ceilings: NDArray[np.int32], capacity: int, longest: int
+    bins: _Bins, max_fill: NDArray[np.int32], capacity: int, longest: int
 ) -> tuple[slice, NDArray[np.int64]]:
-    """Deal runs of the longest sequences to the roomy bins, leaving room for one more each."""
-    rooms = capacity - bins.fill
-    roomy = int(np.searchsorted(bins.fill, capacity - _ROOMY * longest, side="right"))
-    each = rooms[:roomy] // longest - 1
-    if bins.allowed is not None:
-        each = np.minimum(each, bins.allowed[:roomy])
-    ends = np.minimum(np.cumsum(each, dtype=np.int64), len(ceilings))
-    each = np.diff(ends, prepend=0)
-    tokens = np.cumsum(capacity - ceilings[: ends[-1]], dtype=np.int64)
+    """Deal runs of the longest sequences to the emptiest bins, leaving space for one more each."""
+    free = capacity - bins.fill
+    num_bins = int(np.searchsorted(bins.fill, capacity - _DEALT * longest, side="right"))
+    per_bin = free[:num_bins] // longest - 1
+    if bins.quota is not None:
+        per_bin = np.minimum(per_bin, bins.quota[:num_bins])
+    ends = np.minimum(np.cumsum(per_bin, dtype=np.int64), len(max_fill))
+    per_bin = np.diff(ends, prepend=0)
+    tokens = np.cumsum(capacity - max_fill[: ends[-1]], dtype=np.int64)
     tokens = np.concatenate(([0], tokens))[ends]
-    bins.put(slice(roomy), np.diff(tokens, prepend=0).astype(np.int32), each)
-    return slice(int(ends[-1])), np.repeat(bins.number[:roomy], each)
+    bins.add(slice(num_bins), np.diff(tokens, prepend=0).astype(np.int32), per_bin)
+    return slice(int(ends[-1])), np.repeat(bins.number[:num_bins], per_bin)
 
 
-def _roomiest_take_longest(
-    fill: NDArray[np.int32], ceilings: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """From the roomiest bin on, each takes the longest sequence that fits and is left."""
-    turn = np.arange(len(fill))
-    fitting = np.searchsorted(ceilings, fill)
-    placed = np.fmax.accumulate(fitting - turn) + turn  # the first that fits, or the next left
-    which = turn[placed < len(ceilings)]
-    return which, placed[which]
+def _emptiest_take_longest(
+    fill: NDArray[np.int32], max_fill: NDArray[np.int32]
+) -> tuple[slice, NDArray[np.int64]]:
+    """From the emptiest bin on, each takes the longest sequence left that fits.
+
+    Returns the indices of these bins, and the index of the sequence of each.
+    """
+    placed = strictly_increasing(np.searchsorted(max_fill, fill))
+    placed = placed[: np.searchsorted(placed, len(max_fill))]
+    return slice(len(placed)), placed
+
+
+def strictly_increasing(lower_bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the smallest strictly increasing sequence that is at least ``lower_bounds``.
+
+    If each bin takes the first item left from its lower bound on, these are the items.
+    """
+    arange = np.arange(len(lower_bounds))
+    return np.fmax.accumulate(lower_bounds - arange) + arange
 
 
 def _longest_take_fullest(
-    fill: NDArray[np.int32], ceilings: NDArray[np.int32]
+    fill: NDArray[np.int32], max_fill: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """From the longest sequence on, each takes the fullest bin that it fits into and is left.
+    """From the longest sequence on, each goes to the fullest bin left that it fits in.
 
-    Along rising fills and ceilings this is how brackets match: a bin opens one, and a sequence
-    closes the last that is open, or stays out where none is. Brackets match at one depth, where
-    opening and closing ones alternate.
+    Merge ``fill`` and ``max_fill`` in increasing order. Then this rule matches brackets: a bin
+    opens a bracket, and a sequence closes the last open one, or is left over if none is open.
+    Matching brackets are neighbors among the brackets of equal depth, where opening and closing
+    brackets alternate. Returns bins and sequences as `_emptiest_take_longest` does.
     """
-    # Bins first where equal. Two runs that are sorted: NumPy's timsort merges them.
-    order = np.concatenate((fill, ceilings)).argsort(kind="stable")
+    # At equal values the bin comes first. NumPy's timsort merges the two sorted runs.
+    order = np.concatenate((fill, max_fill)).argsort(kind="stable")
     closes = order >= len(fill)
     depth = np.cumsum(1 - 2 * closes.view(np.int8), dtype=np.int64)
-    low = np.fmin.accumulate(depth)  # on integers the minimum, five times as fast
+    low = np.fmin.accumulate(depth)  # on integers equal to minimum, and five times as fast
     np.minimum(low, 0, out=low)
-    stays_out = np.empty(len(low), np.bool_)
-    stays_out[0] = low[0] < 0
-    np.less(low[1:], low[:-1], out=stays_out[1:])
+    left_over = np.empty(len(low), np.bool_)
+    left_over[0] = low[0] < 0
+    np.less(low[1:], low[:-1], out=left_over[1:])
     depth -= low
-    depth += closes  # of a closing bracket, the depth that it closes
-    depth[stays_out] = 0
-    at_one_depth = order[stable_argsort(depth, len(fill) + 1)]
-    closing = np.flatnonzero(at_one_depth >= len(fill))
-    closing = closing[np.count_nonzero(stays_out) :]
-    return at_one_depth[closing - 1], at_one_depth[closing] - len(fill)
+    depth += closes  # the depth of a closing bracket is that of the bracket it closes
+    depth[left_over] = 0
+    by_depth = order[stable_argsort(depth, len(fill) + 1)]
+    closing = np.flatnonzero(by_depth >= len(fill))
+    closing = closing[np.count_nonzero(left_over) :]
+    return by_depth[closing - 1], by_depth[closing] - len(fill)
 
 
 def _without(placed: NDArray[np.int64] | slice, *arrays: NDArray) -> list[NDArray]:
+    """Return the arrays without the elements at ``placed``."""
     if isinstance(placed, slice):
         return [array[placed.stop :] for array in arrays]
-    behind = int(placed.max()) + 1
-    keep = np.ones(behind, np.bool_)
+    end = int(placed.max()) + 1
+    keep = np.ones(end, np.bool_)
     keep[placed] = False
     # compress is four times as fast as array[keep].
-    return [np.concatenate((array[:behind].compress(keep), array[behind:])) for array in arrays]
+    return [np.concatenate((array[:end].compress(keep), array[end:])) for array in arrays]

@@ -1,7 +1,7 @@
-"""Plans in folders: one ``.npy`` per array and ``plan.json``.
+"""Save plans in folders: one ``.npy`` file per array, and ``plan.json``.
 
-A folder is written from front to back, shard after shard, in memory that does not grow with their
-number, and it is read memory-mapped. ``plan.json`` comes last: a folder that has one is whole.
+The arrays are written in parts, shard by shard, so memory does not grow with the number of shards.
+They are read memory-mapped. ``plan.json`` is written last: a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ FORMAT = 1
 
 
 class PlanWriter:
-    """Writes the arrays of one plan, in parts. Use it in ``with``; `finish` makes it a plan.
+    """A context manager that writes the arrays of one plan in parts. `finish` completes the plan.
 
     Raises:
-        FileExistsError: if there is a plan in the folder already.
+        FileExistsError: if the folder already contains a plan.
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "plan.json").exists():
-            raise FileExistsError(f"folder must hold no plan yet, got {self.folder}")
+            raise FileExistsError(f"folder must not contain a plan, got {self.folder}")
         self._arrays: dict[str, NpyWriter] = {}
 
     def __enter__(self) -> PlanWriter:
@@ -41,41 +41,46 @@ class PlanWriter:
             array.close()
 
     def append(self, name: str, part: NDArray[Any]) -> None:
-        """Write more of an array; all its parts have the dtype of the first, or fit into it."""
+        """Append to an array. Later parts are cast to the dtype of the first."""
         if name not in self._arrays:
             self._arrays[name] = NpyWriter(self.folder / f"{name}.npy", part.dtype)
         self._arrays[name].append(part)
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Close the arrays and write what is no array, which makes the folder a plan."""
+        """Close the arrays and write everything else to ``plan.json``."""
         self.__exit__()
         text = json.dumps({"format": FORMAT, "arrays": list(self._arrays), **facts}, indent=1)
         (self.folder / "plan.json").write_text(text + "\n")
 
 
 def read_plan(folder: str | PathLike[str], mmap: bool) -> tuple[dict[str, Any], dict[str, NDArray]]:
-    """The facts and the arrays that `PlanWriter` wrote.
+    """Return the facts and the arrays that `PlanWriter` wrote.
 
     Raises:
-        FileNotFoundError: if there is no plan in the folder, or an array of it is missing.
-        ValueError: if a file of it is damaged, or of another version.
+        FileNotFoundError: if the folder contains no plan, or one of its arrays is missing.
+        ValueError: if a file is damaged or has another format version.
     """
     facts = read_facts(folder)
-    present = facts.pop("arrays")
-    return facts, {name: _read(Path(folder) / f"{name}.npy", mmap) for name in present}
+    names = facts.pop("arrays")
+    return facts, {name: _read(Path(folder) / f"{name}.npy", mmap) for name in names}
 
 
 def read_facts(folder: str | PathLike[str]) -> dict[str, Any]:
-    """What is no array, and under "arrays" the names of those; errors as `read_plan`."""
+    """Return the facts, and the names of the arrays as "arrays". Raises the errors of `read_plan`.
+
+    The facts are all values of a plan that are not arrays.
+    """
     file = Path(folder) / "plan.json"
     try:
         facts = json.loads(file.read_text())
         version = facts.pop("format")
         facts["arrays"] = [str(name) for name in facts["arrays"]]
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no plan: {error!r}") from error
+        raise ValueError(f"folder must contain a plan, got an invalid {file}: {error!r}") from error
     if version != FORMAT:
-        raise ValueError(f"{file} is a plan of another version: {version}, not {FORMAT}")
+        raise ValueError(
+            f"folder must contain a plan of format {FORMAT}, got format {version} in {file}"
+        )
     return facts
 
 
@@ -83,4 +88,4 @@ def _read(path: Path, mmap: bool) -> NDArray[Any]:
     try:
         return np.load(path, mmap_mode="r" if mmap else None)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no array: {error}") from error
+        raise ValueError(f"folder must contain a plan, got an invalid {path}: {error}") from error

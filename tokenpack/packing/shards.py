@@ -1,7 +1,7 @@
-"""Plans of more sequences than one machine wants to hold: shard by shard, into a folder.
+"""Plan more sequences than fit in memory: shard by shard, into a folder.
 
-A shard is planned by itself, so that memory is a shard's and many machines can share the work. What
-it costs is one bin per shard that is not full.
+Each shard is planned separately. So memory depends on the size of a shard only, and several
+machines can share the work. The cost is one bin per shard that is not full.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..checks import at_least_one
 from .packer import Packer
-from .result import PackResult
+from .result import PackResult, common_strategy, merged_arrays, renumbered
 from .saving import PlanWriter, read_facts
 
 
@@ -27,24 +27,24 @@ def pack_shards(
 ) -> PackResult:
     """Plan a long array of lengths, such as a memory-mapped file, in bounded memory.
 
-    Memory is about 60 bytes per sequence of a shard, whatever the number of shards.
+    Memory is about 60 bytes per sequence of one shard, for any number of shards.
 
     Args:
         lengths: ``(n,)`` integers, read one shard at a time.
-        packer: how to plan a shard.
-        folder: where the plan is written.
-        shard_size: sequences in a shard, but for the last.
+        packer: plans each shard.
+        folder: the folder to write the plan to.
+        shard_size: the number of sequences in a shard. The last shard may have fewer.
 
     Returns:
-        The plan, its arrays memory-mapped from the folder.
+        The plan, with arrays memory-mapped from the folder.
 
     Raises:
-        FileExistsError: if there is a plan in the folder already.
-        ValueError: as `pack_lengths`, naming the shard and the place in it.
+        FileExistsError: if the folder already contains a plan.
+        ValueError: as for `pack_lengths`. The message names the shard and the index in it.
     """
     size = at_least_one("shard_size", shard_size)
     if not len(lengths):
-        raise ValueError("lengths must name at least one sequence, got none")
+        raise ValueError("lengths must contain at least one sequence, got none")
 
     def plan(first: int) -> PackResult:
         try:
@@ -57,60 +57,53 @@ def pack_shards(
 
 
 def merge_saved(folders: Sequence[str | PathLike[str]], folder: str | PathLike[str]) -> PackResult:
-    """Join saved plans of consecutive shards into one, in bounded memory.
+    """Merge saved plans of consecutive shards into one saved plan, in bounded memory.
 
     Args:
-        folders: of the shards, in the order of their sequences.
-        folder: where the joint plan is written.
+        folders: the folders of the shards, in the order of their sequences.
+        folder: the folder to write the merged plan to.
 
     Returns:
-        The plan, its arrays memory-mapped from ``folder``.
+        The merged plan, with arrays memory-mapped from ``folder``.
 
     Raises:
-        FileExistsError: if there is a plan in ``folder`` already.
-        FileNotFoundError: if a shard's is missing.
-        ValueError: if there is no shard, one is damaged, or capacities differ.
+        FileExistsError: if ``folder`` already contains a plan.
+        FileNotFoundError: if the plan of a shard is missing.
+        ValueError: if there are no shards, a plan is damaged, or capacities differ.
     """
     if not folders:
-        raise ValueError("folders must be at least one shard's, got none")
+        raise ValueError("folders must contain at least one shard, got none")
     facts = [read_facts(shard) for shard in folders]
     capacities = sorted({each["capacity"] for each in facts})
     if len(capacities) > 1:
-        raise ValueError(f"folders must be of one capacity, got {capacities}")
+        raise ValueError(f"folders must have plans of one capacity, got {capacities}")
     with_starts = any("item_starts" in each["arrays"] for each in facts)
-    # One at a time: each that is mapped is a file held open.
+    # Load one plan at a time: every memory-mapped array keeps a file open.
     return _write((PackResult.load(shard) for shard in folders), folder, with_starts)
 
 
 def _write(
-    parts: Iterable[PackResult], folder: str | PathLike[str], with_starts: bool
+    plans: Iterable[PackResult], folder: str | PathLike[str], with_starts: bool
 ) -> PackResult:
-    """Write plans of consecutive shards as one: `merge_results`, on disk."""
+    """Write plans of consecutive shards as one plan: `merge_results` on disk."""
     num_sequences, num_items, seconds = 0, 0, 0.0
     strategies = set()
     with PlanWriter(folder) as writer:
         writer.append("offsets", np.zeros(1, np.int64))
-        for part in parts:
-            for name in ("items", "dropped", "truncated", "split"):
-                writer.append(name, getattr(part, name) + num_sequences)
-            writer.append("offsets", part.offsets[1:] + num_items)
-            writer.append("item_lengths", part.item_lengths)
-            if with_starts:
-                starts = part.item_starts
-                writer.append(
-                    "item_starts", np.zeros_like(part.items) if starts is None else starts
-                )
-            num_sequences += part.num_sequences
-            num_items += len(part.items)
-            seconds += part.seconds
-            strategies.add(part.strategy)
+        for plan in plans:
+            for name in merged_arrays(with_starts):
+                writer.append(name, renumbered(plan, name, num_sequences, num_items))
+            num_sequences += plan.num_sequences
+            num_items += len(plan.items)
+            seconds += plan.seconds
+            strategies.add(plan.strategy)
         writer.finish(
             {
                 "kind": PackResult.__name__,
-                "capacity": part.capacity,
-                "strategy": strategies.pop() if len(strategies) == 1 else "several",
+                "capacity": plan.capacity,
+                "strategy": common_strategy(strategies),
                 "num_sequences": num_sequences,
-                "seed": part.seed,
+                "seed": plan.seed,
                 "seconds": seconds,
             }
         )

@@ -1,13 +1,15 @@
-"""Packing a stream: bins come out as soon as they are final, and memory is bounded.
+"""Pack a stream of lengths: emit bins as soon as they are final, in bounded memory.
 
-A window of sequences is held back. When it is full it is planned; the bins that are final come out,
-and what is in the others stays for the next plan:
+The packer buffers a window of sequences. When the window is full, it plans them and emits the bins
+that are final. The sequences of the other bins stay in the buffer. Which bins are final depends on
+the strategy:
 
-- next fit and harmonic: all but the bins still open, so that the stream's bins are those of one
-  plan of everything (next fit needs no window, and has none);
-- the other strategies: the fuller half of the bins, so that what fits badly waits for company.
+- next fit and harmonic: all bins that are closed. So the bins of the stream are those of one plan
+  of all sequences. Next fit needs no window and has none.
+- other strategies: the fuller half of the bins. Sequences that fit badly wait for better matches.
 
-Plans are made so seldom that time is linear in the number of sequences.
+The time between plans grows with the buffer, so that the total time is linear in the number of
+sequences.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import at_least_one
-from .arrival import HARMONIC_CLASSES
 from .lengths import Lengths, Pieces, as_lengths, check_overlong, fit
+from .online import HARMONIC_CLASSES
 from .packer import Packer
 
 
@@ -28,10 +30,10 @@ class StreamBin(NamedTuple):
     """A final bin.
 
     Attributes:
-        items: ``(count,)`` int64, numbers of its sequences, in order of arrival from 0.
+        items: ``(count,)`` int64, the sequences of the bin, numbered from 0 in input order.
         lengths: ``(count,)`` int64, tokens of each.
-        starts: ``(count,)`` int64, the token of its sequence that each begins with: 0 but for the
-            later pieces of what was split.
+        starts: ``(count,)`` int64, the token of its sequence at which each begins. It is 0 except
+            for the later pieces of a split sequence.
     """
 
     items: NDArray[np.int64]
@@ -40,23 +42,25 @@ class StreamBin(NamedTuple):
 
 
 class StreamPacker:
-    """Packs lengths that come one by one, or in chunks.
+    """Packs lengths that arrive one at a time or in chunks.
 
     Args:
-        capacity: tokens that a bin holds.
-        strategy: as for `pack_lengths`, but for ``ffs``: a stream has no whole to shuffle.
-        lookahead: sequences held back; more of them give fuller bins. It may come to somewhat more
-            where bins hold very many short ones. Next fit holds those of the open bin alone.
+        capacity: tokens that fit in a bin.
+        strategy: as for `pack_lengths`, except ``ffs``, which would have to shuffle the whole
+            stream.
+        lookahead: number of sequences to buffer; larger values give fuller bins. The buffer may
+            grow somewhat larger if bins hold very many short sequences. Next fit buffers only the
+            sequences of the open bin.
         max_sequences, overlong, drop_empty: as for `pack_lengths`.
 
     Attributes:
-        num_sequences: sequences added so far.
-        dropped: how many of them were left out; likewise
-        truncated: cut to the capacity, and
-        split: cut in pieces.
+        num_sequences: number of sequences added so far.
+        dropped: number of sequences dropped so far.
+        truncated: number of sequences truncated to the capacity so far.
+        split: number of sequences split into pieces so far.
 
     Raises:
-        TypeError, ValueError: as `pack_lengths`.
+        TypeError, ValueError: as for `pack_lengths`.
     """
 
     def __init__(
@@ -77,33 +81,33 @@ class StreamPacker:
         self._overlong, self._drop_empty = overlong, drop_empty
         self._limit = inf if max_sequences is None else max_sequences
         self.num_sequences = self.dropped = self.truncated = self.split = 0
-        self._held = np.empty((3, 0), np.int64)  # rows of a `StreamBin`
-        self._added: list[int] = []  # lengths that come after those
+        self._held = np.empty((3, 0), np.int64)  # the buffer; its rows are the fields of StreamBin
+        self._added: list[int] = []  # lengths from `add` that are not in the buffer yet
         self._tokens = 0  # in both
-        self._plan_at = self.lookahead
+        self._plan_at = self.lookahead  # plan when this many sequences are held
 
     @property
     def capacity(self) -> int:
-        """Tokens that a bin holds."""
+        """Tokens that fit in a bin."""
         return self._packer.capacity
 
     @property
     def num_held(self) -> int:
-        """Sequences, or pieces of them, that are in no final bin yet."""
+        """Number of sequences, or pieces of sequences, that are not in a final bin yet."""
         return self._held.shape[1] + len(self._added)
 
     def add(self, length: int) -> list[StreamBin]:
-        """Add one sequence; the bins that became final by it, mostly none."""
+        """Add one sequence; return the bins that are final now, usually none."""
         if type(length) is not int or not 1 <= length <= self.capacity:
-            return self.extend([length])  # which says what is wrong with it, or deals with it
+            return self.extend([length])  # handles overlong and empty sequences, or raises
         self._added.append(length)
         self._tokens += length
         return self.extend(()) if self._is_due() else []
 
     def extend(self, lengths: Lengths) -> list[StreamBin]:
-        """Add sequences in their order; the bins that became final by them.
+        """Add sequences in order; return the bins that are final now.
 
-        Nothing is added if any of them is refused.
+        If one of the lengths is invalid, none is added.
         """
         checked = as_lengths(lengths) if len(lengths) else np.empty(0, np.int64)
         pieces = self._fit(checked) if len(checked) else None
@@ -115,7 +119,7 @@ class StreamPacker:
         return bins
 
     def finish(self) -> list[StreamBin]:
-        """All bins that are left; the stream may go on after it, with new ones."""
+        """Return the bins of all sequences left. More sequences may be added afterwards."""
         bins = self.extend(())
         if self._held.shape[1]:
             plan = self._packer.pack(self._held[1])
@@ -124,7 +128,7 @@ class StreamPacker:
         return bins
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the packer holds, as plain numbers; `load_state_dict` goes on from there."""
+        """Return the state as plain numbers; see `load_state_dict`."""
         return {
             "held": self._held.tolist(),
             "added": list(self._added),
@@ -134,14 +138,14 @@ class StreamPacker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the packer that gave ``state`` was.
+        """Resume from the state of another packer.
 
         Raises:
-            ValueError: if that had other options.
+            ValueError: if that packer had other options.
         """
         if state.get("options") != self._options:
             raise ValueError(
-                f"state must be of a packer with {self._options}, got {state.get('options')}"
+                f"state must come from a packer with {self._options}, got {state.get('options')}"
             )
         held = np.array(state["held"], np.int64).reshape(3, -1)
         added, plan_at = list(state["added"]), int(state["plan_at"])
@@ -160,7 +164,7 @@ class StreamPacker:
         return fit(lengths, self.capacity, self._overlong, self._drop_empty, "lengths")
 
     def _hold(self, pieces: Pieces, count: int) -> list[StreamBin]:
-        """Take in ``count`` sequences, planning each time the window is full."""
+        """Add the pieces of ``count`` sequences to the buffer; plan each time it is full."""
         rows = np.zeros((3, len(pieces.lengths)), np.int64)
         rows[0] = np.arange(count) if pieces.sequences is None else pieces.sequences
         rows[0] += self.num_sequences
@@ -173,10 +177,10 @@ class StreamPacker:
         self.split += len(pieces.split)
         bins: list[StreamBin] = []
         while rows.shape[1]:
-            room = rows.shape[1] if self._is_next_fit else self._plan_at - self._held.shape[1]
-            self._held = np.concatenate((self._held, rows[:, :room]), axis=1)
-            self._tokens += int(rows[1, :room].sum())
-            rows = rows[:, room:]
+            space = rows.shape[1] if self._is_next_fit else self._plan_at - self._held.shape[1]
+            self._held = np.concatenate((self._held, rows[:, :space]), axis=1)
+            self._tokens += int(rows[1, :space].sum())
+            rows = rows[:, space:]
             if self._is_due():
                 bins += self._emit()
         return bins
@@ -186,13 +190,13 @@ class StreamPacker:
         return self._packer.strategy == "nf"
 
     def _is_due(self) -> bool:
-        """Whether a plan would give bins out, or is at least due by number."""
+        """Whether it is time to plan. Next fit plans only if that closes a bin."""
         if self._is_next_fit:
             return self._tokens > self.capacity or self.num_held > self._limit
         return self.num_held >= self._plan_at
 
     def _emit(self) -> list[StreamBin]:
-        """Plan what is held, give out the final bins, and keep the others' in order of arrival."""
+        """Plan the buffer, remove and return the final bins. The rest keeps its order."""
         plan = self._packer.pack(self._held[1])
         final = self._final(plan.bin_tokens, plan.offsets, plan.items)
         bins = [self._bin(plan[b]) for b in np.flatnonzero(final).tolist()]
@@ -200,15 +204,16 @@ class StreamPacker:
         stays[plan.items[np.repeat(final, np.diff(plan.offsets))]] = False
         self._held = self._held[:, stays]
         self._tokens = int(self._held[1].sum())
-        # So many new ones before the next plan that time stays linear.
+        # Wait for enough new sequences to keep the total time linear.
         held = self._held.shape[1]
-        waits = held + self.lookahead // 4 + 1 if bins else 2 * held
-        self._plan_at = max(self.lookahead, waits)
+        plan_at = held + self.lookahead // 4 + 1 if bins else 2 * held
+        self._plan_at = max(self.lookahead, plan_at)
         return bins
 
     def _final(
         self, tokens: NDArray[np.int64], offsets: NDArray[np.int64], items: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
+        """``(num_bins,)`` bool, True for the bins of a plan that are final."""
         final = np.zeros(len(tokens), np.bool_)
         if self._is_next_fit:
             final[:-1] = True

@@ -1,1 +1,1 @@
-"""The demo's corpus, its tokenizer, and the training examples made from them."""
+"""The demo's corpus and tokenizer, and training examples made from them."""

@@ -1,39 +1,35 @@
-"""Turn texts into what each family trains on, and examples into ordinary padded batches.
+"""Make training examples for each family from texts, and padded batches from examples.
 
-    T5      span corruption: some spans of the text become sentinels, and are the target
-    NLLB    the text after its summary -> the summary, a language code before each
-    Llama   the text itself, every token predicted from those before it
+    T5      span corruption: sentinels replace some spans of the text, and the spans are the target
+    NLLB    the body of a text -> its summary, each after a language code
+    Llama   the text itself, each token predicted from the tokens before it
 
-Data with a source and a target is used as such: T5 and NLLB learn source -> target, Llama the two
-joined by a line break. Batches are drawn at random, as an ordinary ``DataLoader`` draws them, and
-padded on the right to their longest row.
+If a text has a target, T5 and NLLB learn source -> target, and Llama learns the two joined by a
+line break. Batches are drawn at random, as by a shuffling ``DataLoader``, and padded on the right
+to their longest row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checks import IGNORE_INDEX
+from ..data import T5SpanCorruptionCollatorFast
 from .text import Text, split_summary
 from .tokenizer import BOS, EOS, PAD, SENTINELS, SOURCE_LANGUAGE, TARGET_LANGUAGE, token_id
-
-# Span corruption as T5 was trained (Raffel et al. 2020, section 3.3): 15 % of the tokens, in spans
-# of 3 on average.
-_CORRUPTED_SHARE = 0.15
-_MEAN_SPAN = 3.0
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one sequence. ``labels`` is ``None`` where they are the input itself."""
+    """Token ids of one sequence. ``labels`` is None if the labels equal the input."""
 
     input_ids: list[int]
     labels: list[int] | None = None
@@ -41,13 +37,13 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples, and what had to be done to get them.
+    """Examples, with counts of truncated and unusable texts.
 
     Attributes:
-        examples: in the order of the texts.
-        cut_inputs: how many inputs were longer than the model takes, and cut to that.
-        cut_labels: the same of the labels.
-        unusable: how many texts give no example (a single sentence has no summary).
+        examples: the examples, in the order of the texts.
+        cut_inputs: number of inputs truncated to the maximum length.
+        cut_labels: number of labels truncated to the maximum length.
+        unusable: number of texts without an example (a single sentence has no summary).
     """
 
     examples: list[Example]
@@ -57,7 +53,7 @@ class ExampleSet:
 
 
 def causal_examples(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> ExampleSet:
-    """Llama: ``<s> text </s>``, at most ``max_length`` tokens."""
+    """Make examples for Llama: ``<s> text </s>``, at most ``max_length`` tokens."""
     joined = [t.source if t.target is None else f"{t.source}\n{t.target}" for t in texts]
     begin, end = token_id(tokenizer, BOS), token_id(tokenizer, EOS)
     cutter = _Cutter(max_length)
@@ -68,10 +64,10 @@ def causal_examples(texts: Sequence[Text], tokenizer: Tokenizer, max_length: int
 def pair_examples(
     texts: Sequence[Text], tokenizer: Tokenizer, max_length: int, max_label_length: int
 ) -> ExampleSet:
-    """NLLB: ``__body__ source </s>`` -> ``__summary__ target </s>``.
+    """Make examples for NLLB: ``__body__ source </s>`` -> ``__summary__ target </s>``.
 
-    A text without a target is split by `tokenpack.samples.text.split_summary`. A text that cannot
-    be split is counted as unusable.
+    `tokenpack.samples.text.split_summary` splits texts without a target. Texts that cannot be split
+    are counted as unusable.
     """
     pairs = [split_summary(t.source) if t.target is None else (t.source, t.target) for t in texts]
     usable = [pair for pair in pairs if pair is not None]
@@ -92,69 +88,52 @@ def pair_examples(
 def span_corruption_examples(
     texts: Sequence[Text], tokenizer: Tokenizer, max_length: int, max_label_length: int, seed: int
 ) -> ExampleSet:
-    """T5: ``text with spans masked </s>`` -> ``the masked spans </s>``, or source -> target.
+    """Make examples for T5: ``text with masked spans </s>`` -> ``the masked spans </s>``.
 
     Args:
-        texts: with a target, they are used as pairs and nothing is masked.
-        tokenizer: from :func:`tokenpack.samples.tokenizer.train_tokenizer`.
-        max_length: tokens of an input at most; a text is cut to it before spans are masked.
-        max_label_length: tokens of the labels at most.
-        seed: of the choice of spans.
+        texts: either all have a target, or none has. If all have one, they are used as source ->
+            target, and nothing is masked.
+        tokenizer: from `tokenpack.samples.tokenizer.train_tokenizer`.
+        max_length: the largest number of tokens of an input. Texts are truncated before masking.
+        max_label_length: the largest number of tokens of the labels.
+        seed: seed of the choice of spans.
     """
     end = token_id(tokenizer, EOS)
-    sentinels = [token_id(tokenizer, token) for token in SENTINELS]
-    random = np.random.default_rng(seed)
     inputs, labels = _Cutter(max_length), _Cutter(max_label_length)
-    examples = []
-    sources = _encode(tokenizer, [text.source for text in texts])
-    targets = _encode(tokenizer, [text.target or "" for text in texts])
-    for text, source, target in zip(texts, sources, targets):
-        source = inputs.cut(source, end)[:-1]
-        if text.target is None:
-            source, target = corrupt_spans(source, sentinels, random)
-        examples.append(Example([*source, end], labels.cut(target, end)))
+    encoded = _encode(tokenizer, [text.source for text in texts])
+    sources = [inputs.cut(ids, end) for ids in encoded]
+    targets = [text.target for text in texts if text.target is not None]
+    pairs: Iterable[tuple[list[int], list[int]]]
+    if len(targets) == len(texts):
+        pairs = zip(sources, _encode(tokenizer, targets))
+    else:
+        pairs = _corrupt_spans(sources, tokenizer, seed)
+    examples = [Example(source, labels.cut(target, end)) for source, target in pairs]
     return ExampleSet(examples, inputs.count, labels.count, 0)
 
 
-def corrupt_spans(
-    ids: Sequence[int], sentinels: Sequence[int], random: np.random.Generator
-) -> tuple[list[int], list[int]]:
-    """Replace random spans of ``ids`` by sentinels; the target lists each sentinel and its span.
+def _corrupt_spans(
+    texts: list[list[int]], tokenizer: Tokenizer, seed: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Mask 15 % of each text in spans of 3 tokens on average; yield sources and targets.
 
-    Returns:
-        ``(input, target)``. Put back in the place of their sentinels, the target's spans give
-        ``ids``. The target ends with one sentinel more, as T5's does.
+    Texts and sources end with the end token, targets do not.
     """
-    masked = min(max(round(len(ids) * _CORRUPTED_SHARE), 1), len(ids))
-    kept = len(ids) - masked
-    spans = max(min(round(masked / _MEAN_SPAN), kept, len(sentinels) - 1), 1)
-    # Kept and masked stretches alternate, beginning with a kept one.
-    kept_lengths = _random_parts(kept, spans, random)
-    masked_lengths = _random_parts(masked, spans, random)
-    corrupted: list[int] = []
-    target: list[int] = []
-    position = 0
-    for sentinel, kept_length, masked_length in zip(sentinels, kept_lengths, masked_lengths):
-        begin, end = position + kept_length, position + kept_length + masked_length
-        corrupted += [*ids[position:begin], sentinel]
-        target += [sentinel, *ids[begin:end]]
-        position = end
-    return corrupted, [*target, sentinels[spans]]
-
-
-def _random_parts(total: int, parts: int, random: np.random.Generator) -> list[int]:
-    """``parts`` positive integers with the sum ``total``, every such list equally likely.
-
-    A single part may be 0: a text of one token has nothing to keep.
-    """
-    if parts == 1:
-        return [total]
-    cuts = np.sort(random.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff([0, *cuts, total]).tolist()
+    ids = SimpleNamespace(
+        pad_token_id=token_id(tokenizer, PAD),
+        eos_token_id=token_id(tokenizer, EOS),
+        padding_side="right",
+    )
+    sentinels = [token_id(tokenizer, token) for token in SENTINELS]
+    corrupt = T5SpanCorruptionCollatorFast(ids, seed=seed, packed=True, sentinel_ids=sentinels)
+    batch = corrupt([{"input_ids": text} for text in texts])
+    sources = batch["input_ids"][0].split(batch["cu_seqlens"].diff().tolist())
+    targets = batch["labels"][0].split(batch["decoder_cu_seqlens"].diff().tolist())
+    return ((source.tolist(), target[:-1].tolist()) for source, target in zip(sources, targets))
 
 
 class _Cutter:
-    """Ends token lists and cuts them to a length, and counts how many it had to cut."""
+    """Truncates token lists to a length, end token included, and counts the truncated lists."""
 
     def __init__(self, max_length: int):
         self.max_length = max_length
@@ -179,23 +158,23 @@ def random_batches(
     """Draw ``steps`` padded batches as a shuffling ``DataLoader`` does, epoch after epoch.
 
     Args:
-        examples: one or more.
-        tokenizer: gives the id that pads.
-        batch_size: rows of a batch; with fewer examples than that, a batch is all of them.
-        steps: how many batches.
-        seed: of the order.
+        examples: at least one example.
+        tokenizer: the tokenizer, for the padding id.
+        batch_size: number of rows in a batch. With fewer examples, each batch holds all of them.
+        steps: number of batches.
+        seed: seed of the order.
 
     Returns:
-        Batches of ``input_ids``, ``attention_mask`` (rows, columns) and ``labels`` (rows, columns
-        of their own), int64, padded on the right; labels with -100.
+        Batches of ``input_ids`` and ``attention_mask``, ``(rows, columns)`` int64, and ``labels``,
+        ``(rows, label columns)`` int64. All are padded on the right, labels with -100.
 
     Raises:
-        ValueError: if there is no example.
+        ValueError: if there are no examples.
     """
     if not examples:
-        raise ValueError("examples: got none, takes one or more")
+        raise ValueError("examples must contain at least one example, got none")
     pad = token_id(tokenizer, PAD)
-    dataset: Any = list(examples)  # a dataset in all but its type
+    dataset: Any = list(examples)  # works as a dataset, but does not have its type
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=min(batch_size, len(examples)),
@@ -209,7 +188,7 @@ def random_batches(
 
 
 def pad_batch(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """Pad examples on the right to the longest of them; labels are padded with -100."""
+    """Pad examples on the right to the longest. Labels are padded with -100."""
     labels = [
         example.input_ids if example.labels is None else example.labels for example in examples
     ]

@@ -1,14 +1,14 @@
-"""Texts to train on: the standard library's docstrings, or a file of one's own.
+"""Texts to train on: the docstrings of the standard library, or a user's file.
 
-Docstrings are real text that every Python carries, of naturally unequal lengths (a median of some
-200 characters, a few of several thousand), so nothing need be downloaded and no length is made up.
+Docstrings are real text that comes with Python, so nothing is downloaded. Their lengths vary
+naturally: the median is about 200 characters, and a few have several thousand.
 
-A file is
+A file is UTF-8 in one of two formats:
 
-    .txt    texts separated by blank lines; where the file has no blank line, one text per line
+    .txt    texts separated by blank lines; one text per line if the file has no blank line
     .jsonl  one JSON object per line, with "text", or with "source" and "target"
 
-in UTF-8. What cannot be read is an error that names the file and the line; nothing is skipped.
+A line that cannot be read raises an error that names the file and the line. No line is skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tests hold few docstrings and files that are broken on purpose; the rest is not the library.
+# Tests have few docstrings and some invalid files. The others are not the standard library.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -31,7 +31,7 @@ _END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 @dataclass(frozen=True)
 class Text:
-    """One text, with what it is to be turned into where the data says so."""
+    """One text, and its target if the data has one."""
 
     source: str
     target: str | None = None
@@ -41,18 +41,18 @@ class Text:
 
 
 def standard_library_texts(limit: int = 10_000) -> list[Text]:
-    """The docstrings of Python's standard library, each once, in the order of its files.
+    """Return the distinct docstrings of Python's standard library, in the order of its files.
 
-    Those of a single line, nearly half, are left out: they are labels more than text.
+    Docstrings of a single line, nearly half of all, are left out: they are more labels than text.
 
     Args:
-        limit: how many at most.
+        limit: the largest number of texts.
 
     Returns:
-        Texts without a target. The same Python gives the same list.
+        Texts without a target. The list is the same for the same Python version.
 
     Raises:
-        ValueError: if the library is here without its sources.
+        ValueError: if the standard library is installed without its sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     docstrings: dict[str, None] = {}
@@ -63,8 +63,8 @@ def standard_library_texts(limit: int = 10_000) -> list[Text]:
                 return [Text(docstring) for docstring in docstrings]
     if not docstrings:
         raise ValueError(
-            "data: this Python carries no sources of its standard library; "
-            "give a .txt or .jsonl file with --data"
+            "data must be a .txt or .jsonl file, got none, and this Python has no sources of its "
+            "standard library; pass a file with --data"
         )
     return [Text(docstring) for docstring in docstrings]
 
@@ -79,9 +79,9 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 def _docstrings(path: Path) -> Iterator[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own invalid escapes
+        warnings.simplefilter("ignore")  # invalid escape sequences in the library
         try:
-            tree = ast.parse(path.read_bytes())  # bytes: the file's coding line is obeyed
+            tree = ast.parse(path.read_bytes())  # bytes, so that ast obeys the coding line
         except (SyntaxError, ValueError):
             return  # a template, not a module
     for node in ast.walk(tree):
@@ -98,20 +98,20 @@ def read_texts(path: str | Path) -> list[Text]:
     """Read the texts of a .txt or .jsonl file.
 
     Returns:
-        At least one text, none of them empty. Either all have a target or none has.
+        At least one text, and no empty text. Either all texts have a target or none has.
 
     Raises:
-        ValueError: naming the file, the line where there is one, and what is expected, if the file
-            is missing, empty, of another kind, not UTF-8, or holds a line that cannot be used.
+        ValueError: if the file is missing, empty, of another type, not UTF-8, or has an invalid
+            line. The message names the file, the line and the expected content.
     """
     path = Path(path)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"data: cannot read {path}: it must end in .txt or .jsonl")
-    # Not splitlines(): that also breaks at U+2028 and its like, which JSON strings may hold.
+        raise ValueError(f"data must end in .txt or .jsonl, got {path}")
+    # Not splitlines(): it also splits at U+2028 and similar, which JSON strings may contain.
     lines = _read_utf8(path).replace("\r\n", "\n").split("\n")
     if not any(line.strip() for line in lines):
-        raise ValueError(f"data: {path} is empty")
+        raise ValueError(f"data must contain at least one text, got {path}, which is empty")
     return readers[path.suffix.lower()](path, lines)
 
 
@@ -119,19 +119,19 @@ def _read_utf8(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"data: cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"data must be a readable file, got {path}: {error.strerror}") from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"data: {path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x})"
+            f"data must be UTF-8, got byte 0x{raw[error.start]:02x} in {path}, line {line}"
         ) from None
 
 
 def _read_txt(path: Path, lines: list[str]) -> list[Text]:
     lines = [line.rstrip() for line in lines]
-    # A blank line at the end of a file separates nothing.
+    # Blank lines at the end of the file do not separate texts.
     while not lines[-1]:
         lines.pop()
     if all(lines):
@@ -150,12 +150,12 @@ def _read_jsonl(path: Path, lines: list[str]) -> list[Text]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"data: {path}, line {number}"
+        where = f"{path}, line {number}"
         text = _text_of_record(_parse_json(line, where), where)
         if texts and (text.target is None) != (texts[0].target is None):
             raise ValueError(
-                f"{where}: lines with 'text' and lines with 'source' and 'target' "
-                f"are mixed; a file takes one kind"
+                "data must have 'text' in all lines, or 'source' and 'target' in all lines, "
+                f"got both in {where}"
             )
         texts.append(text)
     return texts
@@ -165,9 +165,13 @@ def _parse_json(line: str, where: str) -> dict:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+        raise ValueError(
+            f"data must be JSON lines, got {error.msg} in {where}, column {error.colno}"
+        ) from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: got a JSON {type(record).__name__}, expected an object")
+        raise ValueError(
+            f"data must have a JSON object per line, got a {type(record).__name__} in {where}"
+        )
     return record
 
 
@@ -175,14 +179,14 @@ def _text_of_record(record: dict, where: str) -> Text:
     keys = ("text",) if "text" in record else ("source", "target")
     if any(key not in record for key in keys):
         raise ValueError(
-            f"{where}: expected 'text', or 'source' and 'target'; "
-            f"got the keys {sorted(record) or 'none'}"
+            "data must have the keys 'text', or 'source' and 'target', got "
+            f"{sorted(record) or 'none'} in {where}"
         )
     for key in keys:
         value = record[key]
         if not isinstance(value, str) or not value.strip():
             got = "an empty string" if isinstance(value, str) else type(value).__name__
-            raise ValueError(f"{where}: '{key}' must be a string that is not empty, got {got}")
+            raise ValueError(f"'{key}' must be a non-empty string, got {got} in {where}")
     return Text(record[keys[0]], record[keys[1]] if len(keys) == 2 else None)
 
 
@@ -190,10 +194,10 @@ def _text_of_record(record: dict, where: str) -> Text:
 
 
 def split_summary(text: str) -> tuple[str, str] | None:
-    """Split a text into what follows its summary, and its summary.
+    """Split a text into its body and its summary.
 
-    The summary is the first paragraph, else the first line, else the first sentence: whichever is
-    the first to leave something after it. A docstring's first line is its summary (PEP 257).
+    The summary is the first paragraph. If the text has one paragraph, it is the first line, and if
+    the text has one line, the first sentence. A docstring starts with its summary (PEP 257).
 
     Returns:
         ``(body, summary)``, or ``None`` for a text of one sentence.

@@ -1,7 +1,7 @@
-"""Train a byte-level BPE that serves T5, NLLB and Llama alike.
+"""Train a byte-level BPE tokenizer for T5, NLLB and Llama.
 
-Byte-level: every text has an encoding, so there is no unknown token. The special tokens that the
-three families need lie first, at fixed ids; the demo's configs are given these ids.
+A byte-level tokenizer encodes every text, so there is no unknown token. The special tokens of the
+three families have the first ids, which are fixed. The demo's model configs use these ids.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE on ``texts``.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: tokens at most, the special ones and the 256 bytes included. A small text may
-            give fewer.
+        texts: the training texts.
+        vocab_size: the largest number of tokens, including the special tokens and the 256 bytes.
+            With little text the vocabulary may be smaller.
 
     Returns:
-        A tokenizer that adds no special token by itself, and takes one that is spelled out in a
-        text for ordinary characters.
+        A tokenizer that adds no special tokens. It encodes the name of a special token in a text as
+        ordinary characters.
 
     Raises:
-        ValueError: if ``vocab_size`` leaves no room for the special tokens and the bytes.
+        ValueError: if ``vocab_size`` is too small for the special tokens and the bytes.
     """
     least = len(SPECIAL_TOKENS) + _BYTES
     if vocab_size < least:
         raise ValueError(
-            f"vocab_size: got {vocab_size}, takes {least} or more "
-            f"({_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens)"
+            f"vocab_size must be at least {least}, for {_BYTES} bytes and {len(SPECIAL_TOKENS)} "
+            f"special tokens, got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,12 +54,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that the tokenizer must have.
+    """Return the id of a token.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: if the tokenizer does not have it.
     """
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise ValueError(f"tokenizer: has no token {token!r}")
+        raise ValueError(f"tokenizer must have the token {token!r}, got one without it")
     return found

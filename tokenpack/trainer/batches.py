@@ -37,10 +37,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import at_least_one, check_seed
-from ..packing.arrival import Plan
 from ..packing.lengths import Lengths, as_lengths, fit
 from ..packing.packer import pack_lengths
-from ..segments import group_by_bin, longest_first, stable_argsort
+from ..segments import Plan, group_by_bin, longest_first, stable_argsort
 
 _NEAR = (0.0, 0.0025, 0.005)  # batches over the least there can be, tried in turn,
 _OVER_BEST_FIT = 0.02  # and at most this over what best fit needs

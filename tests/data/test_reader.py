@@ -17,8 +17,9 @@ import pyarrow.feather  # noqa: E402
 import pyarrow.json  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 
-from tokenpack.data import reader  # noqa: E402
 from tokenpack.data.reader import streaming_dataset_reader  # noqa: E402
+from tokenpack.data.readers import blocks  # noqa: E402
+from tokenpack.data.readers import csv as csv_reader  # noqa: E402
 
 ROWS = [
     {"id": number, "name": f"n{number}", "input_ids": list(range(number % 4))}
@@ -77,8 +78,8 @@ def write(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few lines, so that small files have many."""
-    monkeypatch.setattr(reader, "_LINE_BLOCK_BYTES", 64)
-    monkeypatch.setattr(reader, "_CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_reader, "_CSV_BLOCK_BYTES", 64)
 
 
 def read(path, batch_size=1000, columns=None, **options):
@@ -246,7 +247,7 @@ def test_skipping_resumes_at_a_row_across_files(write, tmp_path, suffix, skip):
 
 def test_skipping_more_than_there_is_is_an_error(write):
     path = write("a.jsonl", to_jsonl(ROWS))
-    with pytest.raises(ValueError, match=r"skip_rows: got 26, the files have 25 rows"):
+    with pytest.raises(ValueError, match=r"skip_rows must be at most 25, .* got 26"):
         read(path, skip_rows=26)
 
 
@@ -328,7 +329,7 @@ def test_format_overrides_the_suffix(write, tmp_path):
     assert read(write("a.csv", '{"a": 1}\n'), format="text") == [{"text": ['{"a": 1}']}]
     write("b.txt", "two\n")
     assert read(tmp_path, format="text") == [{"text": ["two"]}]
-    with pytest.raises(ValueError, match=r"mixes the formats csv, text; .*format="):
+    with pytest.raises(ValueError, match=r"files of one format, got csv, text .*format="):
         streaming_dataset_reader(tmp_path)
 
 
@@ -355,7 +356,7 @@ def test_nothing_is_opened_before_the_first_next(write, monkeypatch):
 
 def test_lines_are_read_block_by_block(write, monkeypatch):
     """What lies after the first block may be anything until it is its turn."""
-    monkeypatch.setattr(reader, "_LINE_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 1000)
     batches = streaming_dataset_reader(write("a.jsonl", to_jsonl(ROWS * 10) + b"no JSON\n"), 10)
     assert next(batches)["id"] == list(range(10))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 251: not JSON"):
@@ -473,7 +474,7 @@ def test_a_type_may_widen_between_blocks(write, early, late):
 def test_a_type_conflict_names_the_line(
     write, monkeypatch, before, after, types, skip_rows, block_bytes
 ):
-    monkeypatch.setattr(reader, "_LINE_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", block_bytes)
     rows = [{"n": 0, "a": before}] * 100 + [{"n": 0, "a": after}] * 10
     path = write("a.jsonl", to_jsonl(rows))
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 101: column 'a' is .*{types}"):
@@ -483,7 +484,7 @@ def test_a_type_conflict_names_the_line(
 
 def test_a_type_conflict_within_a_block_that_begins_with_nulls(write, monkeypatch):
     """Such a block agrees with itself, and not with those before."""
-    monkeypatch.setattr(reader, "_LINE_BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 100)
     rows = [{"a": []}] * 10 + [{"a": None}] * 10 + [{"a": "x"}] * 10
     with pytest.raises(ValueError, match=r"a\.jsonl, line 21: column 'a' is string"):
         read(write("a.jsonl", to_jsonl(rows)))
@@ -550,22 +551,26 @@ def test_integers_of_json_are_exact_or_an_error(write, value):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"batch_size": 0}, ValueError, "batch_size: got 0, takes 1 or more"),
-        ({"batch_size": -1}, ValueError, "batch_size: got -1"),
-        ({"batch_size": 2.0}, TypeError, r"batch_size: got 2\.0, takes an integer"),
-        ({"batch_size": True}, TypeError, "batch_size: got True"),
-        ({"skip_rows": -1}, ValueError, "skip_rows: got -1, takes 0 or more"),
-        ({"columns": "a"}, TypeError, "columns: got 'a', takes a list of names"),
-        ({"columns": [1]}, TypeError, "columns: got"),
-        ({"columns": 1}, TypeError, "columns: got 1"),
-        ({"columns": []}, TypeError, "columns: got"),
-        ({"columns": ["a", "a"]}, ValueError, "columns: .*each name once"),
-        ({"format": "xml"}, ValueError, "format: got 'xml', takes one of arrow, csv, jsonl, parq"),
-        ({"output": "numpy"}, ValueError, "output: got 'numpy', takes one of python, arrow"),
-        ({"text_column": ""}, TypeError, "text_column: got ''"),
-        ({"path": 3}, TypeError, "path: got 3"),
-        ({"path": [3]}, TypeError, r"path: got \[3\]"),
-        ({"path": []}, ValueError, "path: got an empty list"),
+        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
+        ({"batch_size": -1}, ValueError, "batch_size must be 1 or more, got -1"),
+        ({"batch_size": 2.0}, TypeError, r"batch_size must be an integer, got 2\.0"),
+        ({"batch_size": True}, TypeError, "batch_size must be an integer, got True"),
+        ({"skip_rows": -1}, ValueError, "skip_rows must be 0 or more, got -1"),
+        ({"columns": "a"}, TypeError, "columns must be a list of column names, got 'a'"),
+        ({"columns": [1]}, TypeError, "columns must be a list of column names, got"),
+        ({"columns": 1}, TypeError, "columns must be a list of column names, got 1"),
+        ({"columns": []}, TypeError, "columns must be a list of column names, got"),
+        ({"columns": ["a", "a"]}, ValueError, "columns must name each column once, got"),
+        (
+            {"format": "xml"},
+            ValueError,
+            "format must be one of arrow, csv, .* got 'xml'",
+        ),
+        ({"output": "numpy"}, ValueError, "output must be one of python, arrow, got 'numpy'"),
+        ({"text_column": ""}, TypeError, "text_column must be a column name, got ''"),
+        ({"path": 3}, TypeError, "path must be a path or a list of paths, got 3"),
+        ({"path": [3]}, TypeError, r"path must be a path or a list of paths, got \[3\]"),
+        ({"path": []}, ValueError, "path must name at least one file, got an empty list"),
         ({"path": "missing.jsonl"}, FileNotFoundError, r"no file missing\.jsonl"),
         ({"path": ["missing.csv"]}, FileNotFoundError, r"no file missing\.csv"),
         ({"path": "missing-*.jsonl"}, FileNotFoundError, "no file matches missing"),
@@ -583,9 +588,11 @@ def test_bad_paths_are_errors_at_the_call(write, tmp_path):
     for suffix in [".parquet", ".arrow", *TEXTUAL]:
         with pytest.raises(ValueError, match=rf"path: \S*empty\{suffix} is empty"):
             streaming_dataset_reader(write("empty" + suffix, b""))
-    with pytest.raises(ValueError, match=r"name of \S*a\.xml does not say its format.*\.parquet"):
+    with pytest.raises(
+        ValueError, match=r"must end in one of \.parquet .*, got \S*a\.xml; .*format="
+    ):
         streaming_dataset_reader(write("a.xml", "<a/>"))
-    with pytest.raises(ValueError, match=r"a\.parquet\.gz: parquet is not read through gzip"):
+    with pytest.raises(ValueError, match=r"a\.parquet\.gz: parquet within gzip"):
         streaming_dataset_reader(write("a.parquet.gz", gzip.compress(b"PAR1")))
 
 
@@ -637,8 +644,8 @@ def test_a_truncated_line_is_an_error(write):
     [
         (b'{"a": 1', "not JSON"),
         (b'{"a": }', "not JSON .*column 7"),
-        (b"[1, 2]", "takes a JSON object, got a JSON list"),
-        (b"3", "takes a JSON object, got a JSON int"),
+        (b"[1, 2]", "must be a JSON object, got a JSON list"),
+        (b"3", "must be a JSON object, got a JSON int"),
         (b'{"a": 1} {"a": 2}', "not JSON"),
         (b'{"a":\n1}', "not JSON"),
         (b'{"b": "\xff"}', "not UTF-8 .byte 0xff"),
@@ -658,7 +665,7 @@ def test_a_bad_line_of_json_is_named(write, line, message):
 @pytest.mark.parametrize("start", [b"[", b"\n\n[", b"a,b\n", b'\xef\xbb\xbf["x"'])
 def test_a_json_array_is_refused_before_it_is_read(write, start):
     line = start.count(b"\n", 0, 2) + 1
-    with pytest.raises(ValueError, match=rf"a\.json, line {line}: takes a JSON object"):
+    with pytest.raises(ValueError, match=rf"a\.json, line {line}: must be a JSON object"):
         read(write("a.json", start))
 
 
@@ -673,7 +680,7 @@ def test_a_json_array_is_refused_before_it_is_read(write, start):
 )
 @pytest.mark.parametrize("block_bytes", [64, 1 << 20])
 def test_a_bad_row_of_csv_is_named(write, monkeypatch, line, message, block_bytes):
-    monkeypatch.setattr(reader, "_CSV_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(csv_reader, "_CSV_BLOCK_BYTES", block_bytes)
     # A quoted line break: lines and rows do not count alike.
     content = b'a,b\n1,"2\n3"\n' + b"1,2\n" * 99 + line + b"\n" + b"1,2\n" * 9
     with pytest.raises(ValueError, match=rf"a\.csv, {message}"):
@@ -681,15 +688,15 @@ def test_a_bad_row_of_csv_is_named(write, monkeypatch, line, message, block_byte
 
 
 def test_a_quote_that_is_never_closed_does_not_take_in_the_file(write, monkeypatch):
-    monkeypatch.setattr(reader, "_CSV_BLOCK_BYTES", 64)
-    monkeypatch.setattr(reader, "_LONGEST_CSV_ROW_BYTES", 1000)
+    monkeypatch.setattr(csv_reader, "_CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_reader, "_LONGEST_CSV_ROW_BYTES", 1000)
     path = write("a.csv", b'a,b\n1,2\n1,"2\n' + b"1,2\n" * 10_000)
     with pytest.raises(ValueError, match=r"a\.csv, line 3: a quote that is never closed, or"):
         read(path)
 
 
 def test_a_quote_within_a_cell_is_a_character(write, monkeypatch):
-    monkeypatch.setattr(reader, "_CSV_BLOCK_BYTES", 8)
+    monkeypatch.setattr(csv_reader, "_CSV_BLOCK_BYTES", 8)
     path = write("a.csv", 'a,b\n5" disk,"x\ny"\n"q"r"s,t\n' * 3)
     lines = [('5" disk', "x\ny"), ('qr"s', "t"), ("a", "b")]
     assert [tuple(row.values()) for row in read_rows(path)] == (lines * 3)[:-1]
@@ -699,15 +706,15 @@ def test_a_quote_within_a_cell_is_a_character(write, monkeypatch):
     "name, content, message",
     [
         ("a.csv", "a,a\n1,2\n", "more than one column a"),
-        ("a.csv", "a\tb\n1\t2\n", "line 1: .*header is that of a tsv"),
-        ("a.tsv", "a,b\n1,2\n", "line 1: .*header is that of a csv"),
+        ("a.csv", "a\tb\n1\t2\n", "line 1: .*but the header is tsv"),
+        ("a.tsv", "a,b\n1,2\n", "line 1: .*but the header is csv"),
         ("a.csv", "\n\n", "no header"),
         ("a.csv", "a,b\n", "no rows"),
         ("a.csv", 'a,"b\n1,2\n', "line 1: the file ends inside a quoted cell"),
         ("a.jsonl", "\n \n", "no rows"),
-        ("a.jsonl", "{}\n{}\n", "line 1: takes JSON objects with keys"),
+        ("a.jsonl", "{}\n{}\n", "line 1: must be JSON objects with keys"),
         ("a.txt", b"one\ntwo\n\xff\n", "line 3: not UTF-8"),
-        ("a.txt", "one\ntwo\n".encode("utf-16-le"), "line 1: a NUL byte"),
+        ("a.txt", "one\ntwo\n".encode("utf-16-le"), r"line 1: not text \(a NUL byte\)"),
         ("a.txt.gz", gzip.compress(b"", mtime=0), "no rows"),
     ],
 )

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tokenpack.data import tokens as tokens_module
-from tokenpack.data.tokens import Rows, Tokens, flatten_tokens, require_same_lengths
+from tokenpack.data import row_layout
+from tokenpack.data.row_layout import RowLayout
+from tokenpack.data.tokens import Tokens, flatten_tokens, require_same_lengths
 from tokenpack.packing import PackResult, pack_lengths
 
 LISTS = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10]]
@@ -149,7 +150,7 @@ def test_large_ids_survive():
         ([torch.tensor(3)], ValueError, r"ids\[0\] must be one-dimensional, got \(\)"),
         ([torch.ones(1, device="meta")], ValueError, r"ids\[0\] must be on the CPU, got meta"),
         ([[1], torch.ones(1, device="meta")], TypeError, r"ids\[1\] .* Tensor on meta"),
-        (np.ones((2, 3), int), ValueError, r"ids .* 2-dimensional ndarray .* give list\(ids\)"),
+        (np.ones((2, 3), int), ValueError, r"ids .* 2-dimensional ndarray .* pass list\(ids\)"),
         (torch.ones(2, 3, dtype=int), ValueError, r"2-dimensional Tensor of shape \(2, 3\)"),
         (np.ones(3, int), ValueError, "got one 1-dimensional ndarray of shape"),
     ],
@@ -217,8 +218,8 @@ def plain_rows(result, sequences, value_of, fill):
 @pytest.fixture(params=["nf", "obfd", "split", "truncate", "drop", "slice", "wide", "narrow"])
 def case(request, monkeypatch):
     """``(result, sequences, rows)``; small blocks, so that there are many."""
-    monkeypatch.setattr(tokens_module, "_BLOCK", 64)
-    monkeypatch.setattr(tokens_module, "_PADDED_AT_ONCE", 96)
+    monkeypatch.setattr(row_layout, "_BLOCK_SLOTS", 64)
+    monkeypatch.setattr(row_layout, "_PADDED_SLOTS", 96)
     random = np.random.default_rng(5)
     longest, capacity = {"wide": (90, 300), "narrow": (1, 1)}.get(request.param, (20, 20))
     sequences = [random.integers(5, 1000, n).tolist() for n in random.integers(1, longest + 1, 80)]
@@ -229,7 +230,7 @@ def case(request, monkeypatch):
     tokens = flatten_tokens(sequences)
     result = pack_lengths(tokens.lengths, capacity, strategy, overlong=overlong)
     if request.param != "slice":
-        return result, sequences, Rows(result, tokens.offsets)
+        return result, sequences, RowLayout(result, tokens.offsets)
     part = slice(3, len(result) - 2)
     some = slice(result.offsets[3], result.offsets[len(result) - 2])
     sliced = PackResult(
@@ -240,7 +241,7 @@ def case(request, monkeypatch):
         strategy="obfd",
         num_sequences=80,
     )
-    return sliced, sequences, Rows(result, tokens.offsets, first=part.start, last=part.stop)
+    return sliced, sequences, RowLayout(result, tokens.offsets, first=part.start, last=part.stop)
 
 
 def test_rows_hold_each_bin_side_by_side(case):
@@ -294,16 +295,16 @@ def test_plans_for_other_sequences_are_refused():
     tokens = flatten_tokens(LISTS)
     result = pack_lengths(tokens.lengths, 5)
     with pytest.raises(ValueError, match="ids must hold the 4 sequences that were planned, got 1"):
-        Rows(result, flatten_tokens([[1]]).offsets, "ids")
+        RowLayout(result, flatten_tokens([[1]]).offsets, "ids")
     other = flatten_tokens([[1, 2, 3], [4, 4], [5, 6, 7, 8], [9, 10]])
     with pytest.raises(
         ValueError, match=r"ids\[1\] must be of the planned length, 1 tokens, got 2"
     ):
-        Rows(result, other.offsets, "ids")
+        RowLayout(result, other.offsets, "ids")
     cut = pack_lengths(tokens.lengths, 3, overlong="split")
-    Rows(cut, tokens.offsets)
+    RowLayout(cut, tokens.offsets)
     with pytest.raises(ValueError, match=r"ids\[2\] must be of the planned length, 4 tokens"):
-        Rows(cut, flatten_tokens([[1, 2, 3], [4], [5, 6, 7], [9, 10]]).offsets, "ids")
+        RowLayout(cut, flatten_tokens([[1, 2, 3], [4], [5, 6, 7], [9, 10]]).offsets, "ids")
 
 
 def test_tokens_pass_through():

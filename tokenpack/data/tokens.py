@@ -1,14 +1,9 @@
-"""Token lists as one flat array, and a plan carried out on it: rows of sequences side by side.
+"""Token lists as one flat array.
 
-    sequence s               = values[offsets[s]:offsets[s + 1]]
-    rows[r, c]               = values[source of slot (r, c)], or what pads
-    source of slot (r, c)    = r * capacity + c + (first source - first slot) of the piece it is in
+    sequence s = values[offsets[s]:offsets[s + 1]]
 
-Every slot of a row is in one piece: a sequence, or the padding behind the last. So one number per
-piece, repeated over its slots, says where all of them come from. That is done for as many rows at a
-time as keep those numbers in the cache, and rows then cost what any copy in that order costs.
-
-NumPy alone: torch, pyarrow and datasets are told by what they hand over, and never imported first.
+NumPy only. torch, pyarrow and datasets are never imported before the caller has imported them:
+their objects are recognized by their attributes.
 """
 
 from __future__ import annotations
@@ -16,29 +11,22 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from ..checks import IGNORE_INDEX
-from ..packing import PackResult
 from ..packing.lengths import arrow_column
-from ..segments import offsets_of, ranges
-
-# Slots of a block: its sources, 8 bytes each, and the block itself stay in a core's cache.
-_BLOCK = 1 << 15
-_PADDED_AT_ONCE = 1 << 20
+from ..segments import offsets_of
 
 
 class Tokens(NamedTuple):
-    """Sequences one after the other: s is ``values[offsets[s]:offsets[s + 1]]``.
+    """Concatenated sequences: sequence s is ``values[offsets[s]:offsets[s + 1]]``.
 
     Attributes:
-        values: ``(total,)`` integers; maybe a view of what they were taken from.
+        values: ``(total,)`` integers; possibly a view of the caller's array.
         offsets: ``(num_sequences + 1,)`` int64, from 0 to total.
     """
 
@@ -51,25 +39,22 @@ class Tokens(NamedTuple):
         return np.diff(self.offsets)
 
 
-# ------------------------------------------------------------------------------------- to one array
-
-
 def flatten_tokens(
     sequences: Any, name: str = "token_ids", *, empty: bool = False, bools: bool = False
 ) -> Tokens:
-    """Sequences of integers as one array, without a Python loop over them.
+    """Concatenate sequences of integers, without a Python loop over the tokens.
 
     Args:
         sequences: lists or tuples of ints, one-dimensional NumPy arrays or torch CPU tensors, an
             Arrow column of lists, a datasets column, or `Tokens`. An Arrow column of one chunk, and
             `Tokens`, are not copied.
-        name: what errors call it.
-        empty: whether sequences without tokens are welcome.
-        bools: whether booleans are too, as 0 and 1.
+        name: the argument's name, for error messages.
+        empty: accept sequences without tokens.
+        bools: accept booleans, as 0 and 1.
 
     Raises:
-        TypeError: if they are no sequences of integers.
-        ValueError: if there are none, one is empty, or one is not one-dimensional.
+        TypeError: if ``sequences`` does not hold sequences of integers.
+        ValueError: if there is no sequence, or a sequence is empty or not one-dimensional.
     """
     if isinstance(sequences, Tokens):
         tokens = sequences
@@ -81,7 +66,8 @@ def flatten_tokens(
         raise ValueError(f"{name} must hold at least one sequence, got none")
     if not empty and (without := tokens.lengths == 0).any():
         raise ValueError(
-            f"{name}[{without.argmax()}] must hold at least one token, got none{_more(without)}"
+            f"{name}[{without.argmax()}] must hold at least one token, got none"
+            f"{more_like_it(without)}"
         )
     return tokens
 
@@ -90,7 +76,7 @@ def require_same_lengths(tokens: Tokens, name: str, other: Tokens, other_name: s
     """Check that two lists of sequences have the same lengths.
 
     Raises:
-        ValueError: naming the first sequence that differs, and both its lengths.
+        ValueError: if they differ; names the first sequence that does, and both lengths.
     """
     ours, theirs = tokens.lengths, other.lengths
     if len(ours) != len(theirs):
@@ -101,40 +87,44 @@ def require_same_lengths(tokens: Tokens, name: str, other: Tokens, other_name: s
         at = int(wrong.argmax())
         raise ValueError(
             f"{other_name}[{at}] must be as long as {name}[{at}], {ours[at]} tokens, "
-            f"got {theirs[at]}{_more(wrong)}"
+            f"got {theirs[at]}{more_like_it(wrong)}"
         )
 
 
 def require_fits(tokens: Tokens, name: str, capacity: int, limit: str, instead: str = "") -> None:
-    """Check that no sequence is longer than ``capacity``, which errors call ``limit``.
+    """Check that no sequence is longer than ``capacity``.
+
+    Args:
+        limit: the name of the capacity, for the error message.
+        instead: the end of the error message, with the alternatives.
 
     Raises:
-        ValueError: naming the first that is; ``instead`` says what could be done about it.
+        ValueError: if a sequence is longer; names the first.
     """
     lengths = tokens.lengths
     if (over := lengths > capacity).any():
         at = int(over.argmax())
         raise ValueError(
             f"{name}[{at}] must be at most {limit} = {capacity} tokens, "
-            f"got {lengths[at]}{_more(over)}{instead}"
+            f"got {lengths[at]}{more_like_it(over)}{instead}"
         )
 
 
 def _as_list(sequences: Any, name: str) -> Sequence[Any]:
-    """``sequences``, once it is sure to be a sequence of something."""
+    """``sequences`` as a list or tuple."""
     if isinstance(sequences, (list, tuple)):
         return sequences
     ndim = getattr(sequences, "ndim", None)
     if ndim is not None and getattr(sequences, "dtype", None) != np.dtype(object):
         raise ValueError(
-            f"{name} must be one sequence of its own length per item, got one {ndim}-dimensional "
+            f"{name} must be a list of sequences, got one {ndim}-dimensional "
             f"{type(sequences).__name__} of shape {tuple(sequences.shape)}"
-            + (f": give list({name}) if no row is padded" if ndim == 2 else "")
+            + (f"; pass list({name}) if no row is padded" if ndim == 2 else "")
         )
     if isinstance(sequences, (str, bytes, dict)) or not hasattr(sequences, "__len__"):
         raise TypeError(
             f"{name} must be a list of token lists, arrays or tensors, or an Arrow or datasets "
-            f"column of them, got {type(sequences).__name__}"
+            f"column of lists, got {type(sequences).__name__}"
         )
     return list(sequences)
 
@@ -143,7 +133,7 @@ def _from_sequence(sequences: Sequence[Any], name: str, bools: bool) -> Tokens:
     kinds = set(map(type, sequences))
     if kinds <= {list, tuple}:
         return _from_lists(sequences, name)
-    torch = sys.modules.get("torch")  # whoever has tensors has imported it
+    torch = sys.modules.get("torch")  # imported already if there are tensors
     if torch is not None and all(issubclass(kind, torch.Tensor) for kind in kinds):
         return _from_tensors(torch, sequences, name, bools)
     if kinds != {np.ndarray}:
@@ -152,10 +142,10 @@ def _from_sequence(sequences: Sequence[Any], name: str, bools: bool) -> Tokens:
 
 
 def _from_lists(sequences: Sequence[Any], name: str, first: int = 0) -> Tokens:
-    """Of lists and tuples, of which the first one is ``name[first]``.
+    """Concatenate lists and tuples. Errors call the first one ``name[first]``.
 
-    `array` reads unsigned integers in a third of the time that signed ones take. So those are tried
-    first, and a negative one (-100 in labels) has all of them read again.
+    `array` reads unsigned integers three times as fast as signed ones. So unsigned is tried first,
+    and a negative integer (-100 in labels) causes a second, signed pass.
     """
     lists = [each if type(each) is list else list(each) for each in sequences]
     try:
@@ -166,14 +156,14 @@ def _from_lists(sequences: Sequence[Any], name: str, first: int = 0) -> Tokens:
         try:
             flat = _array_of("q", lists)
         except (TypeError, OverflowError):
-            _refuse_lists(lists, name, first)
+            _raise_first_invalid(lists, name, first)
             raise
     return Tokens(flat, offsets_of(_lengths_of(lists)))
 
 
 def _array_of(typecode: str, lists: list[list[Any]]) -> NDArray[np.int64]:
     values = array(typecode)
-    # A loop in C. `fromlist` takes integers alone, where NumPy would cut fractions off.
+    # A loop in C. `fromlist` rejects floats, where NumPy would truncate them.
     deque(map(values.fromlist, lists), maxlen=0)
     return np.frombuffer(values, np.int64) if values else np.empty(0, np.int64)
 
@@ -182,7 +172,8 @@ def _lengths_of(sequences: Sequence[Any]) -> NDArray[np.int64]:
     return np.fromiter(map(len, sequences), np.int64, len(sequences))
 
 
-def _refuse_lists(sequences: Sequence[Any], name: str, first: int) -> None:
+def _raise_first_invalid(sequences: Sequence[Any], name: str, first: int) -> None:
+    """Raise TypeError for the first token that is not an integer of at most 64 bits."""
     for at, each in enumerate(sequences, first):
         for token_at, token in enumerate(each):
             try:
@@ -199,13 +190,14 @@ def _from_tensors(torch: Any, tensors: Sequence[Any], name: str, bools: bool) ->
     _require_all(tensors, lambda t: t.is_cpu, "on the CPU", attrgetter("device"), name)
     lengths = _lengths_of(tensors)
 
-    def good(dtype: Any) -> bool:
-        none = dtype.is_floating_point or dtype.is_complex or (dtype == torch.bool and not bools)
-        return not none
+    def is_integer(dtype: Any) -> bool:
+        if dtype == torch.bool:
+            return bools
+        return not (dtype.is_floating_point or dtype.is_complex)
 
-    _require_integers(good, tensors, name)
-    whole = list(tensors) if lengths.all() else [each for each in tensors if len(each)]
-    values = torch.cat(whole).numpy() if whole else np.empty(0, np.int64)
+    _require_integers(is_integer, tensors, name)
+    filled = list(tensors) if lengths.all() else [each for each in tensors if len(each)]
+    values = torch.cat(filled).numpy() if filled else np.empty(0, np.int64)
     return Tokens(_integers(values, name), offsets_of(lengths))
 
 
@@ -214,19 +206,19 @@ def _from_arrays(arrays: Sequence[NDArray[Any]], name: str, bools: bool) -> Toke
     lengths = _lengths_of(arrays)
     kinds = "iub" if bools else "iu"
     _require_integers(lambda dtype: dtype.kind in kinds, arrays, name)
-    # An empty one has no dtype worth having.
-    whole = arrays if lengths.all() else [each for each in arrays if len(each)]
-    dtype = np.result_type(*set(map(attrgetter("dtype"), whole))) if whole else np.int64
-    if dtype == np.float64:  # of signed and unsigned 64 bits
-        for each in whole:
+    # The dtype of an empty array does not count: np.array([]) is float64.
+    filled = arrays if lengths.all() else [each for each in arrays if len(each)]
+    dtype = np.result_type(*set(map(attrgetter("dtype"), filled))) if filled else np.int64
+    if dtype == np.float64:  # the common dtype of int64 and uint64
+        for each in filled:
             _integers(each, name)
         dtype = np.int64
-    values = np.concatenate(whole, dtype=dtype, casting="unsafe") if whole else np.empty(0, dtype)
+    values = np.concatenate(filled, dtype=dtype, casting="unsafe") if filled else np.empty(0, dtype)
     return Tokens(_integers(values, name), offsets_of(lengths))
 
 
 def _as_array(values: Any, name: str, at: int) -> NDArray[Any]:
-    """One sequence, where they are of several kinds."""
+    """One sequence of a list that mixes lists, arrays and tensors."""
     if isinstance(values, (list, tuple)):
         return _from_lists([values], name, at).values
     try:
@@ -244,22 +236,24 @@ def _as_array(values: Any, name: str, at: int) -> NDArray[Any]:
 
 def _require_all(
     sequences: Sequence[Any],
-    good: Callable[[Any], bool],
-    wanted: str,
-    got: Callable[[Any], Any],
+    is_valid: Callable[[Any], bool],
+    requirement: str,
+    describe: Callable[[Any], Any],
     name: str,
 ) -> None:
-    if not all(map(good, sequences)):
-        at, wrong = next((i, each) for i, each in enumerate(sequences) if not good(each))
-        raise ValueError(f"{name}[{at}] must be {wanted}, got {got(wrong)}")
+    if not all(map(is_valid, sequences)):
+        at, wrong = next((i, each) for i, each in enumerate(sequences) if not is_valid(each))
+        raise ValueError(f"{name}[{at}] must be {requirement}, got {describe(wrong)}")
 
 
-def _require_integers(good: Callable[[Any], bool], sequences: Sequence[Any], name: str) -> None:
-    """Refuse dtypes that are not good, but of sequences without tokens."""
-    if all(map(good, set(map(attrgetter("dtype"), sequences)))):
+def _require_integers(
+    is_integer: Callable[[Any], bool], sequences: Sequence[Any], name: str
+) -> None:
+    """Check the dtypes of all sequences that have tokens."""
+    if all(map(is_integer, set(map(attrgetter("dtype"), sequences)))):
         return
     for at, each in enumerate(sequences):
-        if len(each) and not good(each.dtype):
+        if len(each) and not is_integer(each.dtype):
             raise TypeError(f"{name}[{at}] must be integers, got {each.dtype}")
 
 
@@ -284,7 +278,7 @@ def _from_arrow(column: Any, name: str, bools: bool) -> Tokens:
             f"{name}[{at}] must be a list of integers, got null ({column.null_count} in the column)"
         )
     chunks = column.chunks if hasattr(column, "chunks") else [column]
-    flat = [chunk.flatten() for chunk in chunks]  # a view: without nulls nothing is between lists
+    flat = [chunk.flatten() for chunk in chunks]  # a view, because there are no nulls
     lengths = np.asarray(pyarrow.compute.list_value_length(column))
     offsets = offsets_of(lengths)
     _require_no_nulls(flat, offsets, name)
@@ -305,213 +299,7 @@ def _require_no_nulls(flat: list[Any], offsets: NDArray[np.int64], name: str) ->
         before += len(values)
 
 
-def _more(wrong: NDArray[np.bool_]) -> str:
+def more_like_it(wrong: NDArray[np.bool_]) -> str:
+    """The end of an error message: how many more are ``wrong`` than the one that it names."""
     count = int(wrong.sum()) - 1
     return f" ({count} more like it)" if count else ""
-
-
-# ------------------------------------------------------------------------------------------ to rows
-
-
-class Rows:
-    """Where the tokens of some bins of a plan stand: a bin is a row, its sequences side by side.
-
-    Attributes:
-        num_rows: bins.
-        capacity: slots of a row.
-        sequences: ``(num_items,)`` int64, which sequence each item is, or is a piece of.
-        lengths: ``(num_items,)`` int64, its tokens.
-        starts: ``(num_items,)`` int64, its first slot, rows counted on: row * capacity + column.
-        fills: ``(num_rows,)`` int64, tokens of each row; the slots behind them are padding.
-    """
-
-    def __init__(
-        self,
-        result: PackResult,
-        offsets: NDArray[np.int64],
-        name: str = "token_ids",
-        *,
-        first: int = 0,
-        last: int | None = None,
-    ) -> None:
-        """Rows of the bins ``result[first:last]``.
-
-        Args:
-            result: the plan.
-            offsets: of the `Tokens` that it was made for.
-            name: what errors call those.
-
-        Raises:
-            ValueError: if the plan was made for other lengths.
-        """
-        first, last, _ = slice(first, last).indices(len(result))
-        self.capacity = result.capacity
-        self.num_rows = max(last - first, 0)
-        bounds = result.offsets[first : first + self.num_rows + 1]
-        items = slice(int(bounds[0]), int(bounds[-1]))
-        self._bounds = np.asarray(bounds - bounds[0])  # of the rows, in the items
-        self.sequences = np.asarray(result.items[items])
-        self.lengths = result.item_lengths[items].astype(np.int64)
-        begins = None if result.item_starts is None else result.item_starts[items]
-        self._require_tokens(result, offsets, begins, name)
-
-        self._cu_seqlens = offsets_of(self.lengths)
-        cu_rows = self._cu_seqlens[self._bounds]
-        self.fills = np.diff(cu_rows)
-        counts = np.diff(self._bounds)
-        padding_before = np.arange(self.num_rows) * self.capacity - cu_rows[:-1]
-        self.starts = self._cu_seqlens[:-1] + np.repeat(padding_before, counts)
-        self._sources = offsets[self.sequences]
-        if begins is not None:
-            self._sources += begins
-
-    def _require_tokens(
-        self,
-        result: PackResult,
-        offsets: NDArray[np.int64],
-        begins: NDArray[np.int64] | None,
-        name: str,
-    ) -> None:
-        if result.num_sequences != len(offsets) - 1:
-            raise ValueError(
-                f"{name} must hold the {result.num_sequences} sequences that were planned, "
-                f"got {len(offsets) - 1}"
-            )
-        ends = self.lengths if begins is None else self.lengths + begins
-        lengths = np.diff(offsets)[self.sequences]
-        # A sequence ends with the last of its tokens, but for those that were cut, and pieces that
-        # are followed by another.
-        goes_on = np.isin(self.sequences, result.truncated)
-        if len(result.split):
-            goes_on |= (self.lengths == self.capacity) & np.isin(self.sequences, result.split)
-        if (wrong := np.where(goes_on, lengths < ends, lengths != ends)).any():
-            at = int(wrong.argmax())
-            raise ValueError(
-                f"{name}[{self.sequences[at]}] must be of the planned length, {ends[at]} tokens, "
-                f"got {lengths[at]}{_more(wrong)}"
-            )
-
-    @property
-    def ends(self) -> NDArray[np.int64]:
-        """``(num_items,)`` int64, the slot behind each item's last."""
-        return self.starts + self.lengths
-
-    @property
-    def cu_seqlens(self) -> NDArray[np.int32]:
-        """``(num_items + 1,)`` int32, boundaries in the stream of the rows' tokens."""
-        return self._cu_seqlens.astype(np.int32)
-
-    @property
-    def cu_seqlens_padded(self) -> NDArray[np.int32]:
-        """``(num_items + 1,)`` int32, ``starts``, and last the number of slots."""
-        return np.append(self.starts, self.num_rows * self.capacity).astype(np.int32)
-
-    @property
-    def row_bounds(self) -> NDArray[np.int64]:
-        """``(num_rows + 1,)`` int64: row r's items are from ``row_bounds[r]`` to the next."""
-        return self._bounds
-
-    def boundaries(self, dtype: DTypeLike = np.int64) -> NDArray[Any]:
-        """``(num_items, 2)``, columns of its row that each item begins and ends (excluded) at."""
-        counts = np.diff(self._bounds)
-        begins = self.starts - np.repeat(np.arange(self.num_rows) * self.capacity, counts)
-        return np.stack([begins, begins + self.lengths], axis=1).astype(dtype, copy=False)
-
-    def tokens(
-        self, values: NDArray[Any], fill: Any, dtype: DTypeLike | None = None
-    ) -> NDArray[Any]:
-        """``(num_rows, capacity)``, each slot its token's value; ``fill`` where there is no token.
-
-        Args:
-            values: ``(total,)``, those of the `Tokens` that the plan was made for, or others that
-                belong to them one by one.
-            fill: what stands at padding.
-            dtype: of the result; by default that of ``values``.
-        """
-        rows = np.empty((self.num_rows, self.capacity), dtype or values.dtype)
-        counts, starts, sources, _ = self._pieces
-        shifts = sources - starts
-        for slots, block, pieces in self._blocks():
-            index = np.repeat(shifts[pieces], counts[pieces])
-            index += slots
-            out = rows[block].reshape(-1)
-            # "clip" alone writes without a buffer; what it clips is padding.
-            if out.dtype == values.dtype:
-                np.take(values, index, out=out, mode="clip")
-            else:
-                out[:] = values.take(index, mode="clip")
-        self._pad(rows, fill)
-        return rows
-
-    def labels(
-        self, values: NDArray[Any], fill: int = IGNORE_INDEX, dtype: DTypeLike | None = None
-    ) -> NDArray[Any]:
-        """``(num_rows, capacity)``, for a loss that shifts: ``fill`` at padding and first tokens.
-
-        The first token of a sequence is what the last one of its neighbour would be asked for.
-        """
-        rows = self.tokens(values, fill, dtype)
-        rows.reshape(-1)[self.starts] = fill
-        return rows
-
-    def labels_from(self, rows: NDArray[Any], fill: int = IGNORE_INDEX) -> NDArray[Any]:
-        """`labels` of values that `tokens` has put in ``rows``: a copy in order, not a gather."""
-        labels = rows.copy()
-        self._pad(labels, fill)
-        labels.reshape(-1)[self.starts] = fill
-        return labels
-
-    @staticmethod
-    def shifted(labels: NDArray[Any], fill: int = IGNORE_INDEX) -> NDArray[Any]:
-        """`labels` for a loss that does not shift: each token has the next one's.
-
-        The last token of a sequence gets the ``fill`` of what follows it.
-        """
-        shifted = np.empty_like(labels)
-        shifted.reshape(-1)[:-1] = labels.reshape(-1)[1:]
-        shifted.reshape(-1)[-1:] = fill
-        return shifted
-
-    def position_ids(self, dtype: DTypeLike = np.int64) -> NDArray[Any]:
-        """``(num_rows, capacity)``, from 0 in every sequence, and in the padding of every row.
-
-        So padding is a sequence to itself wherever sequences are told by their positions.
-        """
-        rows = np.empty((self.num_rows, self.capacity), dtype)
-        counts, starts, _, _ = self._pieces
-        for slots, block, pieces in self._blocks():
-            first = np.repeat(starts[pieces], counts[pieces])
-            np.subtract(slots, first, out=rows[block].reshape(-1), casting="unsafe")
-        return rows
-
-    def attention_mask(self, dtype: DTypeLike = np.int64) -> NDArray[Any]:
-        """``(num_rows, capacity)``, 1 at tokens and 0 at padding."""
-        return (np.arange(self.capacity) < self.fills[:, None]).astype(dtype)
-
-    @cached_property
-    def _pieces(self) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-        """``(counts, starts, sources, bounds)`` of the pieces: of each row its items, then padding.
-
-        ``bounds`` is ``(num_rows + 1,)``, of the rows in the pieces.
-        """
-        counts = np.insert(self.lengths, self._bounds[1:], self.capacity - self.fills)
-        sources = np.insert(self._sources, self._bounds[1:], 0)
-        bounds = self._bounds + np.arange(self.num_rows + 1)
-        return counts, np.cumsum(counts) - counts, sources, bounds
-
-    def _blocks(self) -> Iterator[tuple[NDArray[np.int64], slice, slice]]:
-        """Rows, a few at a time: ``(slots, rows, pieces)``, slots counted over all rows."""
-        bounds = self._pieces[3]
-        at_once = max(_BLOCK // self.capacity, 1)
-        within = np.arange(min(at_once, self.num_rows) * self.capacity)
-        for first in range(0, self.num_rows, at_once):
-            last = min(first + at_once, self.num_rows)
-            slots = within[: (last - first) * self.capacity] + first * self.capacity
-            yield slots, slice(first, last), slice(int(bounds[first]), int(bounds[last]))
-
-    def _pad(self, rows: NDArray[Any], fill: Any) -> None:
-        at_once = max(_PADDED_AT_ONCE // self.capacity, 1)
-        for first in range(0, self.num_rows, at_once):
-            fills = self.fills[first : first + at_once]
-            begins = np.arange(first, first + len(fills)) * self.capacity + fills
-            rows.reshape(-1)[ranges(begins, self.capacity - fills)] = fill

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ...checks import IGNORE_INDEX, as_integer
 from ...packing import Packer, PackResult
-from ..tokens import Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
+from ..row_layout import RowLayout
+from ..tokens import Tokens, flatten_tokens, require_fits, require_same_lengths
 from .pairs import pad_rows
 
 _BY_TOKEN = ("input_ids", "labels", "position_ids")
@@ -447,7 +448,7 @@ def _batch(
         raise ValueError(
             f"a batch may have at most 2**31 - 1 slots, got {len(plan)} rows of {plan.capacity}"
         )
-    rows = Rows(plan, ids.offsets, name)
+    rows = RowLayout(plan, ids.offsets, name)
     tokens = rows.tokens(ids.values, fill, np.int64)
     if labels is None:
         asked = rows.labels_from(tokens, label_fill)

@@ -31,7 +31,8 @@ except ImportError as error:
 from ...checks import IGNORE_INDEX, at_least_one
 from ...files import written_whole
 from ...packing import Packer, PackResult
-from ..tokens import Rows, Tokens, flatten_tokens, require_same_lengths
+from ..row_layout import RowLayout
+from ..tokens import Tokens, flatten_tokens, require_same_lengths
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "seq_lengths")
 _BLOCK_TOKENS = 1 << 22  # of one column, in a block
@@ -183,7 +184,7 @@ class _RowMaker:
             "position_ids": np.dtype(np.int32),
             "seq_lengths": np.dtype(np.int32),
         }
-        Rows(result, self.tokens.offsets)  # says whether the plan is of these tokens
+        RowLayout(result, self.tokens.offsets)  # says whether the plan is of these tokens
 
     @property
     def features(self) -> datasets.Features:
@@ -198,11 +199,11 @@ class _RowMaker:
 
     def __call__(self, block: tuple[int, int]) -> pa.RecordBatch:
         first, last = block
-        rows = Rows(self.result, self.tokens.offsets, first=first, last=last)
+        rows = RowLayout(self.result, self.tokens.offsets, first=first, last=last)
         arrays = [self._column(rows, name) for name in self.columns]
         return pa.RecordBatch.from_arrays(arrays, schema=self.features.arrow_schema)
 
-    def _column(self, rows: Rows, name: str) -> pa.ListArray:
+    def _column(self, rows: RowLayout, name: str) -> pa.ListArray:
         dtype = self._dtypes[name]
         if name == "seq_lengths":
             bounds = rows.row_bounds.astype(np.int32)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...checks import IGNORE_INDEX, as_integer, at_least_one
 from ...packing import Packer
-from ..tokens import Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
+from ..row_layout import RowLayout
+from ..tokens import Tokens, flatten_tokens, require_fits, require_same_lengths
 
 
 @overload
@@ -124,10 +125,10 @@ def concatenate_and_pack(
     return packed_ids, packed_labels, packed_masks
 
 
-def _plan(tokens: Tokens, name: str, max_length: int, strategy: str, overlong: str) -> Rows:
+def _plan(tokens: Tokens, name: str, max_length: int, strategy: str, overlong: str) -> RowLayout:
     capacity = at_least_one("max_length", max_length)
     packer = Packer(capacity, strategy, overlong=overlong)
     if overlong == "error":
         instead = " (overlong= truncate, split or drop)" if name == "sequences" else ""
         require_fits(tokens, name, capacity, "max_length", instead)
-    return Rows(packer.pack(tokens.lengths), tokens.offsets, name)
+    return RowLayout(packer.pack(tokens.lengths), tokens.offsets, name)

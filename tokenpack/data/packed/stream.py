@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ...checks import IGNORE_INDEX, as_integer
 from ...packing import Packer, PackResult
 from ...segments import offsets_of
-from ..tokens import Rows, Tokens
+from ..row_layout import RowLayout
+from ..tokens import Tokens
 from .batch import PackedBatch, pack_result_to_tensors, take_apart
 
 Row = dict[str, Any]
@@ -211,7 +212,7 @@ class PackedStream(IterableDataset):
         # A few rows at a time, so that memory is the window's tokens and little more.
         at_once = max(1, (1 << 16) // plan.capacity)
         for first in range(0, len(plan), at_once):
-            rows = Rows(plan, ids.offsets, first=first, last=first + at_once)
+            rows = RowLayout(plan, ids.offsets, first=first, last=first + at_once)
             columns = {
                 "input_ids": rows.tokens(ids.values, self.padding_value, np.int64),
                 "labels": rows.labels(labels.values, self.label_padding_value, np.int64),

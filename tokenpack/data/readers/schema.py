@@ -1,0 +1,136 @@
+"""The state of one reading: the rows to skip, and a schema that grows with the rows.
+
+Textual formats declare no schema, and a later row can show that a type inferred from earlier rows
+was too narrow. So the schema grows: null becomes any type, an integer becomes a float, an object
+gets more keys. Types that no schema can hold together are an error that names the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import pyarrow as pa
+
+from .files import DataFile
+
+
+@dataclass
+class Reading:
+    """What to read, and the progress so far.
+
+    Attributes:
+        files: all files, of one format.
+        columns: the columns to read, None for all.
+        text_column: the column for lines of text.
+        to_skip: rows that are still to be skipped.
+        schema: the schema of the rows so far.
+        rows: number of rows so far, skipped rows included.
+        confirmed: whether each of ``columns`` is known to exist. Only JSON needs this, because its
+            files do not declare their columns.
+    """
+
+    files: list[DataFile]
+    columns: list[str] | None
+    text_column: str
+    to_skip: int
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    rows: int = 0
+    confirmed: bool = False
+
+    def __post_init__(self) -> None:
+        # The requested columns, in the requested order, before any row has shown their types.
+        self.schema = pa.schema([(name, pa.null()) for name in self.columns or ()])
+
+    def skips(self, rows: int) -> bool:
+        """Skip the next ``rows`` rows if all of them are to be skipped; return whether they are."""
+        if rows > self.to_skip:
+            return False
+        self.to_skip -= rows
+        self.rows += rows
+        return True
+
+    def trim(self, table: pa.Table) -> pa.Table:
+        """Count the rows of ``table`` and cut off those that are to be skipped."""
+        cut = min(self.to_skip, table.num_rows)
+        self.to_skip -= cut
+        self.rows += table.num_rows
+        return table.slice(cut)
+
+    def declare(self, file: DataFile, names: list[str]) -> None:
+        """Check the columns of a file that declares them.
+
+        Raises:
+            ValueError: if the file has no columns, a repeated or missing column, or other columns
+                than the files before.
+        """
+        if not names:
+            raise ValueError(f"{file.path}: has no columns")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{file.path}: has more than one column {', '.join(repeated)}")
+        missing = [name for name in self.columns or () if name not in names]
+        if missing:
+            raise_missing(missing, names, file.path)
+        before = self.schema.names
+        if self.columns is None and before and set(names) != set(before):
+            raise ValueError(
+                f"{file.path}: has the columns {', '.join(names)}; "
+                f"the files before have {', '.join(before)}"
+            )
+
+    def accepts(self, schema: pa.Schema) -> bool:
+        """Whether one schema can hold the types of the rows so far and those of ``schema``."""
+        try:
+            unify([self.schema, schema])
+        except pa.ArrowException:
+            return False
+        return True
+
+    def widen(self, schema: pa.Schema, where: str) -> None:
+        """Extend the schema so that it holds the types of ``schema`` too.
+
+        Raises:
+            ValueError: if no schema can; names ``where`` and the column.
+        """
+        try:
+            self.schema = unify([self.schema, schema])
+        except pa.ArrowException:
+            _raise_conflict(self.schema, schema, where)
+
+    def fit(self, table: pa.Table, where: str) -> pa.Table:
+        """Return ``table`` in the schema, which is widened if necessary."""
+        table = table.replace_schema_metadata(None)
+        if table.schema.equals(self.schema):
+            return table
+        self.widen(table.schema, where)
+        return pa.concat_tables(
+            [self.schema.empty_table(), table], promote_options="permissive"
+        ).combine_chunks()
+
+
+def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The narrowest schema that holds the types of all ``schemas``."""
+    return pa.unify_schemas(schemas, promote_options="permissive")
+
+
+def raise_missing(missing: Sequence[str], present: Sequence[str], where: str) -> NoReturn:
+    """Raise the error for requested columns that do not exist."""
+    raise ValueError(
+        f"columns: {where} has no column {', '.join(missing)}; it has {', '.join(present)}"
+    )
+
+
+def _raise_conflict(before: pa.Schema, schema: pa.Schema, where: str) -> NoReturn:
+    for new in schema:
+        index = before.get_field_index(new.name)
+        try:
+            if index >= 0:
+                unify([pa.schema([before.field(index)]), pa.schema([new])])
+        except pa.ArrowException:
+            raise ValueError(
+                f"{where}: column '{new.name}' is {new.type}, "
+                f"in the rows before it is {before.field(index).type}"
+            ) from None
+    raise ValueError(f"{where}: its columns do not agree with the rows before")

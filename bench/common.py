@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tokenpack.cost import Ceilings, measure_ceilings, read_ceilings
-from tokenpack.cost.allocations import allocations
 
 from . import length_distributions as lengths
 
@@ -98,17 +97,6 @@ def measure(
         benchmark.pedantic(until_done, rounds=rounds)
     if moved is not None and benchmark.stats is not None:
         notes["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 1)
-
-
-def peak_memory(function: Callable[[], object]) -> int:
-    """Most bytes that were allocated during ``function`` beside what was there before."""
-    if not ON_GPU:
-        return allocations(function).peak
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    return torch.cuda.max_memory_allocated() - before
 
 
 @cache

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokenpack.cost.allocations import peak_bytes
 from tokenpack.kernels import packed_cross_entropy, packed_linear_cross_entropy
 
-from .common import DEVICE, DTYPE, ON_GPU, liger, measure, peak_memory
+from .common import DEVICE, DTYPE, ON_GPU, liger, measure
 
 VOCABULARIES = (32_768, 131_072, 262_144)
 LOGITS_TOKENS = 8192 if ON_GPU else 128
@@ -64,7 +65,7 @@ def test_cross_entropy(benchmark, classes, by):
             torch.autograd.grad(function(leaf), leaf)
 
     step()
-    benchmark.extra_info["peak memory over the logits'"] = round(peak_memory(step) / size, 2)
+    benchmark.extra_info["peak memory over the logits'"] = round(peak_bytes(step, DEVICE) / size, 2)
     measure(benchmark, step, moved=3 * size)
 
 
@@ -125,6 +126,6 @@ def test_linear_cross_entropy(benchmark, classes, by):
         torch.autograd.grad(function(hidden, weight, labels), leaves)
 
     step()
-    extra = (peak_memory(step) - gradients) / 2**20
+    extra = (peak_bytes(step, DEVICE) - gradients) / 2**20
     benchmark.extra_info["extra memory, MiB"] = round(extra, 1)
     measure(benchmark, step, rounds=10 if ON_GPU else 3)

@@ -13,12 +13,13 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from tokenpack.commands.models import DEMO_MODELS, SIZES
+from tokenpack.cost.allocations import peak_bytes
 from tokenpack.samples.examples import Example, pad_batch
 from tokenpack.samples.text import standard_library_texts
 from tokenpack.samples.tokenizer import PAD, token_id, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer
 
-from .common import ON_GPU, peak_memory
+from .common import DEVICE, ON_GPU
 
 SIZE = SIZES["large" if ON_GPU else "small"]
 TEXTS, EXAMPLES = (20_000, 20_000) if ON_GPU else (3_000, 64)
@@ -117,4 +118,4 @@ def test_training(benchmark, by, name, tmp_path):
     if benchmark.stats is not None:
         notes["tokens/s"] = round(figures[-1] / benchmark.stats.stats.median, 1)
     trainer, _ = make_trainer(by, name, tmp_path, steps=1)
-    notes["peak MiB of a step"] = round(peak_memory(trainer.train) / 2**20)
+    notes["peak MiB of a step"] = round(peak_bytes(trainer.train, DEVICE) / 2**20)

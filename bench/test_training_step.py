@@ -23,8 +23,9 @@ from tokenpack.cost import (
     model_cost,
     training_operations,
 )
+from tokenpack.cost.allocations import peak_bytes
 
-from .common import DEVICE, ON_GPU, ceilings, chosen, peak_memory
+from .common import DEVICE, ON_GPU, ceilings, chosen
 from .length_distributions import PRESETS
 from .training import CONTENDERS, MODELS, SIZES, Step, padded_batch
 
@@ -42,7 +43,7 @@ def compare(benchmark, name, size, by, preset, rounds):
         baseline()
         baseline.forget()
     step()  # compiles, and makes the optimizer's states
-    peak = peak_memory(step)
+    peak = peak_bytes(step, DEVICE)
     step.forget()
     benchmark.pedantic(step, setup=baseline and (lambda: baseline()), rounds=rounds)
 

@@ -25,7 +25,7 @@ from ..samples.tokenizer import train_tokenizer
 from . import figures, machine
 from .models import DEMO_MODELS, SIZES, Size
 from .output import make_folder, write_json
-from .side_by_side import Comparison, Side, train_side_by_side
+from .side_by_side import Comparison, TrainingLog, train_side_by_side
 from .table import format_table
 
 # Losses agree to rounding, which training amplifies step by step.
@@ -299,19 +299,19 @@ def _report_model(result: Result) -> dict[str, Any]:
             "loss_differences": comparison.loss_differences,
             "time_ratios": comparison.time_ratios,
             "ideal_ratios": comparison.ideal_ratios,
-            "padded": _report_side(comparison.padded),
-            "packed": _report_side(comparison.packed),
+            "padded": _report_log(comparison.padded),
+            "packed": _report_log(comparison.packed),
         },
     }
 
 
-def _report_side(side: Side) -> dict[str, Any]:
+def _report_log(log: TrainingLog) -> dict[str, Any]:
     return {
-        "losses": side.losses,
-        "forward_backward_seconds": side.forward_backward_seconds,
-        "step_seconds": side.step_seconds,
-        "linear_operations": [operations.linear for operations in side.operations],
-        "attention_operations": [operations.attention for operations in side.operations],
+        "losses": log.losses,
+        "forward_backward_seconds": log.forward_backward_seconds,
+        "step_seconds": log.step_seconds,
+        "linear_operations": [operations.linear for operations in log.operations],
+        "attention_operations": [operations.attention for operations in log.operations],
     }
 
 

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .common import ON_GPU, chosen
-from .training import CONTENDERS, SIZES, Step, padded_batch
+from .training import CONTENDERS, SIZES, TrainingStep, padded_batch
 
 BASELINES = ("padded, SDPA",)
 OUTSIDE = "outside products, attention and optimizer, %"
@@ -124,7 +124,7 @@ def note_shares(benchmark, name, size, by):
     """Profile some steps, and note the shares."""
     benchmark.group = f"where a step's time goes, {size} {name}, {chosen.lengths}"
     batch, _ = padded_batch(name, SIZES[size], None)
-    step = Step(*CONTENDERS[by](name, SIZES[size], batch))
+    step = TrainingStep(*CONTENDERS[by](name, SIZES[size], batch))
     for _ in range(3):  # the first ones also fetch memory from the system
         step()
     found = shares(step, rounds=10 if ON_GPU else 3)

@@ -27,7 +27,7 @@ from tokenpack.cost.allocations import peak_bytes
 
 from .common import DEVICE, ON_GPU, ceilings, chosen
 from .length_distributions import PRESETS
-from .training import CONTENDERS, MODELS, SIZES, Step, padded_batch
+from .training import CONTENDERS, IDS, MODELS, SIZES, TrainingStep, padded_batch
 
 BASELINES = ("padded, SDPA",)
 ROUNDS = dict.fromkeys(SIZES, 10) if ON_GPU else {"tiny": 9, "small": 3, "base": 3}
@@ -36,15 +36,15 @@ ROUNDS = dict.fromkeys(SIZES, 10) if ON_GPU else {"tiny": 9, "small": 3, "base":
 def compare(benchmark, name, size, by, preset, rounds):
     """Time ``by``, each round after one of the baseline, and note how they compare."""
     batch, real = padded_batch(name, size, preset)
-    step = Step(*CONTENDERS[by](name, size, batch))
+    step = TrainingStep(*CONTENDERS[by](name, size, batch))
     baseline = None
     if by not in BASELINES:
-        baseline = Step(*CONTENDERS[BASELINES[0]](name, size, batch))
+        baseline = TrainingStep(*CONTENDERS[BASELINES[0]](name, size, batch))
         baseline()
-        baseline.forget()
+        baseline.reset()
     step()  # compiles, and makes the optimizer's states
     peak = peak_bytes(step, DEVICE)
-    step.forget()
+    step.reset()
     benchmark.pedantic(step, setup=baseline and (lambda: baseline()), rounds=rounds)
 
     notes = benchmark.extra_info
@@ -63,7 +63,7 @@ def compare(benchmark, name, size, by, preset, rounds):
         assert not packing_stats(step.model).fallbacks
         _note_predictions(notes, name, size, batch, peak)
         ideal = notes["ideal, forward and backward"]
-        both = _ratio(baseline.both, step.both)
+        both = _ratio(baseline.forward_backward, step.forward_backward)
         notes["forward and backward, round by round"] = round(both, 3)
         notes["of the ideal"] = round(both / ideal, 3)
         notes["ratio predicted / measured"] = round(notes["ratio predicted"] / ratio, 3)
@@ -74,7 +74,7 @@ def compare(benchmark, name, size, by, preset, rounds):
 def _note_predictions(notes, name, size, batch, peak):
     """What the model of cost says of the batch; `tokenpack inspect` says it of a file."""
     with torch.device("meta"):
-        model = MODELS[name](size)
+        model = MODELS[name](size.model, IDS)
     device = ceilings()
     cost, traffic = model_cost(model), count_traffic(model.to(device.torch_dtype))
     memory = count_memory(model, DEVICE.type, packed=True)

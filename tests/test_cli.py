@@ -310,7 +310,7 @@ def test_bad_input_is_one_line_and_exit_code_2(texts, tokenizer, tmp_path, capsy
         (["demo", "--out", str(tmp_path / "file")], "--out: cannot make the folder"),
         ([*inspect, "nowhere.json"], "--tokenizer: no file or folder nowhere.json"),
         ([*inspect, str(tmp_path / "deaf.json")], "--tokenizer: makes no token of any text"),
-        ([*inspect, str(tokenizer), "--shape", "gpt"], "got 'gpt', takes one of t5-small"),
+        ([*inspect, str(tokenizer), "--shape", "gpt"], "--shape must be one of t5-small"),
         ([*inspect, str(tokenizer), "--shape", "t5-base"], "needs 'source' and 'target'"),
     ]:
         assert main(arguments) == 2

@@ -83,7 +83,10 @@ def test_a_model_that_no_device_holds(arguments, tmp_path, capsys):
         (["--gpus", "0"], "--gpus"),
         (["--gpus", "2", "--link", "0"], "takes a number above 0"),
         (["--gpus", "2", "--ceilings", "absent.json"], "absent.json"),
-        (["--gpus", "2", "--model-config", "absent/config.json"], "--model-config: no config in"),
+        (
+            ["--gpus", "2", "--model-config", "absent/config.json"],
+            "--model-config must be a config.json",
+        ),
     ],
 )
 def test_bad_input(arguments, more, message):

@@ -23,7 +23,7 @@ from ..samples.examples import ExampleSet, random_batches
 from ..samples.text import Text, read_texts, standard_library_texts
 from ..samples.tokenizer import train_tokenizer
 from . import figures, machine
-from .models import DEMO_MODELS, SIZES, Size
+from .models import DEMO_MODELS, SIZES, DemoSize
 from .output import make_folder, write_json
 from .side_by_side import Comparison, TrainingLog, train_side_by_side
 from .table import format_table
@@ -87,7 +87,7 @@ def _choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _choose_size(name: str, device: torch.device) -> Size:
+def _choose_size(name: str, device: torch.device) -> DemoSize:
     if name == "auto":
         name = "large" if device.type == "cuda" else "small"
     return SIZES[name]
@@ -129,7 +129,7 @@ def _train(
     name: str,
     texts: Sequence[Text],
     tokenizer: Tokenizer,
-    size: Size,
+    size: DemoSize,
     device: torch.device,
     steps: int,
     seed: int,
@@ -157,7 +157,9 @@ def _train(
     return Result(name, recipe.title, recipe.task, model, examples, batch_size, comparison)
 
 
-def _describe_examples(task: str, model: PreTrainedModel, examples: ExampleSet, size: Size) -> str:
+def _describe_examples(
+    task: str, model: PreTrainedModel, examples: ExampleSet, size: DemoSize
+) -> str:
     parts = [
         f"{task}, {model.num_parameters() / 1e6:.1f} M weights, {len(examples.examples):,} examples"
     ]
@@ -242,7 +244,7 @@ def _report(
     results: Sequence[Result],
     texts: Sequence[Text],
     tokenizer: Tokenizer,
-    size: Size,
+    size: DemoSize,
     device: torch.device,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:

@@ -328,16 +328,16 @@ def test_cuda_where_there_is_none(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["demo", "--steps", "0"], "--steps: got '0', takes an integer of 1 or more"),
-        (["demo", "--seed", "-1"], "--seed: got '-1', takes an integer of 0 or more"),
+        (["demo", "--steps", "0"], "--steps: must be an integer of 1 or more, got '0'"),
+        (["demo", "--seed", "-1"], "--seed: must be an integer of 0 or more, got '-1'"),
         (["demo", "--model", "bert"], "invalid choice: 'bert'"),
         (["inspect", "--tokenizer", "x"], "required: --data"),
-        (["inspect", "--capacity", "0"], "--capacity: got '0', takes an integer of 1 or more"),
+        (["inspect", "--capacity", "0"], "--capacity: must be an integer of 1 or more, got '0'"),
         (["pack", "a.jsonl", "out"], "required: --capacity"),
-        (["pack", "a.jsonl", "out", "--capacity", "1.5"], "--capacity: got '1.5', takes an"),
+        (["pack", "a.jsonl", "out", "--capacity", "1.5"], "--capacity: must be an integer of 1"),
         (["pack", "--overlong", "cut"], "invalid choice: 'cut'"),
         (["pack", "--columns", "ids"], "invalid choice: 'ids'"),
-        (["pack", "--padding-value", "2147483648"], "takes an integer of 32 bits"),
+        (["pack", "--padding-value", "2147483648"], "must be a 32-bit integer"),
         ([], "required: COMMAND"),
     ],
 )

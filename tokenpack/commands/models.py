@@ -105,7 +105,7 @@ def build_llama(size: ModelSize, ids: SpecialIds) -> PreTrainedModel:
     """A Llama with random weights and without dropout."""
     config = LlamaConfig(
         hidden_size=size.d_model,
-        # Its MLP has three matrices and T5's has two: two thirds of the width keep the weight count.
+        # Its MLP has three matrices, T5's has two. Two thirds of the width give as many weights.
         intermediate_size=size.d_ff * 2 // 3 // 32 * 32,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,

@@ -287,7 +287,7 @@ def test_nothing_is_written_over_and_nothing_read_before(tmp_path, capsys):
     error = refused(capsys, "missing.jsonl", out)
     assert f"OUT: {out} already holds mine; takes a new or an empty folder" in error
     assert (out / "mine").read_text() == "kept"
-    assert "OUT: cannot make the folder" in refused(capsys, "missing.jsonl", out / "mine")
+    assert "OUT: cannot create the folder" in refused(capsys, "missing.jsonl", out / "mine")
 
 
 def test_a_run_that_fails_leaves_nothing(tokens, tmp_path, capsys, monkeypatch):
@@ -364,7 +364,7 @@ def test_bad_files_and_options(tokens, tokenizer, tmp_path, capsys):
         ("tokens.jsonl", ["--strategy", "best"], "strategy must be auto or one of nf (next_fit)"),
         ("tokens.jsonl", ["--labels", "wanted"], "has no column wanted; it has input_ids"),
         ("tokens.jsonl", [*text, "--labels", "x"], "--labels: cannot be with --tokenizer"),
-        ("tokens.jsonl", ["--tokenizer", "nowhere.json"], "--tokenizer: no file or folder"),
+        ("tokens.jsonl", ["--tokenizer", "nowhere.json"], "--tokenizer must be a file or folder"),
         ("tokens.jsonl", text, "has no column text; it has input_ids"),
         ("numbers.jsonl", text, "text must be a column of text, got int64"),
         ("null.jsonl", text, "text[1] must be text, got null"),

@@ -83,9 +83,7 @@ def _choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device must be cpu on this machine, got cuda; torch sees no CUDA device"
-        )
+        raise ValueError("--device must be cpu here, got cuda; torch sees no CUDA device")
     return torch.device(name)
 
 
@@ -118,7 +116,7 @@ def _print_setting(
 ) -> None:
     print(f"data       {len(texts):,} texts: {_data_name(arguments.data)}")
     print(
-        f"tokenizer  byte-level BPE of {tokenizer.get_vocab_size():,} tokens, trained on these texts"
+        f"tokenizer  byte-level BPE of {tokenizer.get_vocab_size():,} tokens, trained on the texts"
     )
     if device.type == "cuda":
         print(f"device     {torch.cuda.get_device_name(device)}, bf16 autocast")
@@ -237,10 +235,10 @@ def _caption(device: torch.device, steps: int) -> str:
     statistic = "CUDA allocator" if device.type == "cuda" else "CPU allocator, by torch's profiler"
     return (
         f"{steps} steps each, timed over forward and backward (the JSON has times with the\n"
-        "optimizer, too). tokens/s: real tokens. step-time ratio: padded / packed time. ideal ratio:\n"
-        "padded / packed operations, counted. of ideal: one over the other. Each is a median over\n"
-        "the steps. peak: memory that one forward and backward needs in addition to the weights, on\n"
-        f"the batch with the most slots ({statistic})."
+        "optimizer, too). tokens/s: real tokens. step-time ratio: padded / packed time. ideal\n"
+        "ratio: padded / packed operations, counted. of ideal: the first ratio over the second.\n"
+        "Each ratio is a median over the steps. peak: memory that one forward and backward needs\n"
+        f"in addition to the weights, on the batch with the most slots ({statistic})."
     )
 
 

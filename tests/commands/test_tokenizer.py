@@ -30,7 +30,7 @@ def test_bad_tokenizers_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for name, message in [
         (str(tmp_path / "broken.json"), "a valid tokenizer.json, got .*broken.json"),
-        (str(tmp_path / "empty"), "the folder that holds a tokenizer, got .*empty"),
+        (str(tmp_path / "empty"), "the folder of a tokenizer, got .*empty"),
         (str(tmp_path / "nothing.json"), "a file or folder that exists, got .*nothing.json"),
         ("./some/where", "a file or folder that exists, got ./some/where"),
         ("someone/some-model", "no such file or folder, .* huggingface.co cannot be reached"),

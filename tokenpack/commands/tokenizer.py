@@ -42,9 +42,8 @@ def _load_file(path: Path) -> Encode:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
-        raise ValueError(
-            f"--tokenizer must be a valid tokenizer.json, got {path}: {error}"
-        ) from None
+        message = f"--tokenizer must be a valid tokenizer.json, got {path}: {error}"
+        raise ValueError(message) from None
     # A file may have truncation and padding enabled.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -55,10 +54,9 @@ def _load_pretrained(name: str, local: bool) -> Encode:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError, ImportError) as error:
-        kind = "folder that holds" if Path(name).is_dir() else "name of"
-        raise ValueError(
-            f"--tokenizer must be the {kind} a tokenizer, got {name}: {error}"
-        ) from None
+        kind = "folder" if Path(name).is_dir() else "name"
+        message = f"--tokenizer must be the {kind} of a tokenizer, got {name}: {error}"
+        raise ValueError(message) from None
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
@@ -75,7 +73,6 @@ def _require_hub(name: str) -> None:
         socket.getaddrinfo(host, None)
     except OSError:
         raise ValueError(
-            f"--tokenizer must be a tokenizer.json, a folder, or a name on the hub, got {name}: there "
-            f"is no such file or folder, it is not in the hub's local cache, and {host} cannot be "
-            "reached"
+            f"--tokenizer must be a tokenizer.json, a folder, or a name on the hub, got {name}: no "
+            f"such file or folder, not in the hub's local cache, and {host} cannot be reached"
         ) from None

@@ -219,7 +219,7 @@ def test_inspect(texts, tokenizer, tmp_path, capsys):
     assert main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "llama-1b" in printed
-    assert "Nothing was cut" in printed
+    assert "No text was cut" in printed
     report = json.loads((out / "inspect.json").read_text())
     assert report["lengths"]["text"]["texts"] == len(TEXTS)
     assert (out / "inspect.png").read_bytes().startswith(b"\x89PNG")
@@ -315,7 +315,7 @@ def test_bad_input_is_one_line_and_exit_code_2(texts, tokenizer, tmp_path, capsy
             [*inspect, "nowhere.json"],
             "must be a file or folder that exists, got nowhere.json",
         ),
-        ([*inspect, str(tmp_path / "deaf.json")], "--tokenizer: makes no token of any text"),
+        ([*inspect, str(tmp_path / "deaf.json")], "must produce tokens, got none for any text"),
         ([*inspect, str(tokenizer), "--shape", "gpt"], "--shape must be one of t5-small"),
         ([*inspect, str(tokenizer), "--shape", "t5-base"], "needs 'source' and 'target'"),
     ]:

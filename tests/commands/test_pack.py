@@ -1,4 +1,4 @@
-"""``tokenpack pack``: what lands in OUT, from every kind of IN, and what is refused."""
+"""``tokenpack pack``: the contents of OUT for every kind of IN, and bad input."""
 
 import gzip
 import json
@@ -180,9 +180,9 @@ def test_lengths_alone_give_a_plan_made_in_shards_of_a_mapped_file(tmp_path, mon
     np.save(tmp_path / "lengths.npy", lengths)
     given = []
 
-    def in_small_shards(watched, *others):
-        given.append(watched._values)
-        return pack_shards(watched, *others, shard_size=40)
+    def in_small_shards(lengths, *others):
+        given.append(lengths._values)
+        return pack_shards(lengths, *others, shard_size=40)
 
     monkeypatch.setattr(pack, "pack_shards", in_small_shards)
     out = tmp_path / "out"
@@ -206,7 +206,7 @@ def test_reading_holds_tokens_once_and_no_python_integers(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=500)
     del table
     read = partial(pack._read, str(tmp_path / "t.parquet"), ["input_ids"], pack._token_lists)
-    read()  # what is imported on the way
+    read()  # imports modules
     tracemalloc.start()
     (tokens,) = read()
     _, peak = tracemalloc.get_traced_memory()
@@ -285,7 +285,7 @@ def test_nothing_is_written_over_and_nothing_read_before(tmp_path, capsys):
     out.mkdir()
     (out / "mine").write_text("kept")
     error = refused(capsys, "missing.jsonl", out)
-    assert f"OUT: {out} already holds mine; takes a new or an empty folder" in error
+    assert f"OUT must be a new or empty folder, got {out} with mine" in error
     assert (out / "mine").read_text() == "kept"
     assert "OUT: cannot create the folder" in refused(capsys, "missing.jsonl", out / "mine")
 
@@ -309,14 +309,14 @@ def test_bad_lines_are_named(tmp_path, capsys):
     for records, message in [
         ([good, {"input_ids": []}], "input_ids[1], of length 0, has no tokens; --drop-empty"),
         ([good, nine, ten], "input_ids[1], of length 9, has more tokens than --capacity 8"),
-        ([good, nine, ten], "--overlong takes truncate, split or drop (1 more like it)"),
+        ([good, nine, ten], "--overlong can truncate, split or drop (and 1 more)"),
         ([good, {"input_ids": None}], "input_ids[1] must be a list of integers, got null"),
-        ([good] * 1003 + [{}], "counted from row 1,000: input_ids[3] must be a list of integers"),
+        ([good] * 1003 + [{}], "starts at row 1,000: input_ids[3] must be a list of integers"),
         ([good, {"input_ids": [1, None]}], "input_ids[1][1] must be an integer, got null"),
         ([{"input_ids": [1.5]}], "input_ids must be a column of lists of integers, got list<"),
         ([{"input_ids": "text"}], "input_ids must be a column of lists of integers, got string"),
-        ([{"input_ids": [2**31]}], "takes ids of 32 bits, got 2147483648"),
-        ([{"text": "words"}], "has no column input_ids; it has text (--column is of token lists"),
+        ([{"input_ids": [2**31]}], "ids must fit into 32 bits, got 2147483648"),
+        ([{"text": "words"}], "has no column input_ids; it has text (--column must"),
     ]:
         source = write_lines(tmp_path / "bad.jsonl", records)
         error = refused(capsys, source, tmp_path / "out")
@@ -347,23 +347,23 @@ def test_bad_files_and_options(tokens, tokenizer, tmp_path, capsys):
     text = ["--tokenizer", tokenizer]
     for name, options, message in [
         ("missing.jsonl", [], "IN: there is no file"),
-        ("missing.npy", [], "missing.npy cannot be read as one .npy array: No such file"),
+        ("missing.npy", [], "missing.npy: No such file"),
         ("*.parquet", [], "IN: no file matches"),
-        ("broken.npy", [], "broken.npy cannot be read as one .npy array"),
-        ("empty.npy", [], "empty.npy cannot be read as one .npy array"),
+        ("broken.npy", [], "IN must be one .npy array"),
+        ("empty.npy", [], "IN must be one .npy array"),
         ("empty.jsonl", [], "empty.jsonl is empty"),
         ("x.bin", [], "does not say its format"),
-        ("shares.npy", [], "holds float64 of shape (2,), takes integers"),
-        ("square.npy", [], "holds int64 of shape (2, 2), takes integers in one dimension"),
-        ("none.npy", [], "holds int64 of shape (0,)"),
+        ("shares.npy", [], "must be a one-dimensional array of integers, a length per sequence"),
+        ("square.npy", [], "square.npy with int64 of shape (2, 2)"),
+        ("none.npy", [], "with int64 of shape (0,)"),
         ("negative.npy", [], "lengths[1], of length -1, is negative"),
         ("long.npy", [], "lengths[1], of length 9, has more tokens than --capacity 8"),
-        ("lengths.npy", text, "--tokenizer: "),
-        ("lengths.npy", ["--labels", "x"], "--labels: "),
-        ("lengths.npy", ["--columns", "labels"], "--columns: "),
+        ("lengths.npy", text, "--tokenizer must not be set"),
+        ("lengths.npy", ["--labels", "x"], "--labels must not be set"),
+        ("lengths.npy", ["--columns", "labels"], "--columns must not be set"),
         ("tokens.jsonl", ["--strategy", "best"], "strategy must be auto or one of nf (next_fit)"),
         ("tokens.jsonl", ["--labels", "wanted"], "has no column wanted; it has input_ids"),
-        ("tokens.jsonl", [*text, "--labels", "x"], "--labels: cannot be with --tokenizer"),
+        ("tokens.jsonl", [*text, "--labels", "x"], "--labels must not be set with --tokenizer"),
         ("tokens.jsonl", ["--tokenizer", "nowhere.json"], "--tokenizer must be a file or folder"),
         ("tokens.jsonl", text, "has no column text; it has input_ids"),
         ("numbers.jsonl", text, "text must be a column of text, got int64"),

@@ -2,11 +2,11 @@
 
 The alternatives are padded attention at its best setting (PyTorch's fused kernel), FlexAttention on
 the packed stream, and FlashAttention. Padded causal attention with padding on the right needs no
-mask, so it gets none. Padded attention needs a dense bias that includes the padding mask. As in
-models, this bias is built before the first layer. The other contenders take the table from which it
-would be built. All compute the gradient of the bias. Rates count the operations of real tokens and
-unmasked pairs, even if a contender computes more. The limit is the rate at which this device
-multiplies large square matrices.
+mask and runs without one. Padded attention with a bias needs a dense bias that includes the padding
+mask. As in models, this bias is built before the first layer. The other contenders take the table
+from which it would be built. All compute the gradient of the bias. Rates count the operations of
+real tokens and unmasked pairs, even if a contender computes more. The limit is the rate at which
+this device multiplies large square matrices.
 """
 
 from typing import NamedTuple

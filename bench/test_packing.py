@@ -2,7 +2,7 @@
 
 SeqPacker is missing because its only distribution, a source distribution, does not build.
 
-The floor is a lower bound for any planner that goes by length: count the lengths, and sort them as
+The floor is a lower bound for any planner that sorts by length: count the lengths, and sort them as
 16-bit integers (radix sort). These suites always run on the CPU.
 """
 
@@ -34,7 +34,7 @@ def make_lengths(shape, capacity, count):
 
 
 def floor(lengths):
-    """The minimal work of a planner that goes by length."""
+    """The minimal work of a planner that sorts by length."""
     np.bincount(lengths)
     lengths.argsort(kind="stable")
 

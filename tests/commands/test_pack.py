@@ -79,7 +79,7 @@ def test_labels_columns_and_padding_values(tmp_path):
         ("drop", [[1, 2, 3], [4, 5, 0], [10, 11, 12]]),
     ],
 )
-def test_what_is_too_long(tokens, tmp_path, overlong, rows):
+def test_overlong_sequences(tokens, tmp_path, overlong, rows):
     options = ["--strategy", "nf", "--overlong", overlong]
     assert run(tokens, tmp_path / "out", *options, capacity=3) == 0
     assert rows_of(tmp_path / "out")["input_ids"] == rows
@@ -141,7 +141,7 @@ def as_folder(path):
         ("folder", as_folder, "folder/?.jsonl"),
     ],
 )
-def test_any_file_that_the_reader_takes(tmp_path, name, write, given):
+def test_all_kinds_of_files(tmp_path, name, write, given):
     write(tmp_path / name)
     assert run(tmp_path / given, tmp_path / "out", "--strategy", "nf") == 0
     assert rows_of(tmp_path / "out")["input_ids"] == [
@@ -150,8 +150,8 @@ def test_any_file_that_the_reader_takes(tmp_path, name, write, given):
     ]
 
 
-def test_json_that_begins_with_a_block_of_nothing(tmp_path):
-    # More than the MiB that a type is first guessed from.
+def test_json_that_begins_with_a_block_of_empty_lists(tmp_path):
+    # More empty lists than fit into the MiB from which the type is inferred.
     source = write_lines(tmp_path / "t.jsonl", [{"input_ids": []}] * 70_000 + [{"input_ids": [7]}])
     assert run(source, tmp_path / "out", "--drop-empty", capacity=2) == 0
     assert rows_of(tmp_path / "out")["input_ids"] == [[7, 0]]
@@ -175,7 +175,9 @@ def test_texts_become_the_tokenizers_ids(tmp_path, tokenizer, kind):
     assert [row[: len(ids)] for row, ids in zip(rows["input_ids"], encoded)] == encoded
 
 
-def test_lengths_alone_give_a_plan_made_in_shards_of_a_mapped_file(tmp_path, monkeypatch, capsys):
+def test_lengths_without_tokens_give_a_plan_made_in_shards_of_a_mapped_file(
+    tmp_path, monkeypatch, capsys
+):
     lengths = np.random.default_rng(0).integers(1, 9, 100).astype(np.uint16)
     np.save(tmp_path / "lengths.npy", lengths)
     given = []
@@ -196,7 +198,7 @@ def test_lengths_alone_give_a_plan_made_in_shards_of_a_mapped_file(tmp_path, mon
     assert "100/100" in captured.err
 
 
-def test_reading_holds_tokens_once_and_no_python_integers(tmp_path):
+def test_reading_keeps_tokens_once_and_no_python_integers(tmp_path):
     import pyarrow.parquet
 
     lengths = np.full(4000, 500, np.int32)
@@ -214,14 +216,14 @@ def test_reading_holds_tokens_once_and_no_python_integers(tmp_path):
     assert tokens.values.dtype == np.int32
     assert np.array_equal(tokens.values, values)
     assert np.array_equal(tokens.offsets, offsets)
-    # The slack of an array that grows, and a batch of 1000 rows at 8 and 4 bytes.
+    # The spare room of a growing array, and a batch of 1000 rows at 8 and 4 bytes per token.
     assert peak < 4 * len(values) * 1.07 + 12 * 500 * 1000
 
 
 # ------------------------------------------------------------------------------------------ report
 
 
-def test_the_table_and_the_json_are_the_plans_metrics(tokens, tmp_path, capsys):
+def test_the_table_and_the_json_have_the_plans_metrics(tokens, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(tokens, out, "--overlong", "drop", "--strategy", "nf", capacity=3) == 0
     captured = capsys.readouterr()
@@ -256,7 +258,7 @@ def test_the_table_and_the_json_are_the_plans_metrics(tokens, tmp_path, capsys):
     assert report["options"]["overlong"] == "drop"
     assert report["versions"]["datasets"] == datasets.__version__
     assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
-    assert "Packing" in captured.err  # the bar
+    assert "Packing" in captured.err  # the progress bar
     assert f'datasets.Dataset.from_file("{out / "dataset.arrow"}")' in captured.out
 
 
@@ -280,7 +282,7 @@ def refused(capsys, *arguments, **options):
     return error
 
 
-def test_nothing_is_written_over_and_nothing_read_before(tmp_path, capsys):
+def test_existing_files_are_not_overwritten(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("kept")
@@ -303,7 +305,7 @@ def test_a_run_that_fails_leaves_nothing(tokens, tmp_path, capsys, monkeypatch):
     assert list(out.iterdir()) == []
 
 
-def test_bad_lines_are_named(tmp_path, capsys):
+def test_bad_sequences_are_named(tmp_path, capsys):
     good = {"input_ids": [1, 2]}
     nine, ten = ({"input_ids": [1] * length} for length in (9, 10))
     for records, message in [
@@ -325,7 +327,7 @@ def test_bad_lines_are_named(tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_labels_must_be_as_long(tmp_path, capsys):
+def test_labels_must_be_as_long_as_tokens(tmp_path, capsys):
     records = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2], "labels": [1]}]
     source = write_lines(tmp_path / "bad.jsonl", records)
     error = refused(capsys, source, tmp_path / "out", "--labels", "labels")
@@ -373,7 +375,7 @@ def test_bad_files_and_options(tokens, tokenizer, tmp_path, capsys):
     assert "capacity must be from 1" in refused(capsys, tokens, tmp_path / "out", capacity=2**31)
 
 
-def test_without_the_extra_it_says_what_to_install(tokens, tmp_path, capsys, monkeypatch):
+def test_a_missing_extra_is_named(tokens, tmp_path, capsys, monkeypatch):
     found = pack.importlib.util.find_spec
     monkeypatch.setattr(
         pack.importlib.util, "find_spec", lambda name: None if name == "datasets" else found(name)

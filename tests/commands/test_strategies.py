@@ -43,7 +43,7 @@ def test_the_table_says_what_was_cut_and_dropped():
     assert rows[0][1:5] == ["next_fit", "3", "100.00%", "0.00%"]
 
 
-def test_no_text_is_said_to_be_cut_where_none_is():
+def test_the_table_reports_that_no_text_was_cut():
     text = format_comparison(compare_strategies(np.array([3, 3, 2]), 8, seed=0))
     assert "None of 3 texts is over the capacity of 8." in text
     assert "dropped" not in text

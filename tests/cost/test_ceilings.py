@@ -26,7 +26,7 @@ def test_a_cpu_is_measured(measured):
     assert 1e-8 < measured.call < 1e-3
 
 
-def test_they_come_back_from_a_file(measured, tmp_path):
+def test_ceilings_survive_a_round_trip(measured, tmp_path):
     path = tmp_path / "ceilings.json"
     write_ceilings(measured, path)
     assert read_ceilings(path) == measured

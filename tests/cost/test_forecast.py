@@ -62,7 +62,7 @@ def test_a_packed_step_passes_over_logits_three_times_and_has_costs_per_sequence
     assert step.bytes == (1000 + 10 * 100 + 20 * 10 + 3 * 8 * 10) / 10
 
 
-def test_sequences_cost_more_where_attention_has_a_bias():
+def test_sequences_cost_more_with_a_relative_bias():
     biased = replace(COST, biased_attentions=3)
     own, cross = (5 + 7) / 2, 11 / 2
     assert seconds(packed=True, cost=biased).attention == seconds(packed=False).attention + 2 * (

@@ -22,7 +22,7 @@ def test_the_peak_is_the_operator_with_most_memory_in_use():
     assert HAND.peak(10, 100, share=0.5) == 20 + 25 + 10 + 500
 
 
-def test_as_many_tokens_as_fit():
+def test_the_largest_number_of_tokens_that_fits():
     assert HAND.most_tokens(1070, decoder_share=1.0) == 200
     assert HAND.most_tokens(1070, 1.0, share=0.0) == 210
     assert HAND.most_tokens(1010, decoder_share=0.0) == 333
@@ -53,7 +53,7 @@ def step(model):
 
 @pytest.mark.parametrize("make", [make_llama, make_t5])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_step_takes_what_was_predicted(make, packed):
+def test_a_step_needs_the_predicted_memory(make, packed):
     predicted = count_memory(on_meta(make), "cpu", packed=packed)
     model = make().train()
     model.config.use_cache = False
@@ -113,7 +113,7 @@ def test_frozen_weights_have_no_gradient():
     assert count_memory(model, "cpu", packed=True).lines[:, 1].max() == 4 * trained
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_restored():
     model = on_meta(make_t5)
     count_memory(model, "cpu", packed=True)
     assert model.config._attn_implementation == "sdpa"

@@ -80,7 +80,7 @@ def test_every_layer_moves_the_same():
     assert two - one > 2 * 4 * (WIDTH + 64)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_restored():
     model = on_meta(make_llama)
     model.config.use_cache = True
     count_traffic(model)

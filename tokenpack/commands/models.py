@@ -38,7 +38,7 @@ class ModelSize:
 
     Attributes:
         kv_heads: key and value heads of Llama. The other families have ``heads`` of them.
-        layers: layers of the decoder, and as many of the encoder if there is one.
+        layers: layers of the decoder, and of the encoder if there is one.
         max_length: the longest input, in tokens.
     """
 

@@ -287,7 +287,7 @@ def _as_array(lengths: TextLengths) -> np.ndarray:
 def _hidden_size(model: CountedModel) -> int:
     """The hidden size with which the sampler's cost of a query-key pair equals this model's.
 
-    The sampler takes a token to cost as much as ``6 * hidden_size`` pairs.
+    In the sampler's cost model, a token costs as much as ``6 * hidden_size`` pairs.
     """
     pairs = model.cost.per_decoder_pair + model.cost.per_encoder_pair
     tokens = model.cost.per_decoder_token + model.cost.per_encoder_token

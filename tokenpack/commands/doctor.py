@@ -30,11 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _devices() -> list[torch.device]:
-    return [torch.device(name) for name in ("cpu", "cuda") if name == "cpu" or _has_cuda()]
-
-
-def _has_cuda() -> bool:
-    return torch.cuda.is_available()
+    return [torch.device(name) for name in ["cpu"] + ["cuda"] * torch.cuda.is_available()]
 
 
 def _describe_devices() -> list[str]:

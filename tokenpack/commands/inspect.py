@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -167,8 +167,8 @@ def _pack(lengths: TextLengths, capacity: int | None, seed: int) -> tuple[dict[s
         plan = strategies.plan_pairs(lengths.encoder, lengths.decoder, capacity)
         capacities = {"source": plan.capacity, "target": plan.target_capacity}
         efficiencies = {"source": plan.efficiency, "target": plan.target_efficiency}
-        report = {"metrics": plan.metrics._asdict(), "efficiency": efficiencies}
-        return {"capacity": capacities, "pairs": report}, strategies.format_pairs(plan)
+        pairs = {"metrics": plan.metrics._asdict(), "efficiency": efficiencies}
+        return {"capacity": capacities, "pairs": pairs}, strategies.format_pairs(plan)
     capacity = capacity or strategies.default_capacity(lengths.decoder)
     compared = strategies.compare_strategies(lengths.decoder, capacity, seed)
     metrics = {name: each._asdict() for name, each in compared.metrics.items()}
@@ -269,7 +269,7 @@ def _write(
         "packing": packing,
     }
     if predicted is not None:
-        report["prediction"] = prediction.as_json(predicted)
+        report["prediction"] = asdict(predicted)
     written = [arguments.out / "inspect.json"]
     write_json(written[0], report)
     if figures.available():

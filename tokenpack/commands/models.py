@@ -27,7 +27,7 @@ from transformers import (
 from ..samples import examples
 from ..samples.examples import ExampleSet
 from ..samples.text import Text
-from ..samples.tokenizer import BOS, EOS, PAD
+from ..samples.tokenizer import BOS, EOS, PAD, token_id
 
 # --------------------------------------------------------------------------------- models to train
 
@@ -170,7 +170,7 @@ class DemoModel:
     def build(self, size: DemoSize, tokenizer: Tokenizer) -> PreTrainedModel:
         """The model, with the vocabulary and the special ids of ``tokenizer``."""
         size = replace(size, vocab_size=tokenizer.get_vocab_size())
-        ids = SpecialIds(*(tokenizer.token_to_id(token) for token in (PAD, EOS, BOS)))
+        ids = SpecialIds(*(token_id(tokenizer, token) for token in (PAD, EOS, BOS)))
         return self.build_family(size, ids)
 
 

@@ -8,8 +8,8 @@ the file's with replacement, and the trainer's own sampler plans them and assign
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, astuple, dataclass
-from typing import Any, NamedTuple
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -381,8 +381,3 @@ def _ranks_caption(prediction: Prediction) -> list[str]:
         f"balance: batches of the trainer's own sampler, over {steps} or more steps, with lengths "
         "drawn from the file",
     ]
-
-
-def as_json(prediction: Prediction) -> dict[str, Any]:
-    """The prediction as a dictionary for the JSON."""
-    return asdict(prediction)

@@ -52,7 +52,7 @@ def _origin(run: Run) -> str:
 
 
 def _steps(run: Run) -> str:
-    header = ["model", "padding", "speed-up", "ideal speed-up", "share of ideal"]
+    header = ["model", "padding", "speed-up", "ideal speed-up", "speed-up / ideal"]
     table: Table = [[*header, "peak MiB, padded : packed"]]
     for size in ("base", "small"):
         for name in ("T5", "NLLB", "Llama"):

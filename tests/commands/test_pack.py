@@ -240,7 +240,7 @@ def test_the_table_and_the_json_have_the_plans_metrics(tokens, tmp_path, capsys)
         "tokens": "8",
         "padding": "11.11%",
         "efficiency": "88.89%",
-        "utilisation, mean": "88.89%",
+        "utilization, mean": "88.89%",
         "std": "15.71%",
         "min": "66.67%",
         "max": "100.00%",

@@ -207,7 +207,7 @@ def _table(results: Sequence[ModelResult]) -> str:
         "tokens/s\npacked",
         "step-time\nratio",
         "ideal\nratio",
-        "of\nideal",
+        "ratio /\nideal",
         "largest\nloss diff",
         "peak MiB\npadded",
         "peak MiB\npacked",
@@ -236,9 +236,9 @@ def _caption(device: torch.device, steps: int) -> str:
     return (
         f"{steps} steps each, timed over forward and backward (the JSON has times with the\n"
         "optimizer, too). tokens/s: real tokens. step-time ratio: padded / packed time. ideal\n"
-        "ratio: padded / packed operations, counted. of ideal: the first ratio over the second.\n"
-        "Each ratio is a median over the steps. peak: memory that one forward and backward needs\n"
-        f"in addition to the weights, on the batch with the most slots ({statistic})."
+        "ratio: padded / packed operations, counted. ratio / ideal: of each step. All ratios are\n"
+        "medians over the steps. peak: memory that one forward and backward needs in addition to\n"
+        f"the weights, on the batch with the most slots ({statistic})."
     )
 
 

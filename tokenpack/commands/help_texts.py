@@ -34,13 +34,13 @@ data:
   Texts that are longer than a model allows are cut. The output shows how many were cut.
 
 columns of the table:
-  padding     share of the batches' slots that hold no token
-  tokens/s    real tokens per second of forward and backward
-  ratio       padded / packed time of forward and backward: the median over the steps
-  ideal       padded / packed floating-point operations, counted: the median over the steps
-  of ideal    ratio / ideal of each step: the median over the steps
-  loss diff   the largest |padded - patched| / padded over all steps
-  peak        memory that one forward and backward needs in addition to the weights, MiB
+  padding           share of the batches' slots that hold no token
+  tokens/s          real tokens per second of forward and backward
+  step-time ratio   padded / packed time of forward and backward: the median over the steps
+  ideal ratio       padded / packed floating-point operations, counted: the median over the steps
+  ratio / ideal     step-time ratio / ideal ratio of each step: the median over the steps
+  largest loss diff |padded - patched| / padded: the largest of all steps
+  peak MiB          memory that one forward and backward needs in addition to the weights
 
 examples:
   tokenpack demo                                 three models, under 4 minutes on two CPU cores

@@ -312,7 +312,7 @@ def _format_metrics(plan: PackResult) -> str:
     shares = {
         "padding": 1 - metrics.efficiency,
         "efficiency": metrics.efficiency,
-        "utilisation, mean": metrics.utilization_mean,
+        "utilization, mean": metrics.utilization_mean,
         "std": metrics.utilization_std,
         "min": metrics.utilization_min,
         "max": metrics.utilization_max,

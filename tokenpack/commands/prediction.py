@@ -317,7 +317,7 @@ def format_prediction(prediction: Prediction) -> str:
 
 
 def _rows_table(of_rows: list[BatchPrediction]) -> str:
-    headers = ["rows", "seconds,\npadded", "seconds,\npacked", "times\nas fast"]
+    headers = ["rows", "seconds,\npadded", "seconds,\npacked", "speed-up"]
     headers += ["GiB,\npadded", "GiB,\npacked"]
     return format_table(
         headers,

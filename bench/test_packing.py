@@ -12,7 +12,7 @@ import pytest
 from tokenpack.data import pack_dataset
 from tokenpack.packing import Packer, StreamPacker, pack_lengths, pack_shards
 
-SHAPES = ("lognormal", "uniform", "exponential", "all short")
+DISTRIBUTIONS = ("lognormal", "uniform", "exponential", "all short")
 COUNTS = (10_000, 100_000, 1_000_000)
 
 BASELINES = ("TRL bfd",)
@@ -46,7 +46,7 @@ def trl(name):
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("capacity", [2048, 8192])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", DISTRIBUTIONS)
 @pytest.mark.parametrize("by", ["floor", "auto", "obfd", "obfdp"])
 def test_plan(benchmark, by, shape, capacity, count):
     """Plan bins for lengths."""

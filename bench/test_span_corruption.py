@@ -13,7 +13,7 @@ import torch
 from tokenpack.data import Denoiser, T5SpanCorruptionCollatorFast
 
 ROWS, PAD, EOS, SENTINELS = 256, 0, 1, range(32099, 31999, -1)
-SHAPES = {"512": (512, 512), "64 to 512": (64, 512), "4 to 40": (4, 40)}
+LENGTHS = {"512": (512, 512), "64 to 512": (64, 512), "4 to 40": (4, 40)}
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=20)
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=20)
 def make_samples(shape, kind):
     """Samples with lengths uniform over a range, the same on every machine."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(SHAPES[shape][0], SHAPES[shape][1] + 1, ROWS)
+    lengths = rng.integers(LENGTHS[shape][0], LENGTHS[shape][1] + 1, ROWS)
     rows = [rng.integers(2, 32000, length) for length in lengths]
     if kind == "arrays":
         return [{"input_ids": row} for row in rows]
@@ -81,7 +81,7 @@ def collate_in_a_loop(samples, rng):
 
 
 @pytest.mark.parametrize("kind", ["arrays", "lists", "rows of a dataset"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", LENGTHS)
 @pytest.mark.parametrize("by", ["loop", "tokenpack", "tokenpack, packed", "tokenpack, mixture"])
 def test_collate(benchmark, by, shape, kind):
     """Make a batch from samples."""

@@ -1,4 +1,4 @@
-"""Batches of uneven lengths, and how a call is timed on either kind of device."""
+"""Batches of sequences of different lengths, and timing on a CPU or a GPU."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,12 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenpack.cost import Ceilings, measure_ceilings, read_ceilings
-from tokenpack.cost.allocations import allocations
 
 from . import length_distributions as lengths
 
@@ -22,66 +23,73 @@ DEVICE_NAME = torch.cuda.get_device_name() if ON_GPU else "cpu"
 
 
 @dataclasses.dataclass
-class Chosen:
-    """What the suites were asked to run on; see the options in `conftest`."""
+class Options:
+    """Options of this run; see `conftest`."""
 
     lengths: str = lengths.DEFAULT
     ceilings: Path | None = None
 
     def check(self) -> None:
-        """Raise for lengths that there are not, before anything runs."""
+        """Raise if there are no such lengths, before anything runs."""
         lengths.draw(self.lengths, 1)
 
 
-chosen = Chosen()
+options = Options()
 
 
-class Batch(NamedTuple):
-    """Lengths of a batch's rows, and where its real tokens are; the longest sets the width."""
+class RaggedBatch(NamedTuple):
+    """A padded batch of rows of different lengths.
+
+    Attributes:
+        lengths: ``(rows,)`` int64, real tokens.
+        mask: ``(rows, longest)`` bool, True at real tokens.
+    """
 
     lengths: Tensor
     mask: Tensor
 
     @property
     def padding_share(self) -> float:
-        """Share of the padded batch's slots that hold no token."""
+        """Share of the slots that hold no token."""
         return 1.0 - self.lengths.sum().item() / self.mask.numel()
 
 
-def make_batch(rows: int, longest: int, preset: str | None = None) -> Batch:
-    """``rows`` of ``longest`` tokens at most, prompt and completion in one."""
-    drawn = lengths.draw(preset or chosen.lengths, rows).sum(axis=1)
-    return _batch(lengths.scaled_to(drawn, longest))
+def make_batch(rows: int, longest: int, preset: str | None = None) -> RaggedBatch:
+    """``rows`` rows, the longest of ``longest`` tokens; prompt and completion share a row."""
+    drawn = lengths.draw(preset or options.lengths, rows).sum(axis=1)
+    return _batch(lengths.scale_to(drawn, longest))
 
 
-def make_pair_batch(rows: int, longest: int, preset: str | None = None) -> tuple[Batch, Batch]:
-    """Sources and targets, ``longest`` the longest of both."""
-    drawn = lengths.scaled_to(lengths.draw(preset or chosen.lengths, rows), longest)
+def make_pair_batch(
+    rows: int, longest: int, preset: str | None = None
+) -> tuple[RaggedBatch, RaggedBatch]:
+    """Sources and targets; the longest of all has ``longest`` tokens."""
+    drawn = lengths.scale_to(lengths.draw(preset or options.lengths, rows), longest)
     return _batch(drawn[:, 0]), _batch(drawn[:, 1])
 
 
-def _batch(of_rows: lengths.Lengths) -> Batch:
-    tensor = torch.from_numpy(of_rows).to(DEVICE)
-    return Batch(tensor, torch.arange(int(of_rows.max()), device=DEVICE) < tensor[:, None])
+def _batch(tokens: NDArray[np.int64]) -> RaggedBatch:
+    tensor = torch.from_numpy(tokens).to(DEVICE)
+    return RaggedBatch(tensor, torch.arange(int(tokens.max()), device=DEVICE) < tensor[:, None])
 
 
 def measure(
     benchmark,
     function: Callable[[], object],
     *,
-    batch: Batch | None = None,
+    batch: RaggedBatch | None = None,
     moved: int | None = None,
     rounds: int | None = None,
 ) -> None:
-    """Time ``function`` until the device is done with it.
+    """Time ``function``, including its work on the device.
 
     Args:
-        batch: whose real tokens and padding are noted.
-        moved: bytes that it must read and write at the least, noted as GB/s.
-        rounds: where it takes so long that they are counted rather than timed.
+        batch: input of ``function``; its real tokens and padding share are recorded.
+        moved: bytes that ``function`` must at least read and write, recorded as GB/s.
+        rounds: number of rounds for a slow function; by default, pytest-benchmark chooses it.
     """
 
-    def until_done() -> None:
+    def run_and_wait() -> None:
         function()
         if ON_GPU:
             torch.cuda.synchronize()
@@ -92,33 +100,22 @@ def measure(
         notes["real tokens"] = int(batch.lengths.sum())
         notes["padding share"] = round(batch.padding_share, 3)
     if rounds is None:
-        until_done()  # compiles, and fills caches
-        benchmark(until_done)
+        run_and_wait()  # compiles kernels and fills caches
+        benchmark(run_and_wait)
     else:
-        benchmark.pedantic(until_done, rounds=rounds)
+        benchmark.pedantic(run_and_wait, rounds=rounds)
     if moved is not None and benchmark.stats is not None:
         notes["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 1)
 
 
-def peak_memory(function: Callable[[], object]) -> int:
-    """Most bytes that were allocated during ``function`` beside what was there before."""
-    if not ON_GPU:
-        return allocations(function).peak
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    return torch.cuda.max_memory_allocated() - before
-
-
 @cache
 def ceilings() -> Ceilings:
-    """Of this device: those that the run began with, or measured now."""
-    return measure_ceilings() if chosen.ceilings is None else read_ceilings(chosen.ceilings)
+    """Ceilings of this device, from the run's file or measured now."""
+    return measure_ceilings() if options.ceilings is None else read_ceilings(options.ceilings)
 
 
 def liger(name: str) -> Any:
-    """A function of Liger Kernel, whose kernels need a GPU; skips where it cannot run."""
+    """A function of Liger Kernel. Skips the benchmark without a GPU or the package."""
     if not ON_GPU:
         pytest.skip("Liger Kernel needs a GPU")
     return getattr(pytest.importorskip("liger_kernel.transformers.functional"), name)

@@ -1,7 +1,8 @@
-"""Options of the suites, and what each result is, so that reports know what to hold against what.
+"""Options of the suites, and the role of each result, so that reports compare the right results.
 
-A suite's module may name its ``BASELINES``, what a user would otherwise run, and its ``LIMITS``,
-what nothing can be faster than: values of the parameter ``by``, which names the contender.
+The parameter ``by`` of a benchmark names the contender. The module of a suite may list, as values
+of ``by``, its ``BASELINES``, which a user would run without tokenpack, and its ``LIMITS``, which no
+contender can beat.
 """
 
 import json
@@ -15,31 +16,31 @@ from .length_distributions import DEFAULT, PRESETS
 
 
 def pytest_addoption(parser):
-    """What the suites may be run on."""
+    """Add the options of the suites."""
     group = parser.getgroup("tokenpack benchmarks")
     group.addoption(
         "--lengths",
         default=DEFAULT,
-        help=f"of the batches: {', '.join(PRESETS)}, or a file with one or two integers a line",
+        help=f"of the batches: {', '.join(PRESETS)}, or a file with one or two integers per line",
     )
     group.addoption(
         "--ceilings",
         type=Path,
-        help="of the device, a JSON file of tokenpack.cost's; by default they are measured",
+        help="JSON file with the device's ceilings, from tokenpack.cost (default: measure them)",
     )
     group.addoption(
         "--record-outcome",
         type=Path,
-        help="a JSON file for who passed, who was skipped and why, and who failed",
+        help="JSON file for the benchmarks that passed, were skipped, with the reason, or failed",
     )
 
 
 def pytest_configure(config):
-    """Suites make their batches while they are imported."""
-    common.chosen.lengths = config.getoption("--lengths")
-    common.chosen.ceilings = config.getoption("--ceilings")
+    """Set the options before the suites are imported, because some make their batches then."""
+    common.options.lengths = config.getoption("--lengths")
+    common.options.ceilings = config.getoption("--ceilings")
     try:
-        common.chosen.check()
+        common.options.check()
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
     if path := config.getoption("--record-outcome"):
@@ -47,31 +48,31 @@ def pytest_configure(config):
 
 
 class Outcome:
-    """Writes who passed, was skipped or failed."""
+    """Records which benchmarks passed, were skipped or failed."""
 
     def __init__(self, path):
         self.path = path
-        self.told = {"passed": 0, "skipped": [], "failed": []}
+        self.record = {"passed": 0, "skipped": [], "failed": []}
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.rpartition("::")[2]
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-            self.told["skipped"].append([name, reason.removeprefix("Skipped: ")])
+            self.record["skipped"].append([name, reason.removeprefix("Skipped: ")])
         elif report.failed:
-            self.told["failed"].append(name)
+            self.record["failed"].append(name)
         elif report.when == "call":
-            self.told["passed"] += 1
+            self.record["passed"] += 1
 
     def pytest_sessionfinish(self):
-        self.path.write_text(json.dumps(self.told, indent=1), encoding="utf-8")
+        self.path.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
 
 
-_MANY_ROUNDS = 200  # of which the JSON keeps what describes them
+_MANY_ROUNDS = 200  # above this number, the JSON keeps only statistics
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Results may be published: without the machine's name, and without a line per round."""
+    """Remove the name of the machine and long lists of rounds, so that results can be published."""
     output_json["machine_info"] = {
         key: output_json["machine_info"].get(key) for key in ("system", "machine", "python_version")
     }
@@ -85,7 +86,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 @pytest.fixture(autouse=True)
 def named(benchmark, request):
-    """Say in the result who was measured, and what it is to be held against."""
+    """Record the contender and its role in the result."""
     module = request.module
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     notes = benchmark.extra_info
@@ -103,7 +104,7 @@ def named(benchmark, request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """A contender that does not fit is no failure of the suite; the report says so."""
+    """Skip a contender that runs out of memory. The report lists it."""
     try:
         return (yield)
     except torch.OutOfMemoryError:

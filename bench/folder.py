@@ -1,9 +1,9 @@
-"""Print the folder that figures measured here and now belong in, or are gone on with.
+"""Print the results folder for this device, date and commit.
 
     python -m bench.folder RESULTS      RESULTS/DEVICE-DATE, or RESULTS/DEVICE-DATE-2 and so on
 
-Figures of two commits do not mix: a folder that another commit began is left alone, such as one
-that came with the checkout.
+A folder holds results of one commit. A folder of another commit, such as one from the checkout, is
+skipped; a folder of this commit is continued.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def folder_in(results: Path) -> Path:
     """The first of ``DEVICE-DATE``, ``DEVICE-DATE-2``, ... that is new or of this commit."""
     name = f"{re.sub('[^a-z0-9]+', '-', device().lower()).strip('-')}-{today()}"
     folder, number, here = results / name, 1, commit()
-    while (begun := folder / "environment.json").exists():
-        if json.loads(begun.read_text(encoding="utf-8")).get("commit") == here:
+    while (environment := folder / "environment.json").exists():
+        if json.loads(environment.read_text(encoding="utf-8")).get("commit") == here:
             break
         number += 1
         folder = results / f"{name}-{number}"
@@ -31,7 +31,7 @@ def folder_in(results: Path) -> Path:
 
 
 def device() -> str:
-    """Name of the GPU, or ``cpu``."""
+    """The name of the GPU, or ``cpu``."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
@@ -41,7 +41,7 @@ def today() -> str:
 
 
 def commit() -> str | None:
-    """Of this checkout, abbreviated; None outside of one."""
+    """The abbreviated commit of this checkout; None outside of a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()

@@ -1,10 +1,10 @@
-"""Lengths as data have them: named presets, or a file of the user's own.
+"""Lengths as in real data: named presets, or a file of the user's own.
 
-A preset states what was published, mean lengths mostly (written down from memory of the papers that
-are named, and not yet checked against them); how lengths scatter around a mean, seldom
-published, is taken to be log-normal with a standard deviation of 0.7 in the logarithm, so that one
-in twenty is over three times the median. Where a suite's batches are smaller than the data's, all
-lengths are divided by one number: padding depends on their shape alone.
+A preset follows published numbers, mostly mean lengths. They are written from memory of the cited
+papers and not yet checked against them. The spread around the mean is rarely published. Here it is
+log-normal with a standard deviation of 0.7 in the logarithm, so that one length in twenty exceeds
+three times the median. If a suite's batches are smaller than the data's, all lengths are divided by
+the same number, because padding depends only on the shape of the distribution.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Lengths = NDArray[np.int64]  # (n, 2): tokens of prompt and completion, or of source and target
+LengthPairs = NDArray[np.int64]  # (n, 2): tokens of prompt and completion, or source and target
 
 _SCATTER = 0.7
 
@@ -25,9 +25,9 @@ class Preset(NamedTuple):
     """A distribution of lengths.
 
     Attributes:
-        draw: ``(rng, n)`` to ``(n, 2)`` float64.
-        longest: tokens of a sequence at most, prompt and completion together; longer ones are cut.
-        source: where the shape is from.
+        draw: maps ``(rng, n)`` to ``(n, 2)`` float64.
+        longest: maximum tokens of prompt and completion together; longer sequences are cut.
+        source: origin of the numbers.
     """
 
     draw: Callable[[np.random.Generator, int], NDArray[np.float64]]
@@ -36,7 +36,7 @@ class Preset(NamedTuple):
 
 
 def _scattered(rng: np.random.Generator, means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log-normal, each with its mean."""
+    """Log-normal numbers with the given means."""
     return means * rng.lognormal(-(_SCATTER**2) / 2, _SCATTER, means.shape)
 
 
@@ -44,7 +44,8 @@ def _around(prompt: float, completion: float):
     return lambda rng, n: _scattered(rng, np.tile([prompt, completion], (n, 1)))
 
 
-# Examples, and mean tokens of all prompts and of all completions of one: rounds x those of a round.
+# Number of examples; mean tokens of all prompts and of all completions per example, as rounds
+# times tokens per round.
 _TULU = {
     "CoT": (100_000, 266.0, 53.2),
     "Flan V2": (100_000, 355.7, 31.2),
@@ -58,8 +59,8 @@ _TULU = {
 
 def _instruction_mix(rng: np.random.Generator, n: int) -> NDArray[np.float64]:
     table = np.array(list(_TULU.values()))
-    chosen = rng.choice(len(table), n, p=table[:, 0] / table[:, 0].sum())
-    return _scattered(rng, table[chosen, 1:])
+    datasets = rng.choice(len(table), n, p=table[:, 0] / table[:, 0].sum())
+    return _scattered(rng, table[datasets, 1:])
 
 
 def _translation_pairs(rng: np.random.Generator, n: int) -> NDArray[np.float64]:
@@ -76,46 +77,50 @@ PRESETS = {
     "translation pairs": Preset(
         _translation_pairs,
         512,
-        "FLORES-200: 21 words a sentence (NLLB Team 2022, arXiv:2207.04672); taken: 1.5 tokens a "
-        "word, targets within 20 % of their sources",
+        "FLORES-200: 21 words per sentence (NLLB Team 2022, arXiv:2207.04672); assumed: 1.5 tokens "
+        "per word, targets within 20 % of their sources",
     ),
     "instruction mix": Preset(
         _instruction_mix,
         2048,
         "Tülu's seven datasets with their means and sizes (arXiv:2306.04751, table 1), cut at "
-        "2,048 as it trains",
+        "2,048 tokens as in its training",
     ),
     "long documents": Preset(
         _around(4938 * 1.3, 220 * 1.3),
         16384,
         "arXiv papers and abstracts: 4,938 and 220 words (Cohan et al. 2018, arXiv:1804.05685); "
-        "taken: 1.3 tokens a word; cut at 16,384",
+        "assumed: 1.3 tokens per word; cut at 16,384",
     ),
     "uniform": Preset(
         lambda rng, n: rng.integers(1, 513, (n, 2)).astype(float),
         1024,
-        "each length from 1 to 512 alike",
+        "each length from 1 to 512 with equal probability",
     ),
     "constant": Preset(
         lambda rng, n: np.full((n, 2), 256.0),
         512,
-        "no padding: what packing costs where there is nothing to gain",
+        "no padding: shows the overhead of packing if there is nothing to gain",
     ),
 }
 DEFAULT = "instruction mix"
 
 
-def draw(name: str, count: int, seed: int = 0) -> Lengths:
-    """``(count, 2)`` lengths of a preset or a file, the same on every machine.
+def draw(name: str, count: int, seed: int = 0) -> LengthPairs:
+    """Draw lengths of a preset or a file, the same on every machine.
 
     Args:
-        name: of a preset, or of a file; see `read_lengths`. Of a file a random sample is taken,
-            with repetitions if it has fewer lengths.
-        count: how many.
-        seed: of the draw.
+        name: of a preset, or of a file; see `read_lengths`. A file is sampled at random, with
+            replacement if it has fewer lengths than ``count``.
+        count: number of lengths.
+        seed: random seed.
+
+    Returns:
+        ``(count, 2)`` int64.
 
     Raises:
-        ValueError, OSError: if there is no such preset and no such file, or it holds no lengths.
+        ValueError: if there is no such preset and no such file, or the file holds no lengths.
+        OSError: if the file cannot be read.
     """
     rng = np.random.default_rng(seed)
     if name not in PRESETS:
@@ -128,26 +133,29 @@ def draw(name: str, count: int, seed: int = 0) -> Lengths:
     return lengths
 
 
-def scaled_to(lengths: Lengths, longest: int) -> Lengths:
-    """Lengths divided by one number, so that the longest of all is ``longest``; none below 1."""
+def scale_to(lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+    """Divide lengths by a common number so that the maximum is ``longest`` and the minimum 1."""
     return np.maximum(lengths * longest // lengths.max(), 1)
 
 
-def read_lengths(path: str | Path) -> Lengths:
-    """``(n, 2)`` lengths from a file.
+def read_lengths(path: str | Path) -> LengthPairs:
+    """Read lengths from a file.
 
     Args:
-        path: ``.npy`` of shape ``(n,)`` or ``(n, 2)``, or text with one or two integers a line,
-            separated by a comma or spaces. One is a prompt, without a completion but one token.
+        path: ``.npy`` of shape ``(n,)`` or ``(n, 2)``, or text with one or two integers per line,
+            separated by a comma or spaces. A single integer is the length of a prompt, whose
+            completion has one token.
+
+    Returns:
+        ``(n, 2)`` int64.
 
     Raises:
-        ValueError, OSError: if it cannot be read as such, or a length is below 1.
+        ValueError: if the file does not hold such lengths, or a length is below 1.
+        OSError: if the file cannot be read.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(
-            f"--lengths: {path} is no file, nor one of the presets: {', '.join(PRESETS)}"
-        )
+        raise ValueError(f"--lengths must be a file or one of {', '.join(PRESETS)}, got {path}")
     if path.suffix == ".npy":
         table = np.load(path)
     else:
@@ -160,7 +168,7 @@ def read_lengths(path: str | Path) -> Lengths:
         or table.shape[1] not in (1, 2)
         or not np.issubdtype(table.dtype, np.integer)
     ):
-        raise ValueError(f"--lengths: {path} must hold one or two integers a line")
+        raise ValueError(f"--lengths: {path} must hold one or two integers per line")
     if table.shape[1] == 1:
         table = np.concatenate([table, np.ones_like(table)], axis=1)
     if not len(table) or table.min() < 1:

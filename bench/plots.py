@@ -1,4 +1,4 @@
-"""The report's plots, each of what was measured and of nothing else."""
+"""Draw the plots of a report from its measurements."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ OURS, OTHERS, LIMIT = "#2a6f97", ("#d1833a", "#7b5e8b", "#4a7c59", "#b5a642", "#
 
 
 class Picture(NamedTuple):
-    """A PNG, and what it shows."""
+    """A PNG and its title."""
 
     path: Path
     title: str
 
 
 def draw(run: Run) -> dict[str, list[Picture]]:
-    """Draw what there are results for; without matplotlib, nothing.
+    """Draw a plot for each suite that has results. Without matplotlib, draw nothing.
 
     Returns:
         Pictures by suite.
@@ -31,10 +31,10 @@ def draw(run: Run) -> dict[str, list[Picture]]:
     matplotlib.use("Agg")
     pictures: dict[str, list[Picture]] = {}
     for suite, name, title, function in (
-        ("training_step", "speed_up", "Speed-up over the share of padding", _speed_up),
-        ("attention", "attention", "Attention's rate over length", _attention),
-        ("loss", "loss_memory", "Memory of head and loss over the vocabulary", _memory),
-        ("packing", "packing", "Time of planning over the number of sequences", _packing),
+        ("training_step", "speed_up", "Speed-up against the share of padding", _speed_up),
+        ("attention", "attention", "Attention rate against length", _attention),
+        ("loss", "loss_memory", "Memory of head and loss against the vocabulary size", _memory),
+        ("packing", "packing", "Planning time against the number of sequences", _packing),
     ):
         results = run.of(suite)
         path = run.folder / f"{name}.png"
@@ -66,8 +66,8 @@ def _save(figure: object, path: Path, title: str) -> bool:
     return True
 
 
-def _colours(names: Sequence[str], limits: Sequence[str] = ()) -> dict[str, str]:
-    """Ours in one colour, limits in grey, others in the rest."""
+def _colors(names: Sequence[str], limits: Sequence[str] = ()) -> dict[str, str]:
+    """tokenpack in one color, limits in gray, other contenders in the remaining colors."""
     others = iter(OTHERS * 3)
     ours = next((name for name in _OURS if name in names), None)
     return {
@@ -75,39 +75,40 @@ def _colours(names: Sequence[str], limits: Sequence[str] = ()) -> dict[str, str]
     }
 
 
-# On a CPU "auto" is the reference, and is not run twice.
+# tokenpack's contenders; the first that occurs is highlighted. On a CPU "auto" is the reference and
+# runs only once.
 _OURS = ("tokenpack", "packed, auto", "packed, reference", "auto", "packed", "token budget")
 
 
 def _speed_up(results: Sequence[Result], path: Path, title: str) -> bool:
-    ratio = "forward and backward, round by round"  # as the ideal is: without the optimizer
+    ratio = "forward and backward, round by round"  # without the optimizer, like the ideal
     points = [each for each in results if "preset" in each.notes and ratio in each.notes]
     if not points:
         return False
     figure, axes = _figure()
     (axis,) = axes.flat
     models = list(dict.fromkeys(each.parameters["name"] for each in points))
-    for model, colour in zip(models, (OURS, *OTHERS)):
+    for model, color in zip(models, (OURS, *OTHERS)):
         own = sorted(
             (each for each in points if each.parameters["name"] == model),
             key=lambda each: each.notes["padding share"],
         )
         shares = [100 * each.notes["padding share"] for each in own]
-        axis.plot(shares, [each.notes[ratio] for each in own], "o-", color=colour, label=model)
+        axis.plot(shares, [each.notes[ratio] for each in own], "o-", color=color, label=model)
         ideals = [each.notes["ideal, forward and backward"] for each in own]
-        axis.plot(shares, ideals, "_", color=colour, markersize=13, markeredgewidth=2)
-    axis.plot([], [], "_", color=LIMIT, markersize=13, markeredgewidth=2, label="counted ideal")
+        axis.plot(shares, ideals, "_", color=color, markersize=13, markeredgewidth=2)
+    axis.plot([], [], "_", color=LIMIT, markersize=13, markeredgewidth=2, label="ideal, counted")
     named = sorted(
         (each for each in points if each.parameters["name"] == models[0]),
         key=lambda each: each.notes["padding share"],
     )
     place = -10.0
     for each in named:
-        place = max(100 * each.notes["padding share"], place + 3)  # so that none covers another
+        place = max(100 * each.notes["padding share"], place + 3)  # so that labels do not overlap
         text = {"rotation": 90, "fontsize": 8, "color": LIMIT, "ha": "right", "va": "bottom"}
         axis.annotate(each.notes["preset"], (place, 0.55), **text)
     axis.axhline(1, color=LIMIT, linewidth=1)
-    axis.set(xlabel="padding, % of the slots", ylabel="times as fast, forward and backward")
+    axis.set(xlabel="padding, % of the slots", ylabel="speed-up of forward and backward")
     axis.set_ylim(bottom=0.5)
     axis.legend(frameon=False, loc="upper left")
     return _save(figure, path, title)
@@ -121,16 +122,16 @@ def _attention(results: Sequence[Result], path: Path, title: str) -> bool:
     biases = list(dict.fromkeys(each.parameters["bias"] for each in both))
     head_dim = min(each.parameters["head_dim"] for each in both)
     figure, axes = _figure(columns=len(biases))
-    colours = _colours(_ordered(each.by for each in both))
+    colors = _colors(_ordered(each.by for each in both))
     for axis, bias in zip(axes.flat, biases):
-        chosen = [
+        selected = [
             each
             for each in both
             if each.parameters["bias"] == bias
             and each.parameters["head_dim"] == head_dim
             and each.parameters["direction"] == "both ways"
         ]
-        _lines(axis, chosen, lambda each: each.parameters["longest"], _rate, colours)
+        _lines(axis, selected, lambda each: each.parameters["longest"], _rate, colors)
         if limit is not None:
             axis.axhline(_rate(limit), color=LIMIT, linestyle="--", label="matrix product")
         axis.set_xscale("log", base=2)
@@ -145,40 +146,38 @@ def _rate(each: Result) -> float:
 
 
 def _memory(results: Sequence[Result], path: Path, title: str) -> bool:
-    chosen = [each for each in results if "extra memory, MiB" in each.notes]
+    selected = [each for each in results if "extra memory, MiB" in each.notes]
     figure, axis = _by_contender(
-        chosen,
+        selected,
         lambda each: each.parameters["classes"] / 1024,
         lambda each: max(each.notes["extra memory, MiB"], 0.1),
     )
-    axis.set(
-        xlabel="vocabulary, thousands of 1,024", ylabel="MiB beyond the gradients, at the peak"
-    )
-    return bool(chosen) and _save(figure, path, title)
+    axis.set(xlabel="vocabulary size / 1,024", ylabel="peak memory without gradients, MiB")
+    return bool(selected) and _save(figure, path, title)
 
 
 def _packing(results: Sequence[Result], path: Path, title: str) -> bool:
-    chosen = [
+    selected = [
         each
         for each in results
         if each.parameters.get("shape") == "lognormal" and each.parameters.get("capacity") == 2048
     ]
     figure, axis = _by_contender(
-        chosen, lambda each: each.parameters["count"], lambda each: each.median * 1e3
+        selected, lambda each: each.parameters["count"], lambda each: each.median * 1e3
     )
     axis.set_xscale("log")
     axis.set(xlabel="sequences (log-normal lengths, bins of 2,048)", ylabel="milliseconds")
-    return bool(chosen) and _save(figure, path, title)
+    return bool(selected) and _save(figure, path, title)
 
 
 def _by_contender(
     results: Sequence[Result], x: Callable[[Result], float], y: Callable[[Result], float]
 ) -> tuple:
-    """A figure of one plot, with a line for each contender over a logarithmic axis."""
+    """A figure with one line per contender and a logarithmic y axis."""
     figure, axes = _figure()
     (axis,) = axes.flat
     limits = [each.by for each in results if each.role == "limit"]
-    _lines(axis, results, x, y, _colours(_ordered(each.by for each in results), limits))
+    _lines(axis, results, x, y, _colors(_ordered(each.by for each in results), limits))
     axis.set_yscale("log")
     if results:
         axis.legend(frameon=False)
@@ -194,11 +193,11 @@ def _lines(
     results: Sequence[Result],
     x: Callable[[Result], float],
     y: Callable[[Result], float],
-    colours: dict[str, str],
+    colors: dict[str, str],
 ) -> None:
-    for name, colour in colours.items():
+    for name, color in colors.items():
         own = sorted((each for each in results if each.by == name), key=x)
         if own:
-            width = 2.4 if colour == OURS else 1.5
+            width = 2.4 if color == OURS else 1.5
             xs, ys = [x(each) for each in own], [y(each) for each in own]
-            axis.plot(xs, ys, "o-", color=colour, label=name, linewidth=width, markersize=4)
+            axis.plot(xs, ys, "o-", color=color, label=name, linewidth=width, markersize=4)

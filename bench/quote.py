@@ -1,9 +1,9 @@
-"""Figures in README.md and docs/, written from committed runs and never by hand.
+"""Write the measurements in README.md and docs/ from committed runs.
 
-    <!-- figures: KIND RUN -->  what this file writes  <!-- end -->
+    <!-- figures: KIND RUN -->  generated text  <!-- end -->
 
-`python -m bench.quote` writes them anew, from ``bench/results/RUN``; a test fails where they
-differ.
+`python -m bench.quote` rewrites all such blocks from ``bench/results/RUN``. A test fails if a block
+differs from its run.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _BLOCK = re.compile(r"(<!-- figures: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DO
 
 
 def update(text: str) -> str:
-    """``text`` with its blocks written anew.
+    """Rewrite the blocks of ``text``.
 
     Raises:
-        ValueError: if a block names no kind or no run that there is.
+        ValueError: if a block names a kind or a run that does not exist.
     """
 
     def write(block: re.Match[str]) -> str:
         begin, kind, folder, end = block.groups()
         if kind not in KINDS:
-            raise ValueError(f"figures of {kind!r}: takes one of {', '.join(KINDS)}")
+            raise ValueError(f"figures must be of a kind in {', '.join(KINDS)}, got {kind!r}")
         run = read(ROOT / "bench/results" / folder)
         return f"{begin}\n{KINDS[kind](run)}\n\n{_origin(run)}\n{end}"
 
@@ -46,15 +46,14 @@ def _origin(run: Run) -> str:
         device = f"{machine['physical_cores']} cores ({machine['cpu']})"
     return (
         f"Measured on {environment['date']}: {device}, {environment['threads']} threads, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}; medians, whose spread and "
-        f"rounds are in `bench/results/{run.folder.name}/report.md`."
+        f"{versions['torch']}, transformers {versions['transformers']}. Values are medians; "
+        f"`bench/results/{run.folder.name}/report.md` has their spread and number of rounds."
     )
 
 
 def _steps(run: Run) -> str:
-    table: Table = [
-        ["model", "padding", "times as fast", "ideal", "of the ideal", "peak MiB, padded : packed"]
-    ]
+    header = ["model", "padding", "speed-up", "ideal speed-up", "speed-up / ideal"]
+    table: Table = [[*header, "peak MiB, padded : packed"]]
     for size in ("base", "small"):
         for name in ("T5", "NLLB", "Llama"):
             found = _by(run, "training_step", f"training step, {size} {name},")
@@ -80,12 +79,12 @@ def _losses(run: Run) -> str:
         if "extra memory, MiB" in each.notes
     }
     few, many = min(groups), max(groups)
-    what = groups[few].removeprefix("head and loss, ").replace(f"{few} classes", "classes")
-    table: Table = [[what, *(f"{each:,}: {cost}" for each in (few, many) for cost in _COSTS)]]
+    shape = groups[few].removeprefix("head and loss, ").replace(f"{few} classes", "classes")
+    table: Table = [[shape, *(f"{each:,}: {cost}" for each in (few, many) for cost in _COSTS)]]
     for by, name in (
         ("tokenpack", "`packed_linear_cross_entropy`"),
         ("logits", "logits, then `F.cross_entropy`"),
-        ("F.linear_cross_entropy", "`F.linear_cross_entropy`, its default chunks"),
+        ("F.linear_cross_entropy", "`F.linear_cross_entropy`, default chunks"),
     ):
         results = [_by(run, "loss", groups[classes]).get(by) for classes in (few, many)]
         table.append([name, *(cell for each in results for cell in _loss_cells(each))])
@@ -102,7 +101,7 @@ def _loss_cells(each: Result | None) -> tuple[str, str]:
 
 
 def _trainer(run: Run) -> str:
-    table: Table = [["one epoch", "times as long", "peak MiB of a step"]]
+    table: Table = [["one epoch", "relative time", "peak MiB of a step"]]
     for group in dict.fromkeys(each.group for each in run.of("trainer")):
         found = _by(run, "trainer", group)
         ours = found["token budget"]
@@ -133,12 +132,12 @@ def _profile(run: Run) -> str:
         if each.by == "packed" and f", {size} " in each.group
     ]
     names = [name for name in profiles[0].notes if name.endswith(", %")]
-    head = ["% of a patched step", *(_short(each) for each in profiles)]
+    header = ["% of a patched step", *(_short(each) for each in profiles)]
     rows = [
         [name.removesuffix(", %"), *(f"{each.notes[name]:.1f}" for each in profiles)]
         for name in names
     ]
-    return markdown_table([head, *rows])
+    return markdown_table([header, *rows])
 
 
 def _short(each: Result) -> str:
@@ -148,14 +147,14 @@ def _short(each: Result) -> str:
 def _packing(run: Run) -> str:
     plans = [each for each in run.of("packing") if each.name.startswith("test_plan[")]
     counts = sorted({each.parameters["count"] for each in plans})
-    of_plans: Table = [["lengths", "floor", "`auto`, multiples of it", "`auto`"]]
+    plan_table: Table = [["lengths", "floor", "`auto` / floor", "`auto`"]]
     for count in counts:
         floor, auto = (
             {each.group: each.median for each in plans if _is_plan(each, count, by)}
             for by in ("floor", "auto")
         )
         multiples = [auto[group] / floor[group] for group in floor]
-        of_plans.append(
+        plan_table.append(
             [
                 f"{count:,}",
                 f"{_range(floor.values(), 1e3)} ms",
@@ -163,29 +162,29 @@ def _packing(run: Run) -> str:
                 f"{_range(auto.values(), 1e3)} ms",
             ]
         )
-    of_peers: Table = [["100,000 sequences", "time", "times as long", "slots filled"]]
+    peer_table: Table = [["100,000 sequences", "time", "relative time", "slots filled"]]
     planned = _by(run, "packing", "plan 100,000 log-normal lengths, lengths alone")
     rows = _by(run, "packing", "100,000 log-normal sequences to packed rows")
-    for what, found, ours in (
+    for task, found, ours in (
         ("planned", planned, "tokenpack auto"),
-        ("to rows in memory", rows, "tokenpack"),
+        ("packed into rows in memory", rows, "tokenpack"),
     ):
         for by, each in found.items():
             filled = each.notes.get("slots with a token of the data, %")
-            of_peers.append(
+            peer_table.append(
                 [
-                    f"{what}: {by}",
+                    f"{task}: {by}",
                     f"{1e3 * each.median:,.1f} ms",
                     f"{each.median / found[ours].median:.3g}",
                     "" if filled is None else f"{filled:.2f}%",
                 ]
             )
     linear = [_by(run, "packing", f"linear planners, {count:,} ") for count in counts]
-    of_sequences: Table = [["ns a sequence, of so many", *(f"{count:,}" for count in counts)]]
-    of_sequences += [
+    sequence_table: Table = [["ns per sequence", *(f"{count:,} sequences" for count in counts)]]
+    sequence_table += [
         [by, *(str(found[by].notes["ns per sequence"]) for found in linear)] for by in linear[0]
     ]
-    return "\n\n".join(markdown_table(each) for each in (of_plans, of_peers, of_sequences))
+    return "\n\n".join(markdown_table(each) for each in (plan_table, peer_table, sequence_table))
 
 
 def _is_plan(each: Result, count: int, by: str) -> bool:
@@ -193,7 +192,7 @@ def _is_plan(each: Result, count: int, by: str) -> bool:
 
 
 def _range(values: Iterable[float], scale: float = 1.0) -> str:
-    """The least and the most, to two digits."""
+    """Minimum and maximum, to two digits."""
     found = [scale * value for value in values]
     ends = (min(found), max(found))
     return " - ".join(f"{end:.0f}" if end >= 10 else f"{end:#.2g}" for end in ends)
@@ -202,7 +201,7 @@ def _range(values: Iterable[float], scale: float = 1.0) -> str:
 def _by(run: Run, suite: str, group: str) -> dict[str, Result]:
     found = {each.by: each for each in run.of(suite) if each.group.startswith(group)}
     if not found:
-        raise ValueError(f"{run.folder} has nothing of {group!r}")
+        raise ValueError(f"run must have results of {group!r}, got {run.folder} without them")
     return found
 
 
@@ -222,7 +221,7 @@ KINDS: dict[str, Callable[[Run], str]] = {
 
 
 def main() -> int:
-    """Write all pages anew."""
+    """Rewrite the blocks of all pages."""
     for page in PAGES:
         before = page.read_text(encoding="utf-8")
         after = update(before)

@@ -1,7 +1,7 @@
-"""A report of a results folder: ``report.md``, plots, and ``report.html`` that needs nothing else.
+"""Write a report of a results folder: ``report.md``, plots, and a self-contained ``report.html``.
 
-    python -m bench.report FOLDER               writes them into the folder
-    python -m bench.report --compare A B        prints how B's medians compare with A's
+    python -m bench.report FOLDER               writes the report into the folder
+    python -m bench.report --compare A B        prints the speed of B relative to A
 
 Ratios come first, then medians, their spread and the number of rounds. There are no means.
 """
@@ -30,11 +30,11 @@ SUITES = {
     "span_corruption": "Span corruption",
 }
 
-Table = list[list[str]]  # the first row is the head
+Table = list[list[str]]  # the first row is the header
 
 
 def write(folder: Path) -> None:
-    """Write the report of what lies in ``folder``."""
+    """Write the report of the results in ``folder``."""
     results = read(folder)
     pictures = plots.draw(results)
     (folder / "report.md").write_text(markdown(results, pictures), encoding="utf-8")
@@ -46,7 +46,7 @@ def write(folder: Path) -> None:
 
 
 def summary(results: Run) -> list[str]:
-    """What the figures depend on, a line each."""
+    """What the results depend on, one line each."""
     environment = results.environment
     machine, versions = environment["machine"], environment["versions"]
     installed = [f"{name} {v}" for name, v in versions.items() if v != "not installed"]
@@ -61,12 +61,12 @@ def summary(results: Run) -> list[str]:
         f"Not installed: {', '.join(absent) or 'nothing'}",
     ]
     if environment["device"] == "cpu":
-        lines.append("No GPU took part: nothing here says anything about one.")
+        lines.append("No GPU was used. These results do not apply to GPUs.")
     return lines
 
 
 def ratio_table(results: Sequence[Result]) -> Table:
-    """A line per group: how many times the baseline's speed each contender has."""
+    """One row per group: the speed of each contender relative to the baseline."""
     groups = grouped(list(results))
     contenders = list(
         dict.fromkeys(
@@ -76,20 +76,20 @@ def ratio_table(results: Sequence[Result]) -> Table:
             for each in members
         )
     )
-    head = ["times the speed of the baseline", *contenders]
+    header = ["speed relative to the baseline", *contenders]
     rows = []
     for group, members in groups.items():
         ratios = {each.by: speed_up(each, members) for each in members}
-        # Several of one contender, over lengths or shapes, are told apart in the group's own table.
+        # A group with several results of one contender has only its own table, by parameters.
         if any(ratio is not None for ratio in ratios.values()) and 1 < len(members) == len(ratios):
             rows.append(
                 [group, *("" if not ratios.get(by) else f"{ratios[by]:.2f}" for by in contenders)]
             )
-    return [head, *rows]
+    return [header, *rows]
 
 
 def detail_table(members: Sequence[Result]) -> Table:
-    """All of one group."""
+    """All results of one group."""
     names = list(dict.fromkeys(key for each in members for key in each.notes if key != PAIRED))
     labels = _labels(members)
     rows = [["", "x baseline", "median", "spread", "rounds", *names]]
@@ -110,7 +110,7 @@ def detail_table(members: Sequence[Result]) -> Table:
 
 
 def _labels(members: Sequence[Result]) -> list[str]:
-    """What tells a group's members apart: who, or else by which parameters."""
+    """Labels that distinguish a group's results: contenders, or parameters if they repeat."""
     if len({each.by for each in members}) == len(members):
         return [each.by for each in members]
     return [each.name.partition("[")[2].rstrip("]") or each.name for each in members]
@@ -132,7 +132,7 @@ def _value(value: object) -> str:
 
 
 def _gaps(results: Run) -> list[str]:
-    """Who was skipped and why, what failed, and what did not run."""
+    """Benchmarks that were skipped, with the reason, that failed, or that did not run."""
     reasons: dict[tuple[str, str], int] = {}
     for part, _, reason in results.skipped:
         reasons[part, reason] = reasons.get((part, reason), 0) + 1
@@ -142,7 +142,7 @@ def _gaps(results: Run) -> list[str]:
 
 
 def predictions_table(results: Run) -> Table:
-    """What the model of cost said of the patched steps, over what was measured."""
+    """The predictions of the cost model for the patched steps, compared with the measurements."""
     rows = [
         [
             f"{each.group}{preset}",
@@ -157,16 +157,16 @@ def predictions_table(results: Run) -> Table:
         if _RATIO_ERROR in each.notes
         for preset in [f", {each.notes['preset']}" if "preset" in each.notes else ""]
     ]
-    head = ["patched steps", "padding", "times as fast", "predicted", "error of it"]
-    return [[*head, "error of its seconds", "of its memory"], *rows]
+    header = ["patched step", "padding", "speed-up", "predicted", "error", "error of seconds"]
+    return [[*header, "error of memory"], *rows]
 
 
 _RATIO_ERROR = "ratio predicted / measured"
-_PREDICTIONS = "The model of cost"
+_PREDICTIONS = "Predictions of the cost model"
 
 
 def prediction_lines(results: Run) -> list[str]:
-    """The device's ceilings, and how far off the ratios were; nothing without predictions."""
+    """The errors of the predicted ratios, and the device's ceilings; empty without predictions."""
     errors = [
         abs(each.notes[_RATIO_ERROR] - 1)
         for each in results.of("training_step")
@@ -175,14 +175,14 @@ def prediction_lines(results: Run) -> list[str]:
     if not errors:
         return []
     lines = [
-        f"Predicted step-time ratios: off by {statistics.median(errors):.0%} in the median, "
+        f"Error of the predicted step-time ratios: {statistics.median(errors):.0%} in the median, "
         f"{max(errors):.0%} at most, over {len(errors)} steps."
     ]
-    if best := results.ceilings:
+    if ceilings := results.ceilings:
         lines.append(
-            f"From the device's best: {best['products'] / 1e12:.3g} TFLOP/s in products, "
-            f"{best['attention'] / 1e12:.3g} in attention, {best['bytes'] / 1e9:.3g} GB/s, "
-            f"{best['call'] * 1e6:.2g} us a call."
+            f"Ceilings of the device: {ceilings['products'] / 1e12:.3g} TFLOP/s in products, "
+            f"{ceilings['attention'] / 1e12:.3g} TFLOP/s in attention, "
+            f"{ceilings['bytes'] / 1e9:.3g} GB/s, {ceilings['call'] * 1e6:.2g} us per call."
         )
     return lines
 
@@ -191,7 +191,7 @@ def prediction_lines(results: Run) -> list[str]:
 
 
 def markdown(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
-    """The whole report."""
+    """The report as Markdown."""
     blocks = ["# Benchmarks of tokenpack", "\n".join(f"- {line}" for line in summary(results))]
     for suite, title in SUITES.items():
         members = results.of(suite)
@@ -208,14 +208,14 @@ def markdown(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
         facts = "\n".join(f"- {line}" for line in lines)
         blocks += [f"## {_PREDICTIONS}", facts, markdown_table(predictions_table(results))]
     if gaps := _gaps(results):
-        blocks += ["## What is not here", "\n".join(f"- {line}" for line in gaps)]
+        blocks += ["## Missing results", "\n".join(f"- {line}" for line in gaps)]
     return "\n\n".join(blocks) + "\n"
 
 
 def markdown_table(table: Table) -> str:
-    """A table whose first row is its head."""
-    head, *rows = table
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    """A Markdown table; the first row is the header."""
+    header, *rows = table
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -265,7 +265,7 @@ def _html(results: Run, pictures: dict[str, list[plots.Picture]]) -> str:
     if lines := prediction_lines(results):
         parts += [f"<h2>{_PREDICTIONS}</h2>", _list(lines), _html_table(predictions_table(results))]
     if gaps := _gaps(results):
-        parts += ["<h2>What is not here</h2>", _list(gaps)]
+        parts += ["<h2>Missing results</h2>", _list(gaps)]
     return "\n".join([*parts, "</body></html>\n"])
 
 
@@ -275,13 +275,13 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head, *rows = table
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    header, *rows = table
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
     for row in rows:
         cells = [f"<td>{html.escape(row[0])}</td>"]
         for cell in row[1:]:
             up = cell.replace(".", "", 1).isdigit() and "." in cell and float(cell) >= 1.05
-            mark = " class='up'" if up and head[0] else ""
+            mark = " class='up'" if up and header[0] else ""
             cells.append(f"<td{mark}>{html.escape(cell)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
@@ -291,7 +291,7 @@ def _html_table(table: Table) -> str:
 
 
 def compare(first: Run, second: Run) -> Table:
-    """How many times as fast ``second`` is, where both measured the same; changes first."""
+    """Speed of ``second`` relative to ``first`` in common benchmarks; the largest changes first."""
     before = {(each.group, each.name): each for each in first.results}
     rows = []
     for each in second.results:
@@ -302,14 +302,14 @@ def compare(first: Run, second: Run) -> Table:
             verdict = "" if abs(ratio - 1) <= noise else "faster" if ratio > 1 else "slower"
             rows.append((abs(ratio - 1), [each.name, each.group, f"{ratio:.2f}", verdict]))
     rows.sort(key=lambda row: -row[0])
-    head = ["benchmark", "group", "times as fast", "beyond the spread"]
-    return [head, *(row for _, row in rows)]
+    header = ["benchmark", "group", "relative speed", "beyond the spread"]
+    return [header, *(row for _, row in rows)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write a report, or print a comparison."""
     parser = argparse.ArgumentParser(prog="python -m bench.report")
-    parser.add_argument("folder", type=Path, nargs="?", help="of results")
+    parser.add_argument("folder", type=Path, nargs="?", help="results folder")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"))
     given = parser.parse_args(arguments)
     try:
@@ -319,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif given.folder:
             write(given.folder)
         else:
-            parser.error("name a folder, or --compare two")
+            parser.error("give a results folder, or --compare A B")
     except ValueError as error:
         parser.error(str(error))
     return 0

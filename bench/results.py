@@ -1,4 +1,4 @@
-"""What a results folder holds, read back: who was measured in which group, and how fast it was."""
+"""Read a results folder: the measurements of each contender, by group."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ PAIRED = "of the baseline's speed, round by round"
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one group. Times in seconds, medians over ``rounds``.
+    """Measurement of one contender in one group. Times in seconds.
 
     Attributes:
+        by: name of the contender.
         role: ``contender``, ``baseline`` or ``limit``.
-        spread: the interquartile range over the median.
-        notes: what else was noted, by what it is called.
+        median: median time over ``rounds``.
+        spread: interquartile range / median.
+        notes: other recorded values, by name.
     """
 
     suite: str
@@ -38,12 +40,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """A results folder.
+    """The contents of a results folder.
 
     Attributes:
-        ceilings: what the device could do at its best, if that was measured.
-        skipped, failed: ``(part, benchmark, reason)``.
-        missing: parts that were not run.
+        ceilings: of the device, if they were measured.
+        skipped: ``(part, benchmark, reason)`` of skipped benchmarks.
+        failed: the same of failed benchmarks.
+        missing: parts without results.
     """
 
     folder: Path
@@ -55,12 +58,12 @@ class Run:
     missing: list[str]
 
     def of(self, suite: str) -> list[Result]:
-        """Those of one suite, as they ran."""
+        """Results of one suite, in the order of the run."""
         return [result for result in self.results if result.suite == suite]
 
 
 def parts() -> list[str]:
-    """``SUITE.FUNCTION`` of all benchmarks, in the order of the files."""
+    """Names of all parts, ``SUITE.FUNCTION``, in the order of the files."""
     found = []
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -73,10 +76,10 @@ def read(folder: Path) -> Run:
     """Read a folder that `bench.run` wrote.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the folder is not a results folder.
     """
     if not (folder / "environment.json").exists():
-        raise ValueError(f"{folder} is no folder of results: it has no environment.json")
+        raise ValueError(f"folder must hold results, got {folder}, which has no environment.json")
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     results: list[Result] = []
     skipped, failed, missing = [], [], []
@@ -87,11 +90,11 @@ def read(folder: Path) -> Run:
         else:
             results += _results(json.loads(figures.read_text(encoding="utf-8")))
         if outcome.exists():
-            told = json.loads(outcome.read_text(encoding="utf-8"))
-            skipped += [(part, name, reason) for name, reason in told["skipped"]]
-            failed += [(part, name, "") for name in told["failed"]]
-    best = folder / "ceilings.json"
-    ceilings = json.loads(best.read_text(encoding="utf-8")) if best.exists() else None
+            record = json.loads(outcome.read_text(encoding="utf-8"))
+            skipped += [(part, name, reason) for name, reason in record["skipped"]]
+            failed += [(part, name, "") for name in record["failed"]]
+    path = folder / "ceilings.json"
+    ceilings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return Run(folder, environment, ceilings, results, skipped, failed, missing)
 
 
@@ -113,7 +116,7 @@ def _results(document: dict[str, Any]) -> Iterator[Result]:
 
 
 def grouped(results: list[Result]) -> dict[str, list[Result]]:
-    """Results by group, groups and results as they ran."""
+    """Results by group, in the order of the run."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.group, []).append(result)
@@ -121,9 +124,10 @@ def grouped(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def speed_up(result: Result, group: list[Result]) -> float | None:
-    """Times the speed of the group's baseline; None without one.
+    """Speed relative to the group's baseline; None if the group has no baseline.
 
-    Where both ran in turns, the median of the ratios within rounds; of medians otherwise.
+    If both alternated round by round, this is the median of the ratios within rounds, otherwise the
+    ratio of the medians.
     """
     if PAIRED in result.notes:
         return float(result.notes[PAIRED])

@@ -1,12 +1,12 @@
-"""Run the suites one part after another into a folder, and go on where an earlier call stopped.
+"""Run the suites part by part into a folder, and continue where an earlier call stopped.
 
     python -m bench.run FOLDER [--seconds 480] [--only loss] [--lengths NAME_OR_FILE]
 
-A part is one test function of a suite. What it measured lies in ``FOLDER/raw/SUITE.FUNCTION.json``
-(pytest-benchmark's), who was skipped and why beside it (``.outcome.json``); a part whose files are
-there is not run again. What the device can do at the best is measured first
-(``FOLDER/ceilings.json``), for the predictions. `bench.report` is called at the end, on what there
-is by then.
+A part is one test function of a suite. ``FOLDER/raw/SUITE.FUNCTION.json`` holds its measurements in
+pytest-benchmark's format, and ``SUITE.FUNCTION.outcome.json`` the benchmarks that were skipped or
+failed. A part with measurements is not run again. The ceilings of the device, which predictions
+need, are measured first (``FOLDER/ceilings.json``). At the end, `bench.report` writes a report of
+all results so far.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "fast-axolotl", "accelerat
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is missing. Returns 1 if a benchmark failed, 0 otherwise."""
+    """Run the missing parts. Returns 1 if a benchmark failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.run")
-    parser.add_argument("folder", type=Path, help="of the results, made if missing")
-    parser.add_argument("--seconds", type=float, help="begin no part after this long")
-    parser.add_argument("--only", default="", help="parts whose names have this in them")
+    parser.add_argument("folder", type=Path, help="results folder, created if it does not exist")
+    parser.add_argument("--seconds", type=float, help="start no new part after this time")
+    parser.add_argument("--only", default="", help="run only parts whose names contain this")
     parser.add_argument("--lengths", default=DEFAULT, help="see bench/length_distributions.py")
     given = parser.parse_args(arguments)
     raw = given.folder / "raw"
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.only not in part or (raw / f"{part}.json").exists():
             continue
         if not given.only and not torch.cuda.is_available() and part in LONG_ON_A_CPU:
-            print(f"== {part}: takes minutes on a CPU; --only {part} runs it", flush=True)
+            print(f"== {part}: takes minutes on a CPU, so run it with --only {part}", flush=True)
             continue
         if given.seconds is not None and time.monotonic() - begin > given.seconds:
             left.append(part)
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed.append(part)
     report.write(given.folder)
     if left:
-        print(f"not run yet, for want of time: {', '.join(left)}; the same command goes on")
+        print(f"not run, out of time: {', '.join(left)}; repeat the command to continue")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(part: str, raw: Path, given: argparse.Namespace) -> bool:
     suite, _, function = part.partition(".")
-    figures, outcome = raw / f"{part}.json", raw / f"{part}.outcome.json"
-    unfinished = figures.with_suffix(".part")
+    results, outcome = raw / f"{part}.json", raw / f"{part}.outcome.json"
+    unfinished = results.with_suffix(".part")
     command = [
         *(sys.executable, "-m", "pytest", f"{HERE / f'test_{suite}.py'}::{function}"),
         *("-q", "--no-header", "--no-summary", "--benchmark-only"),
@@ -88,34 +88,34 @@ def _run(part: str, raw: Path, given: argparse.Namespace) -> bool:
     environment.pop("PYTHONPATH", None)
     begin = time.monotonic()
     code = subprocess.run(command, env=environment, cwd=HERE.parent, check=False).returncode
-    if not outcome.exists():  # died before it could say anything
+    if not outcome.exists():  # pytest crashed before it wrote the outcome
         return False
-    told = json.loads(outcome.read_text(encoding="utf-8"))
-    told["seconds"] = round(time.monotonic() - begin, 1)
-    outcome.write_text(json.dumps(told, indent=1), encoding="utf-8")
+    record = json.loads(outcome.read_text(encoding="utf-8"))
+    record["seconds"] = round(time.monotonic() - begin, 1)
+    outcome.write_text(json.dumps(record, indent=1), encoding="utf-8")
     if code == 0 and unfinished.exists():
-        unfinished.replace(figures)
+        unfinished.replace(results)
     return code == 0
 
 
 def _write_environment(given: argparse.Namespace) -> None:
-    """What the figures depend on. Of a folder that is gone on with, what it was begun with."""
+    """Record what the results depend on. A folder can only be continued with the same settings."""
     path = given.folder / "environment.json"
-    asked = {"lengths": given.lengths}
-    here = {"commit": commit(), "asked": asked}
+    settings = {"commit": commit(), "asked": {"lengths": given.lengths}}
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        begun = {name: before.get(name) for name in here}
-        if begun != here:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        before = {name: recorded.get(name) for name in settings}
+        if before != settings:
             raise SystemExit(
-                f"{given.folder} was begun with {begun}, this is {here}: name another folder"
+                f"folder must have results of {settings}, got {given.folder} with {before}; choose "
+                "another folder"
             )
         return
     environment = {
         "date": today(),
         "device": device(),
         "threads": torch.get_num_threads(),
-        **here,
+        **settings,
         "machine": describe_machine(),
         "versions": {**versions(), **{peer: _version(peer) for peer in _PEERS}},
     }

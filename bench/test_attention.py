@@ -1,11 +1,12 @@
-"""Packed attention beside what a user would otherwise run, in one layer.
+"""Packed attention compared with the alternatives, in one layer.
 
-Beside padded attention at its best setting, PyTorch's fused kernel, FlexAttention on the packed
-stream, and FlashAttention. Padded causal attention needs no mask where padding is on the right, so
-it gets none. A bias must be dense there, with the padding mask in it. It is given as models have
-it, built before the first layer; the others take the table that it would be built from. All have
-its gradient. Floating-point operations are those of real tokens in sight, whoever computes more;
-the limit is the rate at which this device multiplies large square matrices.
+The alternatives are padded attention at its best setting (PyTorch's fused kernel), FlexAttention on
+the packed stream, and FlashAttention. Padded causal attention with padding on the right needs no
+mask and runs without one. Padded attention with a bias needs a dense bias that includes the padding
+mask. As in models, this bias is built before the first layer. The other contenders take the table
+from which it would be built. All compute the gradient of the bias. Rates count the operations of
+real tokens and unmasked pairs, even if a contender computes more. The limit is the rate at which
+this device multiplies large square matrices.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tokenpack.attention import packed_attention
 from tokenpack.kernels import PackedLayout, layout_from_mask, unpad
 
-from .common import DEVICE, DTYPE, ON_GPU, Batch, make_batch, measure
+from .common import DEVICE, DTYPE, ON_GPU, RaggedBatch, make_batch, measure
 
 SLOTS, LENGTHS, HEADS = (65_536, [512, 2048, 8192], 16) if ON_GPU else (4096, [128, 512], 4)
 HEAD_DIMS = [64, 128] if ON_GPU else [64]
@@ -27,7 +28,7 @@ PASSES = ("forward", "backward", "forward and backward")
 BASELINES = ("padded",)
 LIMITS = ("matrix product",)
 
-# On a CPU "auto" is the reference, and all that there is.
+# On a CPU "auto" is the reference, the only backend there.
 CONTENDERS = ["padded", "packed, FlexAttention", "packed, reference"]
 CONTENDERS += ["packed, auto", "packed, torch", "packed, triton", "packed, FlashAttention"] * ON_GPU
 
@@ -37,60 +38,64 @@ pytestmark = pytest.mark.benchmark(max_time=0.5)
 class Problem(NamedTuple):
     """One layer's attention over one batch."""
 
-    batch: Batch
+    batch: RaggedBatch
     layout: PackedLayout
     head_dim: int
     causal: bool
 
     @property
     def operations(self):
-        """Of the two products of the forward; the backward has five."""
+        """Floating-point operations of the forward's two products; the backward has five."""
         pairs = self.batch.lengths.double().square().sum().item()
         if self.causal:
             pairs = (pairs + self.layout.total_tokens) / 2
         return 2 * 2 * pairs * HEADS * self.head_dim
 
-    def sides(self):
-        """Padded queries, keys and values."""
+    def padded_qkv(self):
+        """Padded queries, keys and values, ``(rows, columns, heads, head_dim)``."""
         shape = (*self.batch.mask.shape, HEADS, self.head_dim)
         return [torch.randn(shape, dtype=DTYPE, device=DEVICE) for _ in range(3)]
 
 
 def _dense(problem, table):
-    """``(rows, heads, columns, columns)`` from ``(heads, 2 * REACH + 1)``, padding at -inf."""
+    """Dense bias ``(rows, heads, columns, columns)`` from a table; -inf at masked pairs."""
     mask = problem.batch.mask
-    places = torch.arange(mask.shape[1], device=DEVICE)
-    distance = places - places[:, None]
+    positions = torch.arange(mask.shape[1], device=DEVICE)
+    distance = positions - positions[:, None]
     hidden = ~mask[:, None, None, :] | (problem.causal & (distance > 0))
     bias = table[:, distance.clamp(-REACH, REACH) + REACH]
     return bias.masked_fill(hidden, float("-inf"))
 
 
 def _padded(problem, table):
-    q, k, v = (side.requires_grad_() for side in problem.sides())
+    qkv = [each.requires_grad_() for each in problem.padded_qkv()]
     mask = None if problem.causal else problem.batch.mask[:, None, None, :]
     if table is not None:
         mask = _dense(problem, table).requires_grad_()
 
     def forward():
         return scaled_dot_product_attention(
-            *(side.transpose(1, 2) for side in (q, k, v)),
+            *(each.transpose(1, 2) for each in qkv),
             attn_mask=mask,
             is_causal=mask is None,
         )
 
-    return forward, [q, k, v] + [mask] * (table is not None)
+    return forward, qkv + [mask] * (table is not None)
+
+
+def _packed_qkv(problem):
+    return [each.requires_grad_() for each in unpad(problem.padded_qkv(), problem.layout)]
 
 
 def _packed(problem, table, backend):
-    sides = [side.requires_grad_() for side in unpad(problem.sides(), problem.layout)]
+    qkv = _packed_qkv(problem)
     if table is not None:
         table.requires_grad_()
     layout = problem.layout
 
     def forward():
         return packed_attention(
-            *sides,
+            *qkv,
             layout.cu_seqlens,
             layout.cu_seqlens,
             layout.max_seqlen,
@@ -101,53 +106,53 @@ def _packed(problem, table, backend):
             relative_bias=table,
         )[0]
 
-    return forward, sides + [table] * (table is not None)
+    return forward, qkv + [table] * (table is not None)
 
 
 def _flash(problem, table):
-    """As its authors have it called."""
+    """FlashAttention's own varlen function."""
     if table is not None:
         pytest.skip("FlashAttention has no bias")
     attend = pytest.importorskip("flash_attn").flash_attn_varlen_func
-    sides = [side.requires_grad_() for side in unpad(problem.sides(), problem.layout)]
-    offsets, longest = problem.layout.cu_seqlens, problem.layout.max_seqlen
+    qkv = _packed_qkv(problem)
+    cu_seqlens, longest = problem.layout.cu_seqlens, problem.layout.max_seqlen
 
     def forward():
-        return attend(*sides, offsets, offsets, longest, longest, causal=problem.causal)
+        return attend(*qkv, cu_seqlens, cu_seqlens, longest, longest, causal=problem.causal)
 
-    return forward, sides
+    return forward, qkv
 
 
 def _flex(problem, table):
-    """One row of all tokens, where those of other documents are out of sight."""
+    """FlexAttention over one row of all tokens; other sequences are masked."""
     if not ON_GPU:
         pytest.skip("FlexAttention has no backward on a CPU")
-    sides = [side.requires_grad_() for side in unpad(problem.sides(), problem.layout)]
+    qkv = _packed_qkv(problem)
     if table is not None:
         table.requires_grad_()
-    documents = torch.repeat_interleave(problem.batch.lengths)
+    sequences = torch.repeat_interleave(problem.batch.lengths)
 
-    def in_sight(row, head, m, n):
-        same = documents[m] == documents[n]
+    def mask_mod(row, head, m, n):
+        same = sequences[m] == sequences[n]
         return same & (m >= n) if problem.causal else same
 
-    def biased(score, row, head, m, n):
+    def add_bias(score, row, head, m, n):
         return score + table[head, (n - m).clamp(-REACH, REACH) + REACH]
 
     total = problem.layout.total_tokens
-    mask = create_block_mask(in_sight, None, None, total, total, device=DEVICE)
+    mask = create_block_mask(mask_mod, None, None, total, total, device=DEVICE)
     attend = torch.compile(flex_attention, dynamic=False)
 
     def forward():
-        heads_first = (side[None].transpose(1, 2) for side in sides)
-        score_mod = None if table is None else biased
+        heads_first = (each[None].transpose(1, 2) for each in qkv)
+        score_mod = None if table is None else add_bias
         return attend(*heads_first, score_mod=score_mod, block_mask=mask)
 
-    return forward, sides + [table] * (table is not None)
+    return forward, qkv + [table] * (table is not None)
 
 
-def _made(by, problem, table):
-    """The forward of a contender, and what it has gradients of."""
+def _make(by, problem, table):
+    """The forward of a contender, and the inputs that need gradients."""
     if by == "padded":
         return _padded(problem, table)
     if by == "packed, FlexAttention":
@@ -166,7 +171,7 @@ def _made(by, problem, table):
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attention(benchmark, head_dim, passes, direction, bias, longest, by):
-    """One layer's attention over one batch, of as many slots at any length."""
+    """One layer's attention over one batch, with the same number of slots for each length."""
     benchmark.group = (
         f"attention, head_dim {head_dim}, {direction}, {bias}, longest {longest}, {passes}"
     )
@@ -175,16 +180,16 @@ def test_attention(benchmark, head_dim, passes, direction, bias, longest, by):
     table = None
     if bias == "relative bias":
         table = torch.randn(HEADS, 2 * REACH + 1, dtype=DTYPE, device=DEVICE)
-    forward, inputs = _made(by, problem, table)
+    forward, inputs = _make(by, problem, table)
     out = forward()
     incoming = torch.ones_like(out)
 
-    def forward_alone():
+    def forward_only():
         with torch.no_grad():
             forward()
 
     timed, products = {
-        "forward": (forward_alone, 2),
+        "forward": (forward_only, 2),
         "backward": (lambda: torch.autograd.grad(out, inputs, incoming, retain_graph=True), 5),
         "forward and backward": (lambda: torch.autograd.grad(forward(), inputs, incoming), 7),
     }[passes]
@@ -195,7 +200,7 @@ def test_attention(benchmark, head_dim, passes, direction, bias, longest, by):
 @pytest.mark.benchmark(group="attention, the limit: one matrix product")
 @pytest.mark.parametrize("by", LIMITS)
 def test_matrix_product(benchmark, by):
-    """Large and square, as fast as this device multiplies."""
+    """A large square product, the fastest that this device multiplies."""
     size = 8192 if ON_GPU else 2048
     left, right = (torch.randn(size, size, dtype=DTYPE, device=DEVICE) for _ in range(2))
     measure(benchmark, lambda: left @ right)

@@ -1,17 +1,18 @@
-"""Packed losses beside PyTorch's, Liger's and cut-cross-entropy's, over vocabularies.
+"""Packed losses compared with PyTorch's, Liger's and cut-cross-entropy's, by vocabulary size.
 
-On logits that a head has just written, forward and backward; there the limit is a copy: the loss
-reads the logits twice and writes their gradient once. And head and loss in one, without logits,
-where memory is what is allocated at the peak beyond the gradients.
+`test_cross_entropy` takes logits, forward and backward. The limit is a copy of as many bytes: the
+loss reads the logits twice and writes their gradient once. `test_linear_cross_entropy` fuses head
+and loss, without logits. Its memory is the peak allocation without the gradients.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tokenpack.cost.allocations import peak_bytes
 from tokenpack.kernels import packed_cross_entropy, packed_linear_cross_entropy
 
-from .common import DEVICE, DTYPE, ON_GPU, liger, measure, peak_memory
+from .common import DEVICE, DTYPE, ON_GPU, liger, measure
 
 VOCABULARIES = (32_768, 131_072, 262_144)
 LOGITS_TOKENS = 8192 if ON_GPU else 128
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
 
 def _by_pytorch(labels):
-    """As transformers computes it, in float32."""
+    """In float32, as in transformers."""
     return lambda logits: F.cross_entropy(logits.float(), labels)
 
 
@@ -32,7 +33,7 @@ def _liger_of_logits(labels):
     return lambda logits: fused(logits, labels)
 
 
-# Each gives the function to time, or skips before anything is timed.
+# Each returns the function to time, or skips the benchmark.
 ON_LOGITS = {
     "tokenpack": lambda labels: lambda logits: packed_cross_entropy(logits, labels),
     "tokenpack, in place": lambda labels: (
@@ -46,12 +47,12 @@ ON_LOGITS = {
 @pytest.mark.parametrize("by", [*ON_LOGITS, "copies of the same bytes"])
 @pytest.mark.parametrize("classes", VOCABULARIES)
 def test_cross_entropy(benchmark, classes, by):
-    """The gradient of the logits."""
+    """Loss and gradient of the logits."""
     benchmark.group = f"cross entropy of logits, {LOGITS_TOKENS} tokens x {classes} classes"
     labels = torch.randint(classes, (LOGITS_TOKENS,), device=DEVICE)
     leaf = torch.randn(LOGITS_TOKENS, classes, device=DEVICE, dtype=DTYPE).requires_grad_()
     size = leaf.numel() * leaf.element_size()
-    if by == "copies of the same bytes":  # three moves of the logits, of which a copy is two
+    if by == "copies of the same bytes":  # moves the logits three times; one copy moves them twice
         spare = torch.empty_like(leaf.detach())
 
         def step():
@@ -64,7 +65,7 @@ def test_cross_entropy(benchmark, classes, by):
             torch.autograd.grad(function(leaf), leaf)
 
     step()
-    benchmark.extra_info["peak memory over the logits'"] = round(peak_memory(step) / size, 2)
+    benchmark.extra_info["peak memory over the logits'"] = round(peak_bytes(step, DEVICE) / size, 2)
     measure(benchmark, step, moved=3 * size)
 
 
@@ -80,7 +81,7 @@ def _logits():
 
 def _pytorch_chunked():
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        pytest.skip("F.linear_cross_entropy goes by chunks from PyTorch 2.13 on")
+        pytest.skip("F.linear_cross_entropy has chunks from PyTorch 2.13 on")
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, weight, labels: F.linear_cross_entropy(
         hidden, weight, labels, options=options
@@ -110,7 +111,7 @@ WITHOUT_LOGITS = {
 @pytest.mark.parametrize("by", WITHOUT_LOGITS)
 @pytest.mark.parametrize("classes", VOCABULARIES)
 def test_linear_cross_entropy(benchmark, classes, by):
-    """One training step of the head."""
+    """Forward and backward of head and loss."""
     if not ON_GPU and by == "F.linear_cross_entropy" and classes > VOCABULARIES[0]:
         pytest.skip("takes minutes on a CPU")
     function = WITHOUT_LOGITS[by]()
@@ -125,6 +126,6 @@ def test_linear_cross_entropy(benchmark, classes, by):
         torch.autograd.grad(function(hidden, weight, labels), leaves)
 
     step()
-    extra = (peak_memory(step) - gradients) / 2**20
+    extra = (peak_bytes(step, DEVICE) - gradients) / 2**20
     benchmark.extra_info["extra memory, MiB"] = round(extra, 1)
     measure(benchmark, step, rounds=10 if ON_GPU else 3)

@@ -1,9 +1,9 @@
-"""Planners beside the floor and TRL's; token lists to packed rows beside TRL and fast_axolotl.
+"""Planning compared with TRL and a lower bound; packing token lists, with TRL and fast_axolotl.
 
-SeqPacker's source distribution, its only one, does not build, so it is not here.
+SeqPacker is missing because its only distribution, a source distribution, does not build.
 
-The floor is what any plan by length must do at the least: count the lengths and sort them, as
-16-bit integers by radix. On the CPU, whatever device there is.
+The floor is a lower bound for any planner that sorts by length: count the lengths, and sort them as
+16-bit integers (radix sort). These suites always run on the CPU.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from tokenpack.data import pack_dataset
 from tokenpack.packing import Packer, StreamPacker, pack_lengths, pack_shards
 
-SHAPES = ("lognormal", "uniform", "exponential", "all short")
+DISTRIBUTIONS = ("lognormal", "uniform", "exponential", "all short")
 COUNTS = (10_000, 100_000, 1_000_000)
 
 BASELINES = ("TRL bfd",)
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=5)
 
 
 def make_lengths(shape, capacity, count):
-    """Lengths of a shape, the same on every machine."""
+    """Lengths of a named distribution, the same on every machine."""
     rng = np.random.default_rng(0)
     lengths = {
         "lognormal": lambda: rng.lognormal(np.log(180), 1.0, count),
@@ -34,22 +34,22 @@ def make_lengths(shape, capacity, count):
 
 
 def floor(lengths):
-    """What every plan by length takes at the least."""
+    """The minimal work of a planner that sorts by length."""
     np.bincount(lengths)
     lengths.argsort(kind="stable")
 
 
 def trl(name):
-    """A function of TRL's; skips where it is not installed."""
+    """A function of TRL; skips the benchmark if TRL is not installed."""
     return getattr(pytest.importorskip("trl.data_utils"), name)
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("capacity", [2048, 8192])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", DISTRIBUTIONS)
 @pytest.mark.parametrize("by", ["floor", "auto", "obfd", "obfdp"])
 def test_plan(benchmark, by, shape, capacity, count):
-    """Lengths to bins."""
+    """Plan bins for lengths."""
     benchmark.group = f"plan {count:,} {shape} lengths into bins of {capacity:,}"
     lengths = make_lengths(shape, capacity, count)
     if by == "floor":
@@ -74,7 +74,7 @@ def test_strategies(benchmark, strategy):
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("by", ["harmonic", "stream of next fit", "stream of auto"])
 def test_linear(benchmark, by, count):
-    """What must take a time linear in the number of sequences."""
+    """Planners whose time must be linear in the number of sequences."""
     benchmark.group = f"linear planners, {count:,} log-normal lengths"
     lengths = make_lengths("lognormal", 2048, count)
 
@@ -94,7 +94,7 @@ def test_linear(benchmark, by, count):
 @pytest.mark.benchmark(group="plan 100,000 log-normal lengths, lengths alone")
 @pytest.mark.parametrize("by", ["tokenpack auto", "TRL bfd"])
 def test_lengths_alone(benchmark, by):
-    """TRL packs tables, so its lengths are a column of lists of one-byte tokens."""
+    """Plan without tokens. TRL packs tables, so it gets a column of lists of one-byte tokens."""
     lengths = make_lengths("lognormal", 2048, 100_000)
     if by == "tokenpack auto":
         benchmark(lambda: pack_lengths(lengths, 2048))
@@ -110,10 +110,11 @@ def test_lengths_alone(benchmark, by):
     ["tokenpack", "tokenpack, all columns", "tokenpack, two threads", "TRL bfd", "fast_axolotl"],
 )
 def test_rows(benchmark, by):
-    """Token lists to rows of 2,048, in memory: Arrow's, but fast_axolotl's are Python lists.
+    """Pack token lists into rows of 2,048 tokens in memory.
 
-    TRL and the first of ours make ids and the lengths of each row's sequences. fast_axolotl makes
-    ids, masks and labels, in order, with two tokens more behind each sequence: no boundaries.
+    The lists are Arrow data, except for fast_axolotl, which takes Python lists. TRL and "tokenpack"
+    return ids and the lengths of each row's sequences. fast_axolotl returns ids, masks and labels,
+    without sequence boundaries; it keeps the order and adds two tokens after each sequence.
     """
     datasets = pytest.importorskip("datasets")
     lengths = np.minimum(make_lengths("lognormal", 2048, 100_000), 2046)
@@ -125,7 +126,7 @@ def test_rows(benchmark, by):
         packed = benchmark.pedantic(lambda: pack(sequences, 2048, 0, 1), rounds=3)
         rows = packed["input_ids"]
     elif by == "TRL bfd":
-        # All in one batch, as ours: by 1,000 sequences, its default, bins are less full.
+        # One batch of all sequences, as in tokenpack. TRL's default, 1,000, gives less full bins.
         pack = trl("pack_dataset")
         options = {"batch_size": None, "load_from_cache_file": False}
         rows = benchmark.pedantic(lambda: pack(dataset, 2048, "bfd", options), rounds=3)
@@ -143,7 +144,7 @@ def test_rows(benchmark, by):
 
 
 def token_table(lengths, dtype):
-    """An Arrow table of token lists."""
+    """An Arrow table of token lists with these lengths."""
     pa = pytest.importorskip("pyarrow")
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.random.default_rng(1).integers(0, 100, offsets[-1], dtype)
@@ -152,7 +153,7 @@ def token_table(lengths, dtype):
 
 @pytest.mark.benchmark(group="plan 10,000,000 log-normal lengths from a file, in bounded memory")
 def test_shards(benchmark, tmp_path):
-    """A file of lengths to a plan in a folder."""
+    """Plan a file of lengths, and save the plan in a folder."""
     lengths = np.lib.format.open_memmap(tmp_path / "l.npy", "w+", np.uint16, (10_000_000,))
     lengths[:] = make_lengths("lognormal", 2048, 10_000_000)
     folders = (tmp_path / str(number) for number in range(9))

@@ -1,6 +1,6 @@
-"""Layouts, unpad and repad beside plain indexing, others' functions, and a copy of the same bytes.
+"""Layouts, unpad and repad compared with plain indexing, other libraries, and a copy.
 
-The copy is the limit: what moves as many rows cannot be faster.
+The copy of the same bytes is the limit: a function that moves as many rows cannot be faster.
 """
 
 import pytest
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.benchmark(max_time=0.5)
 
 
 def _plain_layout(mask):
-    """What is computed in every layer where nobody keeps it."""
+    """What models without a shared layout compute in every layer."""
     lengths = mask.sum(dim=1, dtype=torch.int32)
     indices = mask.flatten().nonzero().flatten()
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -32,7 +32,7 @@ def _plain_layout(mask):
     "by", ["mask", "lengths on the host", "plain torch from a mask", "transformers from a mask"]
 )
 def test_layout(benchmark, by):
-    """Once for each batch."""
+    """Build the layout, once per batch."""
     lengths = BATCH.lengths.tolist()
     functions = {
         "mask": lambda: layout_from_mask(BATCH.mask),
@@ -59,19 +59,14 @@ def _padded_tensors(kind):
     return [hidden, *ids]
 
 
-@pytest.mark.parametrize("kind", ["hidden states", "hidden states and three of ids"])
-@pytest.mark.parametrize(
-    "by",
-    [
-        "unpad",
-        "plain indexing",
-        "transformers",
-        "flash-attn bert_padding",
-        "copy of the same bytes",
-    ],
-)
+_KINDS = pytest.mark.parametrize("kind", ["hidden states", "hidden states and three of ids"])
+_OTHERS = ("plain indexing", "transformers", "flash-attn bert_padding", "copy of the same bytes")
+
+
+@_KINDS
+@pytest.mark.parametrize("by", ["unpad", *_OTHERS])
 def test_unpad(benchmark, by, kind):
-    """Padded rows to the stream of real tokens."""
+    """From padded rows to the stream of real tokens."""
     benchmark.group = f"unpad, {kind}"
     layout = layout_from_mask(BATCH.mask)
     padded = _padded_tensors(kind)
@@ -91,19 +86,10 @@ def test_unpad(benchmark, by, kind):
     measure(benchmark, functions[by], batch=BATCH, moved=2 * _bytes(streams))
 
 
-@pytest.mark.parametrize("kind", ["hidden states", "hidden states and three of ids"])
-@pytest.mark.parametrize(
-    "by",
-    [
-        "repad",
-        "plain indexing",
-        "transformers",
-        "flash-attn bert_padding",
-        "copy of the same bytes",
-    ],
-)
+@_KINDS
+@pytest.mark.parametrize("by", ["repad", *_OTHERS])
 def test_repad(benchmark, by, kind):
-    """The stream of real tokens back to padded rows."""
+    """From the stream of real tokens to padded rows."""
     benchmark.group = f"repad, {kind}"
     layout = layout_from_mask(BATCH.mask)
     padded = _padded_tensors(kind)
@@ -134,7 +120,7 @@ def test_repad(benchmark, by, kind):
 @pytest.mark.benchmark(group="unpad and repad, forward and backward")
 @pytest.mark.parametrize("by", ["unpad and repad", "plain indexing"])
 def test_there_and_back_with_gradients(benchmark, by):
-    """As around a stack of layers."""
+    """Unpad and repad, as before and after a stack of layers."""
     layout = layout_from_mask(BATCH.mask)
     (hidden,) = _padded_tensors("hidden states")
     hidden.requires_grad_()

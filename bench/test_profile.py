@@ -1,11 +1,11 @@
-"""Where the time of a training step goes, patched and padded: shares of it, by operator.
+"""Shares of a training step's time by kind of operator, patched and padded.
 
-The profiler's own time of each operator, on a GPU that of its kernels, is put down to the
-optimizer, to attention (what transformers' attention function calls, forward and backward, so with
-what gathers and scatters for it), to matrix products, or to one of the rest; what no operator
-accounts for is Python and waiting. An operator of the backward is known by the number of the
-forward's operator that it belongs to. The profiler makes each operator a little slower, so steps of
-many small ones look worse than they are.
+Each operator's self time from the profiler (on a GPU, the time of its kernels) is attributed to one
+kind: optimizer, attention, matrix products, or one of the others. Attention is everything inside
+transformers' attention function, forward and backward, including its gathers and scatters. Time
+outside of all operators is Python and waiting. A backward operator is attributed by the sequence
+number of its forward operator. The profiler slows down every operator a little, so steps with many
+small operators look slower than they are.
 """
 
 import time
@@ -18,14 +18,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .common import ON_GPU, chosen
-from .training import CONTENDERS, SIZES, Step, padded_batch
+from .common import ON_GPU, options
+from .training import CONTENDERS, SIZES, TrainingStep, padded_batch
 
 BASELINES = ("padded, SDPA",)
 OUTSIDE = "outside products, attention and optimizer, %"
 _PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
 
-# The first whose words are in the name of an operator, or of one that called it.
+# The kind is the first with a word in the name of the operator or of one of its callers.
 _CALLERS = (
     ("optimizer", ("Optimizer.step", "Optimizer.zero_grad")),
     ("attention", ("attention", "Attention")),
@@ -41,7 +41,7 @@ _OTHER, _BETWEEN = "other arithmetic and copies", "Python and between operators"
 
 @contextmanager
 def attention_named():
-    """Have attention functions run under a name; to be entered once all are registered."""
+    """Label calls of attention functions for the profiler. Enter after all are registered."""
 
     def named(function):
         @wraps(function)
@@ -62,9 +62,11 @@ def attention_named():
 
 
 def kind_of(event, forward):
-    """What an operator's own time is put down to.
+    """The kind to which an operator's self time is attributed.
 
-    ``forward``: the operators that recorded the backward's, by their number.
+    Args:
+        event: of the operator.
+        forward: the forward operators, by sequence number.
     """
     callers = list(_with_callers(event))
     recorded = (forward.get(each.sequence_nr) for each in callers if _of_backward(each))
@@ -84,7 +86,7 @@ def _of_backward(event):
     return event.name.startswith("autograd::engine::evaluate_function")
 
 
-_OPERATOR = 0  # the profiler's scope of what is called, and not by autograd
+_OPERATOR = 0  # the profiler's scope of operators that autograd does not call
 
 
 def _with_callers(event):
@@ -94,15 +96,15 @@ def _with_callers(event):
 
 
 def shares(step, rounds):
-    """Percent of the steps' time by kind; median seconds of a step are `step.seconds`'."""
+    """Percent of the time of ``rounds`` steps by kind."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
-    with attention_named(), profile(activities=activities) as seen:
+    with attention_named(), profile(activities=activities) as trace:
         begin = time.perf_counter()
         for _ in range(rounds):
             step()
         total = 1e6 * (time.perf_counter() - begin)
-    events = seen.events()
-    # What comes last under a number is the operator that was recorded under it.
+    events = trace.events()
+    # Of several events with a sequence number, the last is the operator that autograd recorded.
     forward = {
         each.sequence_nr: each
         for each in sorted(events, key=lambda each: each.time_range.start)
@@ -111,7 +113,7 @@ def shares(step, rounds):
     spent = Counter()
     for event in events:
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel's own event, which is in the list of the operator that launched it
+            continue  # kernels are counted with the operator that launched them
         own = event.self_cpu_time_total
         if ON_GPU:
             own = sum(kernel.duration for kernel in event.kernels)
@@ -121,11 +123,11 @@ def shares(step, rounds):
 
 
 def note_shares(benchmark, name, size, by):
-    """Profile some steps, and note the shares."""
-    benchmark.group = f"where a step's time goes, {size} {name}, {chosen.lengths}"
+    """Profile several steps, and record the shares."""
+    benchmark.group = f"where a step's time goes, {size} {name}, {options.lengths}"
     batch, _ = padded_batch(name, SIZES[size], None)
-    step = Step(*CONTENDERS[by](name, SIZES[size], batch))
-    for _ in range(3):  # the first ones also fetch memory from the system
+    step = TrainingStep(*CONTENDERS[by](name, SIZES[size], batch))
+    for _ in range(3):  # the first steps also get memory from the system
         step()
     found = shares(step, rounds=10 if ON_GPU else 3)
     inside = sum(found[kind] for kind in ("matrix products", "attention", "optimizer"))
@@ -142,14 +144,14 @@ _MODELS = pytest.mark.parametrize("name", ["T5", "NLLB", "Llama"])
 @_BY
 @_MODELS
 def test_small(benchmark, name, by):
-    """On a CPU two layers, where what is not a product weighs more."""
+    """Small models: two layers on a CPU, where products have a smaller share."""
     note_shares(benchmark, name, "small", by)
 
 
 @_BY
 @_MODELS
 def test_base(benchmark, name, by):
-    """Of a practical size."""
+    """Models of a practical size."""
     if by != "packed" and not ON_GPU:
-        pytest.skip("on a CPU base models are profiled packed alone")
+        pytest.skip("on a CPU, base models are profiled only packed")
     note_shares(benchmark, name, "base", by)

@@ -1,7 +1,7 @@
-"""T5's span corruption, token lists to a padded batch, beside a loop over the samples in NumPy.
+"""T5's span corruption, from token lists to a padded batch, compared with a loop in NumPy.
 
-The loop is what a collator that follows T5's code does: for each sample a random mask, the source
-and the target by it, then both padded into rows. On the CPU, whatever device there is.
+The loop is what a collator that follows T5's code does: for each sample it draws a random mask and
+builds source and target; then it pads both into rows. This suite always runs on the CPU.
 """
 
 import types
@@ -13,15 +13,15 @@ import torch
 from tokenpack.data import Denoiser, T5SpanCorruptionCollatorFast
 
 ROWS, PAD, EOS, SENTINELS = 256, 0, 1, range(32099, 31999, -1)
-SHAPES = {"512": (512, 512), "64 to 512": (64, 512), "4 to 40": (4, 40)}
+LENGTHS = {"512": (512, 512), "64 to 512": (64, 512), "4 to 40": (4, 40)}
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=20)
 
 
 def make_samples(shape, kind):
-    """Samples whose lengths are uniform over a range, the same on every machine."""
+    """Samples with lengths uniform over a range, the same on every machine."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(SHAPES[shape][0], SHAPES[shape][1] + 1, ROWS)
+    lengths = rng.integers(LENGTHS[shape][0], LENGTHS[shape][1] + 1, ROWS)
     rows = [rng.integers(2, 32000, length) for length in lengths]
     if kind == "arrays":
         return [{"input_ids": row} for row in rows]
@@ -29,11 +29,11 @@ def make_samples(shape, kind):
     if kind == "lists":
         return [{"input_ids": row} for row in lists]
     dataset = pytest.importorskip("datasets").Dataset.from_dict({"input_ids": lists})
-    return dataset.__getitems__(list(range(ROWS)))  # what a DataLoader asks for: lists again
+    return dataset.__getitems__(list(range(ROWS)))  # as a DataLoader calls it; returns lists
 
 
 def random_parts(total, parts, rng):
-    """Positive integers with a sum, each such list equally likely."""
+    """Positive integers whose sum is ``total``; all such lists are equally likely."""
     starts = np.zeros(total, bool)
     starts[1:parts] = True
     rng.shuffle(starts[1:])
@@ -41,24 +41,24 @@ def random_parts(total, parts, rng):
 
 
 def random_mask(length, rng):
-    """True at noise: 15 % in spans of 3."""
+    """True at noise tokens: 15 % of them, in spans of 3 on average."""
     noise = min(max(round(length * 0.15), 1), length - 1)
     spans = max(round(noise / 3), 1)
-    in_turn = np.stack(
+    alternating = np.stack(
         [random_parts(length - noise, spans, rng), random_parts(noise, spans, rng)], axis=1
     )
-    return np.repeat(np.arange(2 * spans) % 2 == 1, in_turn.reshape(-1))
+    return np.repeat(np.arange(2 * spans) % 2 == 1, alternating.reshape(-1))
 
 
 def with_sentinels(ids, masked):
-    """Each masked run becomes one sentinel, and EOS ends it."""
+    """Replace each masked span by a sentinel, and append EOS."""
     first = masked & ~np.concatenate([[False], masked[:-1]])
     ids = np.where(first, SENTINELS[0] + 1 - np.cumsum(first), ids)
     return np.append(ids[first | ~masked], EOS)
 
 
 def pad(rows, fill):
-    """Padded on the right to a multiple of 8."""
+    """Pad on the right to a multiple of 8 columns."""
     columns = -(-max(map(len, rows)) // 8) * 8
     padded = np.full((len(rows), columns), fill, np.int64)
     for row, ids in zip(padded, rows):
@@ -67,7 +67,7 @@ def pad(rows, fill):
 
 
 def collate_in_a_loop(samples, rng):
-    """One sample after the other."""
+    """Corrupt and pad, sample by sample."""
     sources, targets = [], []
     for sample in samples:
         ids = np.asarray(sample["input_ids"])
@@ -81,10 +81,10 @@ def collate_in_a_loop(samples, rng):
 
 
 @pytest.mark.parametrize("kind", ["arrays", "lists", "rows of a dataset"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", LENGTHS)
 @pytest.mark.parametrize("by", ["loop", "tokenpack", "tokenpack, packed", "tokenpack, mixture"])
 def test_collate(benchmark, by, shape, kind):
-    """Samples to a batch."""
+    """Make a batch from samples."""
     benchmark.group = f"corrupt {ROWS} samples of {shape} tokens, {kind}"
     samples = make_samples(shape, kind)
     if by == "loop":

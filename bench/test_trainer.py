@@ -1,9 +1,10 @@
-"""Training end to end beside `Seq2SeqTrainer`, on real text, with as many tokens in a step.
+"""Training end to end compared with `Seq2SeqTrainer`, on real text, with equal tokens per step.
 
-Docstrings, their spans corrupted (T5), or their bodies after their summaries (NLLB), as the demo
-has them. An optimizer step takes as many real tokens on average everywhere: `Seq2SeqTrainer` gets
-there by a number of rows, all at once or accumulated over micro-batches of as many tokens as ours.
-Tokens are real ones, of encoder and decoder; the time is that of ``train()``, planning included.
+The data are those of the demo: docstrings with corrupted spans (T5), or their bodies and summaries
+(NLLB). Every contender has the same average number of real tokens per optimizer step.
+`Seq2SeqTrainer` sets it by the number of rows, in one batch or accumulated over micro-batches that
+have as many tokens as those of `HierarchicalTokenTrainer`. Tokens are real tokens of encoder and
+decoder. The time is that of ``train()``, including planning.
 """
 
 from functools import cache
@@ -13,12 +14,13 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from tokenpack.commands.models import DEMO_MODELS, SIZES
+from tokenpack.cost.allocations import peak_bytes
 from tokenpack.samples.examples import Example, pad_batch
 from tokenpack.samples.text import standard_library_texts
 from tokenpack.samples.tokenizer import PAD, token_id, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer
 
-from .common import ON_GPU, peak_memory
+from .common import DEVICE, ON_GPU
 
 SIZE = SIZES["large" if ON_GPU else "small"]
 TEXTS, EXAMPLES = (20_000, 20_000) if ON_GPU else (3_000, 64)
@@ -29,7 +31,7 @@ TRAINERS = ("token budget", "fixed batches", "fixed batches, accumulated", "grou
 
 @cache
 def material(name):
-    """Model builder, examples as datasets have them, and the id that pads."""
+    """Model builder, examples as rows of a dataset, and the id of the padding token."""
     texts = standard_library_texts(TEXTS)
     tokenizer = train_tokenizer([text.source for text in texts], SIZE.vocab_size)
     demo = DEMO_MODELS[name]
@@ -39,7 +41,7 @@ def material(name):
 
 
 def collator(pad):
-    """Pads as the demo does."""
+    """A collator that pads like the demo."""
 
     def collate(rows):
         return pad_batch([Example(row["input_ids"], row["labels"]) for row in rows], pad)
@@ -48,7 +50,7 @@ def collator(pad):
 
 
 class RealTokens:
-    """Counts what a collator gives out."""
+    """Wraps a collator, and counts the real tokens of its batches."""
 
     def __init__(self, collate):
         self.tokens, self.inner = 0, collate
@@ -59,7 +61,7 @@ class RealTokens:
 
 
 def make_trainer(by, name, folder, steps=-1):
-    """One contender, and the count of the real tokens that it was fed."""
+    """The trainer of a contender, and its collator, which counts real tokens."""
     build, rows, pad = material(name)
     torch.manual_seed(0)
     counted = RealTokens(collator(pad))
@@ -100,21 +102,21 @@ def make_trainer(by, name, folder, steps=-1):
 @pytest.mark.parametrize("by", TRAINERS)
 @pytest.mark.parametrize("name", ["t5", "nllb"] if ON_GPU else ["t5"])
 def test_training(benchmark, by, name, tmp_path):
-    """An epoch, from ``train()`` to its end."""
+    """One epoch: the whole call of ``train()``."""
     benchmark.group = f"an epoch of {name}, steps of {STEP:,} tokens, micro-batches of {MICRO:,}"
-    figures = []
+    token_counts = []
 
     def setup():
         return make_trainer(by, name, tmp_path), {}
 
     def train(trainer, counted):
         trainer.train()
-        figures.append(counted.tokens)
+        token_counts.append(counted.tokens)
 
     benchmark.pedantic(train, setup=setup, rounds=3)
     notes = benchmark.extra_info
-    notes["real tokens"] = figures[-1]
+    notes["real tokens"] = token_counts[-1]
     if benchmark.stats is not None:
-        notes["tokens/s"] = round(figures[-1] / benchmark.stats.stats.median, 1)
+        notes["tokens/s"] = round(token_counts[-1] / benchmark.stats.stats.median, 1)
     trainer, _ = make_trainer(by, name, tmp_path, steps=1)
-    notes["peak MiB of a step"] = round(peak_memory(trainer.train) / 2**20)
+    notes["peak MiB of a step"] = round(peak_bytes(trainer.train, DEVICE) / 2**20)

@@ -1,11 +1,12 @@
-"""Forward, backward and AdamW of whole models: patched beside padded ones and others' ways.
+"""Forward, backward and AdamW of whole models: patched, padded, and other libraries.
 
-In each round the padded model under SDPA takes its step right before the contender, so that what
-else the machine does falls on both: "round by round" is the median of the ratios within rounds.
-The ideal is the ratio of the operations counted, of forward and backward, and so is what is held
-against it. What `tokenpack.cost` predicts of the whole step is noted beside what was measured.
+In each round the padded model with SDPA runs its step right before the contender, so that other
+load on the machine affects both. "round by round" is the median of the ratios within rounds. The
+ideal is the ratio of the counted operations of forward and backward, and is compared with the
+measured ratio of forward and backward. The predictions of `tokenpack.cost` for the whole step are
+recorded with the measurements.
 
-Base models take minutes each on a CPU: there `bench.run` runs them where --only names them.
+Base models take minutes each on a CPU, where `bench.run` runs them only if --only selects them.
 """
 
 import statistics
@@ -23,27 +24,28 @@ from tokenpack.cost import (
     model_cost,
     training_operations,
 )
+from tokenpack.cost.allocations import peak_bytes
 
-from .common import DEVICE, ON_GPU, ceilings, chosen, peak_memory
+from .common import DEVICE, ON_GPU, ceilings, options
 from .length_distributions import PRESETS
-from .training import CONTENDERS, MODELS, SIZES, Step, padded_batch
+from .training import CONTENDERS, IDS, MODELS, SIZES, TrainingStep, padded_batch
 
 BASELINES = ("padded, SDPA",)
 ROUNDS = dict.fromkeys(SIZES, 10) if ON_GPU else {"tiny": 9, "small": 3, "base": 3}
 
 
 def compare(benchmark, name, size, by, preset, rounds):
-    """Time ``by``, each round after one of the baseline, and note how they compare."""
+    """Time the contender ``by``, alternating with the baseline, and record the comparison."""
     batch, real = padded_batch(name, size, preset)
-    step = Step(*CONTENDERS[by](name, size, batch))
+    step = TrainingStep(*CONTENDERS[by](name, size, batch))
     baseline = None
     if by not in BASELINES:
-        baseline = Step(*CONTENDERS[BASELINES[0]](name, size, batch))
+        baseline = TrainingStep(*CONTENDERS[BASELINES[0]](name, size, batch))
         baseline()
-        baseline.forget()
-    step()  # compiles, and makes the optimizer's states
-    peak = peak_memory(step)
-    step.forget()
+        baseline.reset()
+    step()  # compiles kernels, and allocates the optimizer states
+    peak = peak_bytes(step, DEVICE)
+    step.reset()
     benchmark.pedantic(step, setup=baseline and (lambda: baseline()), rounds=rounds)
 
     notes = benchmark.extra_info
@@ -62,7 +64,7 @@ def compare(benchmark, name, size, by, preset, rounds):
         assert not packing_stats(step.model).fallbacks
         _note_predictions(notes, name, size, batch, peak)
         ideal = notes["ideal, forward and backward"]
-        both = _ratio(baseline.both, step.both)
+        both = _ratio(baseline.forward_backward, step.forward_backward)
         notes["forward and backward, round by round"] = round(both, 3)
         notes["of the ideal"] = round(both / ideal, 3)
         notes["ratio predicted / measured"] = round(notes["ratio predicted"] / ratio, 3)
@@ -71,9 +73,9 @@ def compare(benchmark, name, size, by, preset, rounds):
 
 
 def _note_predictions(notes, name, size, batch, peak):
-    """What the model of cost says of the batch; `tokenpack inspect` says it of a file."""
+    """Record the cost model's predictions for the batch."""
     with torch.device("meta"):
-        model = MODELS[name](size)
+        model = MODELS[name](size.model, IDS)
     device = ceilings()
     cost, traffic = model_cost(model), count_traffic(model.to(device.torch_dtype))
     memory = count_memory(model, DEVICE.type, packed=True)
@@ -91,49 +93,49 @@ def _note_predictions(notes, name, size, batch, peak):
     notes["memory predicted / measured"] = round(memory.peak(*tokens) / peak, 3)
 
 
-def _ratio(theirs, ours):
-    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+def _ratio(baseline, contender):
+    return statistics.median(a / b for a, b in zip(baseline, contender, strict=True))
 
 
-def of_models_and_contenders(test):
-    """Each of them."""
+def for_models_and_contenders(test):
+    """Parametrize a test by model and contender."""
     by = pytest.mark.parametrize("by", CONTENDERS)
     return pytest.mark.parametrize("name", MODELS)(by(test))
 
 
 def compare_size(benchmark, name, size, by):
-    """On the lengths that were asked for."""
-    benchmark.group = f"training step, {size} {name}, {chosen.lengths}"
+    """Compare on the lengths of this run."""
+    benchmark.group = f"training step, {size} {name}, {options.lengths}"
     compare(benchmark, name, SIZES[size], by, None, ROUNDS[size])
 
 
-@of_models_and_contenders
+@for_models_and_contenders
 def test_tiny(benchmark, name, by):
-    """Where what a step costs beside its products weighs most."""
+    """Tiny models, where costs other than products have the largest share."""
     compare_size(benchmark, name, "tiny", by)
 
 
-@of_models_and_contenders
+@for_models_and_contenders
 def test_small(benchmark, name, by):
-    """Half the width of a base model; on a CPU two layers of it."""
+    """Two thirds of the width of a base model; on a CPU, two layers."""
     if not ON_GPU and name == "mT5":
-        pytest.skip("on a CPU mT5 runs tiny alone")
+        pytest.skip("on a CPU, mT5 runs only in size tiny")
     compare_size(benchmark, name, "small", by)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["T5", "NLLB", "Llama"] if ON_GPU else ["T5", "Llama"])
 def test_presets(benchmark, name, preset):
-    """The patched model beside the padded one, over lengths of every shape."""
+    """The patched model compared with the padded one, for every preset of lengths."""
     benchmark.group = f"training step over padding shares, small {name}"
     benchmark.extra_info["preset"] = preset
     size = SIZES["small"] if ON_GPU else SIZES["small"]._replace(rows=12)
     compare(benchmark, name, size, "packed", preset, ROUNDS["small"])
 
 
-@of_models_and_contenders
+@for_models_and_contenders
 def test_base(benchmark, name, by):
-    """Of a practical size."""
+    """Models of a practical size."""
     if not ON_GPU and (by not in ("packed", "padded, SDPA") or name == "mT5"):
-        pytest.skip("on a CPU base models run packed and padded alone, mT5 not at all")
+        pytest.skip("on a CPU, base models run only packed and padded, without mT5")
     compare_size(benchmark, name, "base", by)

@@ -1,114 +1,53 @@
-"""Models, batches and contenders of whole training steps, for the suites that take them.
+"""Models, batches and contenders for the suites that run whole training steps.
 
-Prompts are the sources and completions the targets of T5, mT5 and NLLB; Llama has both in one row.
-Weights are random, and dropout is off, as in most fine-tuning of today.
+T5, mT5 and NLLB take prompts as sources and completions as targets; Llama has both in one row.
+Weights are random. Dropout is off, as in most fine-tuning today.
 """
 
 import time
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    M2M100Config,
-    M2M100ForConditionalGeneration,
-    MT5Config,
-    MT5ForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import MT5Config, MT5ForConditionalGeneration
 
 from tokenpack import patch_model
+from tokenpack.checks import IGNORE_INDEX
+from tokenpack.commands.models import ModelSize, SpecialIds, build_llama, build_nllb, build_t5
 
 from .common import DEVICE, ON_GPU, make_batch, make_pair_batch
 
-PAD, EOS, IGNORED = 0, 1, -100
+IDS = SpecialIds(pad=0, eos=1, bos=1)
 
 
-class Size(NamedTuple):
-    """How large a model is, and its batches."""
+class StepSize(NamedTuple):
+    """Size of a model, and how many rows its batches have."""
 
-    width: int
-    inner: int
-    heads: int
-    layers: int
-    vocab: int
+    model: ModelSize
     rows: int
-    longest: int
+
+
+def _size(d_model, d_ff, heads, layers, vocab_size, rows, max_length):
+    kv_heads = max(heads // 4, 1)
+    return StepSize(ModelSize(d_model, d_ff, heads, kv_heads, layers, vocab_size, max_length), rows)
 
 
 SIZES = {
-    "tiny": Size(128, 512, 2, 2, 4_096, 24, 128),
-    "small": Size(512, 2048, 8, 6, 32_128, 64, 512),
-    "base": Size(768, 3072, 12, 12, 32_128, 64, 1024),
+    "tiny": _size(128, 512, 2, 2, 4_096, 24, 128),
+    "small": _size(512, 2048, 8, 6, 32_128, 64, 512),
+    "base": _size(768, 3072, 12, 12, 32_128, 64, 1024),
 }
-if not ON_GPU:  # two cores: shallow, as a step's other costs weigh less the wider a model is
-    SIZES["small"] = Size(512, 2048, 8, 2, 4_096, 24, 128)
-    SIZES["base"] = Size(768, 3072, 12, 12, 32_128, 32, 128)
+if not ON_GPU:  # for two cores: shallower models, shorter rows
+    SIZES["small"] = _size(512, 2048, 8, 2, 4_096, 24, 128)
+    SIZES["base"] = _size(768, 3072, 12, 12, 32_128, 32, 128)
 
-
-def _t5(size):
-    return T5ForConditionalGeneration(T5Config(**_t5_options(size)))
-
-
-def _mt5(size):
-    return MT5ForConditionalGeneration(MT5Config(**_t5_options(size)))
-
-
-def _t5_options(size):
-    return {
-        "vocab_size": size.vocab,
-        "d_model": size.width,
-        "d_kv": size.width // size.heads,
-        "d_ff": size.inner,
-        "num_heads": size.heads,
-        "num_layers": size.layers,
-        "dropout_rate": 0.0,
-        "decoder_start_token_id": PAD,
-        "pad_token_id": PAD,
-    }
-
-
-def _nllb(size):
-    config = M2M100Config(
-        vocab_size=size.vocab,
-        d_model=size.width,
-        encoder_ffn_dim=size.inner,
-        decoder_ffn_dim=size.inner,
-        encoder_attention_heads=size.heads,
-        decoder_attention_heads=size.heads,
-        encoder_layers=size.layers,
-        decoder_layers=size.layers,
-        max_position_embeddings=size.longest,
-        dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=EOS,
-    )
-    return M2M100ForConditionalGeneration(config)
-
-
-def _llama(size):
-    config = LlamaConfig(
-        vocab_size=size.vocab,
-        hidden_size=size.width,
-        intermediate_size=size.inner * 2 // 3 // 32 * 32,  # three matrices where T5 has two
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=max(size.heads // 4, 1),
-        max_position_embeddings=size.longest,
-        pad_token_id=PAD,
-    )
-    return LlamaForCausalLM(config)
-
-
-MODELS = {"T5": _t5, "mT5": _mt5, "NLLB": _nllb, "Llama": _llama}
+MODELS = {
+    "T5": build_t5,
+    "mT5": partial(build_t5, config_class=MT5Config, model_class=MT5ForConditionalGeneration),
+    "NLLB": build_nllb,
+    "Llama": build_llama,
+}
 
 
 # ------------------------------------------------------------------------------------- contenders
@@ -126,7 +65,7 @@ def _packed(name, size, batch):
 
 
 def _flattened(name, size, batch):
-    """transformers' collator without padding: rows joined, told apart by their positions."""
+    """transformers' collator without padding: joins rows and separates them by position ids."""
     if name != "Llama":
         pytest.skip("DataCollatorWithFlattening is for decoder-only models")
     from transformers import DataCollatorWithFlattening
@@ -162,58 +101,63 @@ CONTENDERS = {
 
 
 def make_model(name, size, attention):
-    """The same weights every time."""
+    """A model in training mode, with the same weights in every call."""
     torch.manual_seed(0)
-    model = MODELS[name](size)
+    model = MODELS[name](size.model, IDS)
     model.set_attn_implementation(attention)
-    model.config.use_cache = False
     return model.to(DEVICE).train()
 
 
 def padded_batch(name, size, preset):
-    """The rows as collators pad them, and their real tokens, of both sides."""
+    """A padded batch, and its number of real tokens on both sides."""
     generator = torch.Generator().manual_seed(0)
+    rows, longest = size.rows, size.model.max_length
 
-    def tokens(side):
-        ids = torch.randint(2, size.vocab, side.mask.shape, generator=generator).to(DEVICE)
-        return ids.masked_fill(~side.mask, PAD)
+    def tokens(batch):
+        ids = torch.randint(2, size.model.vocab_size, batch.mask.shape, generator=generator)
+        return ids.to(DEVICE).masked_fill(~batch.mask, IDS.pad)
 
     if name == "Llama":
-        side = make_batch(size.rows, size.longest, preset)
-        ids = tokens(side)
-        sides, labels = [side], ids.masked_fill(~side.mask, IGNORED)
+        source = target = make_batch(rows, longest, preset)
+        ids = labels = tokens(source)
+        real = int(source.lengths.sum())
     else:
-        sides = make_pair_batch(size.rows, size.longest, preset)
-        ids = tokens(sides[0])
-        labels = tokens(sides[1]).masked_fill(~sides[1].mask, IGNORED)
-    batch = {"input_ids": ids, "attention_mask": sides[0].mask.long(), "labels": labels}
-    return batch, sum(int(side.lengths.sum()) for side in sides)
+        source, target = make_pair_batch(rows, longest, preset)
+        ids, labels = tokens(source), tokens(target)
+        real = int(source.lengths.sum() + target.lengths.sum())
+    labels = labels.masked_fill(~target.mask, IGNORE_INDEX)
+    return {"input_ids": ids, "attention_mask": source.mask.long(), "labels": labels}, real
 
 
-class Step:
-    """A training step that notes how long forward and backward took, apart from the optimizer."""
+class TrainingStep:
+    """Runs training steps and records how long each took.
+
+    Attributes:
+        seconds: of each whole step, with AdamW.
+        forward_backward: seconds of each step's forward and backward.
+    """
 
     def __init__(self, model, batch):
         self.model, self.batch = model, batch
         self.optimizer = torch.optim.AdamW(model.parameters(), fused=ON_GPU)
-        self.seconds, self.both = [], []
+        self.seconds, self.forward_backward = [], []
 
     def __call__(self):
         begin = time.perf_counter()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU):
             loss = self.model(**self.batch).loss
         loss.backward()
-        self._wait()
-        self.both.append(time.perf_counter() - begin)
+        self._synchronize()
+        self.forward_backward.append(time.perf_counter() - begin)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._wait()
+        self._synchronize()
         self.seconds.append(time.perf_counter() - begin)
 
-    def forget(self):
-        """The steps so far were to warm up."""
-        self.seconds, self.both = [], []
+    def reset(self):
+        """Discard the times of warm-up steps."""
+        self.seconds, self.forward_backward = [], []
 
-    def _wait(self):
+    def _synchronize(self):
         if ON_GPU:
             torch.cuda.synchronize()

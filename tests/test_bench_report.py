@@ -1,4 +1,4 @@
-"""The benchmarks' report: what it says of a folder, that it needs nothing else, and comparisons."""
+"""The benchmarks' report: its contents, that the page is self-contained, and comparisons."""
 
 import json
 import os
@@ -45,8 +45,9 @@ def make_folder(folder, ours=0.5, device="cpu"):
     ]
     part = folder / "raw/training_step.test_small"
     part.with_name(part.name + ".json").write_text(json.dumps({"benchmarks": figures}))
-    told = {"passed": 3, "failed": [], "skipped": [["test_x[liger]", "Liger <Kernel> needs a GPU"]]}
-    part.with_name(part.name + ".outcome.json").write_text(json.dumps(told))
+    skipped = [["test_x[liger]", "Liger <Kernel> needs a GPU"]]
+    outcome = {"passed": 3, "failed": [], "skipped": skipped}
+    part.with_name(part.name + ".outcome.json").write_text(json.dumps(outcome))
     return folder
 
 
@@ -69,7 +70,7 @@ def folder(tmp_path):
     return made
 
 
-def test_ratios_come_from_rounds_where_they_ran_in_turns_and_from_medians_otherwise(folder):
+def test_ratios_come_from_rounds_that_alternated_and_from_medians_otherwise(folder):
     text = (folder / "report.md").read_text()
     assert "| training step, small T5 | 1.00 | 0.80 | 3.90 |" in text
     assert re.search(r"\| packed \| 3\.90 \| 500 ms \| 2% \| 5 \|", text)
@@ -77,15 +78,15 @@ def test_ratios_come_from_rounds_where_they_ran_in_turns_and_from_medians_otherw
     assert "mean" not in text.lower()
 
 
-def test_it_says_what_is_not_there(folder):
+def test_it_lists_missing_results(folder):
     text = (folder / "report.md").read_text()
-    assert "No GPU took part" in text
+    assert "No GPU was used" in text
     assert "Not installed: trl" in text
     assert "Skipped: training_step.test_small, 1: Liger <Kernel> needs a GPU" in text
     assert "Not run: trainer.test_training" in text
 
 
-def test_the_page_needs_nothing_else(folder):
+def test_the_page_is_self_contained(folder):
     page = (folder / "report.html").read_text()
     assert "Liger &lt;Kernel&gt;" in page
     assert not re.search(r"(src|href)\s*=\s*['\"](?!data:)", page)
@@ -101,32 +102,32 @@ def test_a_comparison_puts_changes_beyond_the_spread_first(folder, tmp_path):
     assert not any("faster" in line or "slower" in line for line in lines[3:])
 
 
-def test_what_is_no_folder_of_results(tmp_path):
+def test_a_folder_without_results_is_refused(tmp_path):
     assert "has no environment.json" in report(tmp_path, code=2)
 
 
-def test_a_folder_that_another_commit_began_is_left_alone(tmp_path):
+def test_a_folder_of_another_commit_is_skipped(tmp_path):
     def folder():
         return Path(run_module("bench.folder", tmp_path).strip())
 
-    def begun_by(commit):
+    def started_by(commit):
         folder().mkdir(exist_ok=True)
         (folder() / "environment.json").write_text(json.dumps({"commit": commit}))
 
     first = folder()
     assert first.parent == tmp_path
-    begun_by("another")
+    started_by("another")
     second = folder()
     assert second == first.with_name(first.name + "-2")
-    begun_by("yet another")
+    started_by("yet another")
     assert folder() == first.with_name(first.name + "-3")
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
-    begun_by(head.stdout.strip() or None)  # none outside of a checkout
+    started_by(head.stdout.strip() or None)  # None outside of a checkout
     assert folder() == first.with_name(first.name + "-3")
 
 
-def test_a_run_of_other_lengths_or_another_commit_is_not_gone_on_with(tmp_path):
+def test_a_run_of_other_lengths_or_another_commit_is_not_continued(tmp_path):
     folder = make_folder(tmp_path / "run")
-    assert "name another folder" in run_module("bench.run", folder, "--only", "nothing", code=1)
+    assert "another folder" in run_module("bench.run", folder, "--only", "nothing", code=1)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: output, files, exit codes, errors."""
+"""The command line: output, files, exit codes, errors."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ TEXTS = ["Summary.\n\n" + "Body of words. " * count for count in (1, 2, 4, 9, 15
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before():
+def restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -83,7 +83,7 @@ def test_every_command_is_in_the_list_at_the_top(capsys):
     assert listed == sorted(p.stem for p in folder.glob("*.py") if "\ndef run(" in p.read_text())
 
 
-def test_help_of_pack_knows_all_strategies_and_columns(capsys):
+def test_help_of_pack_lists_all_strategies_and_columns(capsys):
     with pytest.raises(SystemExit):
         main(["pack", "--help"])
     words = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
@@ -99,7 +99,7 @@ def test_module_and_version():
     assert done.stdout.strip() == f"tokenpack {__version__}"
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     code = "import sys, tokenpack.cli as cli; cli.build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -128,7 +128,7 @@ def test_demo_prints_a_row_per_model_and_writes_everything(texts, tmp_path, caps
 
 @pytest.mark.parametrize("data", ["texts", "one_text"])
 def test_demo_gives_the_same_losses_for_the_same_seed(data, tmp_path, request):
-    # One text alone leaves nothing but the weights to the seed.
+    # With a single text, the seed affects only the weights.
     data = request.getfixturevalue(data)
     losses = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -138,12 +138,12 @@ def test_demo_gives_the_same_losses_for_the_same_seed(data, tmp_path, request):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_demo_uses_pairs_as_they_are(pairs, tmp_path, capsys):
+def test_demo_uses_pairs_unchanged(pairs, tmp_path, capsys):
     assert run_demo(pairs, tmp_path / "out", "--model", "nllb") == 0
     assert "left out" not in capsys.readouterr().out
 
 
-def test_demo_without_matplotlib_says_so_and_goes_on(texts, tmp_path, capsys, monkeypatch):
+def test_demo_works_without_matplotlib(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     assert run_demo(texts, tmp_path / "out", "--model", "llama") == 0
     captured = capsys.readouterr()
@@ -173,7 +173,7 @@ class Stats:
 def test_demo_fails_when_the_losses_differ(texts, tmp_path, capsys, monkeypatch, wrong):
     patch = side_by_side.patch_model
 
-    def patch_wrongly(model):
+    def patch_with_wrong_loss(model):
         patch(model).register_forward_hook(change_loss)
         return model
 
@@ -181,12 +181,12 @@ def test_demo_fails_when_the_losses_differ(texts, tmp_path, capsys, monkeypatch,
         output.loss = wrong(output.loss)
         return output
 
-    monkeypatch.setattr(side_by_side, "patch_model", patch_wrongly)
+    monkeypatch.setattr(side_by_side, "patch_model", patch_with_wrong_loss)
     assert run_demo(texts, tmp_path / "out", "--model", "llama") == 1
     assert "check failed: Llama: the losses differ by" in capsys.readouterr().err
 
 
-def test_demo_uses_the_physical_cores_unless_told_otherwise(monkeypatch):
+def test_demo_uses_the_physical_cores_unless_omp_num_threads_is_set(monkeypatch):
     monkeypatch.setattr(demo.machine, "physical_cores", lambda: 1)
     torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -219,11 +219,11 @@ def test_inspect(texts, tokenizer, tmp_path, capsys):
     assert main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "llama-1b" in printed
-    assert "Nothing was cut" in printed
+    assert "No text was cut" in printed
     report = json.loads((out / "inspect.json").read_text())
     assert report["lengths"]["text"]["texts"] == len(TEXTS)
     assert (out / "inspect.png").read_bytes().startswith(b"\x89PNG")
-    # All six in one batch: the longest row decides.
+    # All six texts are in one batch, as wide as the longest.
     percentiles = report["lengths"]["text"]["percentiles"]
     tokens, longest = report["lengths"]["text"]["tokens"], percentiles["100"]
     share = report["batches"]["random"]["8"]["padding_share"]
@@ -236,7 +236,7 @@ def test_inspect(texts, tokenizer, tmp_path, capsys):
     assert "None of 6 texts is over the capacity of 512." in printed
 
 
-def test_inspect_packs_at_a_capacity_and_says_what_it_cuts(texts, tokenizer, tmp_path, capsys):
+def test_inspect_packs_at_a_capacity_and_counts_cut_texts(texts, tokenizer, tmp_path, capsys):
     lengths = [len(Tokenizer.from_file(str(tokenizer)).encode(text).ids) for text in TEXTS]
     arguments = ["inspect", "--data", str(texts), "--tokenizer", str(tokenizer)]
     assert main([*arguments, "--capacity", "20", "--out", str(tmp_path / "out")]) == 0
@@ -264,7 +264,7 @@ def test_inspect_pairs_and_cuts(pairs, tokenizer, tmp_path, capsys):
     assert lengths["source"]["tokens"] == 6 * 8
 
 
-def test_inspect_packs_pairs_with_a_capacity_of_each_side(pairs, tokenizer, tmp_path, capsys):
+def test_inspect_packs_pairs_with_a_capacity_on_each_side(pairs, tokenizer, tmp_path, capsys):
     load = Tokenizer.from_file(str(tokenizer))
     sides = {
         "source": [len(load.encode(text).ids) for text in TEXTS],
@@ -300,17 +300,26 @@ def test_inspect_joins_pairs_for_a_decoder(pairs, tokenizer, tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2(texts, tokenizer, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "words.txt").write_text("word\nword\n")
-    Tokenizer(models.BPE()).save(str(tmp_path / "deaf.json"))
+    Tokenizer(models.BPE()).save(str(tmp_path / "no_tokens.json"))
     inspect = ["inspect", "--data", str(texts), "--tokenizer"]
     tiny = ["demo", "--size", "tiny", "--steps", "1", "--out", str(tmp_path / "out")]
     for arguments, message in [
         ([*tiny, "--data", "missing.txt"], "must be a readable file, got missing.txt"),
         ([*tiny, "--data", "a.csv"], "must end in .txt or .jsonl"),
-        ([*tiny, "--data", str(tmp_path / "words.txt"), "--model", "nllb"], "split into a summary"),
-        (["demo", "--out", str(tmp_path / "file")], "--out: cannot make the folder"),
-        ([*inspect, "nowhere.json"], "--tokenizer: no file or folder nowhere.json"),
-        ([*inspect, str(tmp_path / "deaf.json")], "--tokenizer: makes no token of any text"),
-        ([*inspect, str(tokenizer), "--shape", "gpt"], "got 'gpt', takes one of t5-small"),
+        (
+            [*tiny, "--data", str(tmp_path / "words.txt"), "--model", "nllb"],
+            "cannot be split",
+        ),
+        (["demo", "--out", str(tmp_path / "file")], "--out: cannot create the folder"),
+        (
+            [*inspect, "nowhere.json"],
+            "must be a file or folder that exists, got nowhere.json",
+        ),
+        (
+            [*inspect, str(tmp_path / "no_tokens.json")],
+            "must produce tokens, got none for any text",
+        ),
+        ([*inspect, str(tokenizer), "--shape", "gpt"], "--shape must be one of t5-small"),
         ([*inspect, str(tokenizer), "--shape", "t5-base"], "needs 'source' and 'target'"),
     ]:
         assert main(arguments) == 2
@@ -320,24 +329,24 @@ def test_bad_input_is_one_line_and_exit_code_2(texts, tokenizer, tmp_path, capsy
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_where_there_is_none(tmp_path, capsys):
+def test_cuda_on_a_machine_without_it(tmp_path, capsys):
     assert main(["demo", "--device", "cuda", "--out", str(tmp_path)]) == 2
-    assert "--device: got cuda, but torch sees no CUDA device" in capsys.readouterr().err
+    assert "--device must be cpu here, got cuda" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["demo", "--steps", "0"], "--steps: got '0', takes an integer of 1 or more"),
-        (["demo", "--seed", "-1"], "--seed: got '-1', takes an integer of 0 or more"),
+        (["demo", "--steps", "0"], "--steps: must be an integer of 1 or more, got '0'"),
+        (["demo", "--seed", "-1"], "--seed: must be an integer of 0 or more, got '-1'"),
         (["demo", "--model", "bert"], "invalid choice: 'bert'"),
         (["inspect", "--tokenizer", "x"], "required: --data"),
-        (["inspect", "--capacity", "0"], "--capacity: got '0', takes an integer of 1 or more"),
+        (["inspect", "--capacity", "0"], "--capacity: must be an integer of 1 or more, got '0'"),
         (["pack", "a.jsonl", "out"], "required: --capacity"),
-        (["pack", "a.jsonl", "out", "--capacity", "1.5"], "--capacity: got '1.5', takes an"),
+        (["pack", "a.jsonl", "out", "--capacity", "1.5"], "--capacity: must be an integer of 1"),
         (["pack", "--overlong", "cut"], "invalid choice: 'cut'"),
         (["pack", "--columns", "ids"], "invalid choice: 'ids'"),
-        (["pack", "--padding-value", "2147483648"], "takes an integer of 32 bits"),
+        (["pack", "--padding-value", "2147483648"], "must be a 32-bit integer"),
         ([], "required: COMMAND"),
     ],
 )

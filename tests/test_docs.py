@@ -198,7 +198,7 @@ def test_a_run_is_shown_as_it_was_measured(site, tmp_path):
     text = (tmp_path / "site/benchmarks.html").read_text(encoding="utf-8")
     assert "No run is committed yet" not in text
     assert ">3.90</td>" in text
-    assert "No GPU took part" in text
+    assert "No GPU was used" in text
     every = (tmp_path / "site/benchmarks/cpu-2026-11-22.html").read_text(encoding="utf-8")
     assert ">500 ms</td>" in every
     if importlib.util.find_spec("matplotlib"):

@@ -1,4 +1,4 @@
-"""``python -m tokenpack``: the same as the ``tokenpack`` command."""
+"""Run the ``tokenpack`` command as ``python -m tokenpack``."""
 
 import sys
 

@@ -12,7 +12,7 @@ def fake_files(monkeypatch, files):
     monkeypatch.setattr(machine, "_read_lines", lambda path: files.get(path, []))
 
 
-def test_versions_name_what_is_missing(monkeypatch):
+def test_versions_list_missing_packages(monkeypatch):
     monkeypatch.setattr(machine.metadata, "version", lambda name: {"numpy": "9.9"}[name])
     monkeypatch.setattr(machine.metadata, "PackageNotFoundError", KeyError)
     versions = machine.versions()
@@ -40,7 +40,7 @@ def test_without_a_topology_each_processor_is_a_core(monkeypatch):
     assert machine.physical_cores() == 3
 
 
-def test_the_description_tells_nothing_about_whose_machine_it_is():
+def test_the_description_has_no_host_name_and_no_home_folder():
     description = machine.describe_machine()
     assert description["physical_cores"] >= 1
     assert os.uname().nodename not in str(description)

@@ -1,4 +1,4 @@
-"""``tokenpack pack``: what lands in OUT, from every kind of IN, and what is refused."""
+"""``tokenpack pack``: the contents of OUT for every kind of IN, and bad input."""
 
 import gzip
 import json
@@ -79,7 +79,7 @@ def test_labels_columns_and_padding_values(tmp_path):
         ("drop", [[1, 2, 3], [4, 5, 0], [10, 11, 12]]),
     ],
 )
-def test_what_is_too_long(tokens, tmp_path, overlong, rows):
+def test_overlong_sequences(tokens, tmp_path, overlong, rows):
     options = ["--strategy", "nf", "--overlong", overlong]
     assert run(tokens, tmp_path / "out", *options, capacity=3) == 0
     assert rows_of(tmp_path / "out")["input_ids"] == rows
@@ -141,7 +141,7 @@ def as_folder(path):
         ("folder", as_folder, "folder/?.jsonl"),
     ],
 )
-def test_any_file_that_the_reader_takes(tmp_path, name, write, given):
+def test_all_kinds_of_files(tmp_path, name, write, given):
     write(tmp_path / name)
     assert run(tmp_path / given, tmp_path / "out", "--strategy", "nf") == 0
     assert rows_of(tmp_path / "out")["input_ids"] == [
@@ -150,8 +150,8 @@ def test_any_file_that_the_reader_takes(tmp_path, name, write, given):
     ]
 
 
-def test_json_that_begins_with_a_block_of_nothing(tmp_path):
-    # More than the MiB that a type is first guessed from.
+def test_json_that_begins_with_a_block_of_empty_lists(tmp_path):
+    # More empty lists than fit into the MiB from which the type is inferred.
     source = write_lines(tmp_path / "t.jsonl", [{"input_ids": []}] * 70_000 + [{"input_ids": [7]}])
     assert run(source, tmp_path / "out", "--drop-empty", capacity=2) == 0
     assert rows_of(tmp_path / "out")["input_ids"] == [[7, 0]]
@@ -175,14 +175,16 @@ def test_texts_become_the_tokenizers_ids(tmp_path, tokenizer, kind):
     assert [row[: len(ids)] for row, ids in zip(rows["input_ids"], encoded)] == encoded
 
 
-def test_lengths_alone_give_a_plan_made_in_shards_of_a_mapped_file(tmp_path, monkeypatch, capsys):
+def test_lengths_without_tokens_give_a_plan_made_in_shards_of_a_mapped_file(
+    tmp_path, monkeypatch, capsys
+):
     lengths = np.random.default_rng(0).integers(1, 9, 100).astype(np.uint16)
     np.save(tmp_path / "lengths.npy", lengths)
     given = []
 
-    def in_small_shards(watched, *others):
-        given.append(watched._values)
-        return pack_shards(watched, *others, shard_size=40)
+    def in_small_shards(lengths, *others):
+        given.append(lengths._values)
+        return pack_shards(lengths, *others, shard_size=40)
 
     monkeypatch.setattr(pack, "pack_shards", in_small_shards)
     out = tmp_path / "out"
@@ -196,7 +198,7 @@ def test_lengths_alone_give_a_plan_made_in_shards_of_a_mapped_file(tmp_path, mon
     assert "100/100" in captured.err
 
 
-def test_reading_holds_tokens_once_and_no_python_integers(tmp_path):
+def test_reading_keeps_tokens_once_and_no_python_integers(tmp_path):
     import pyarrow.parquet
 
     lengths = np.full(4000, 500, np.int32)
@@ -206,7 +208,7 @@ def test_reading_holds_tokens_once_and_no_python_integers(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=500)
     del table
     read = partial(pack._read, str(tmp_path / "t.parquet"), ["input_ids"], pack._token_lists)
-    read()  # what is imported on the way
+    read()  # imports modules
     tracemalloc.start()
     (tokens,) = read()
     _, peak = tracemalloc.get_traced_memory()
@@ -214,14 +216,14 @@ def test_reading_holds_tokens_once_and_no_python_integers(tmp_path):
     assert tokens.values.dtype == np.int32
     assert np.array_equal(tokens.values, values)
     assert np.array_equal(tokens.offsets, offsets)
-    # The slack of an array that grows, and a batch of 1000 rows at 8 and 4 bytes.
+    # The spare room of a growing array, and a batch of 1000 rows at 8 and 4 bytes per token.
     assert peak < 4 * len(values) * 1.07 + 12 * 500 * 1000
 
 
 # ------------------------------------------------------------------------------------------ report
 
 
-def test_the_table_and_the_json_are_the_plans_metrics(tokens, tmp_path, capsys):
+def test_the_table_and_the_json_have_the_plans_metrics(tokens, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(tokens, out, "--overlong", "drop", "--strategy", "nf", capacity=3) == 0
     captured = capsys.readouterr()
@@ -238,7 +240,7 @@ def test_the_table_and_the_json_are_the_plans_metrics(tokens, tmp_path, capsys):
         "tokens": "8",
         "padding": "11.11%",
         "efficiency": "88.89%",
-        "utilisation, mean": "88.89%",
+        "utilization, mean": "88.89%",
         "std": "15.71%",
         "min": "66.67%",
         "max": "100.00%",
@@ -256,7 +258,7 @@ def test_the_table_and_the_json_are_the_plans_metrics(tokens, tmp_path, capsys):
     assert report["options"]["overlong"] == "drop"
     assert report["versions"]["datasets"] == datasets.__version__
     assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
-    assert "Packing" in captured.err  # the bar
+    assert "Packing" in captured.err  # the progress bar
     assert f'datasets.Dataset.from_file("{out / "dataset.arrow"}")' in captured.out
 
 
@@ -280,14 +282,14 @@ def refused(capsys, *arguments, **options):
     return error
 
 
-def test_nothing_is_written_over_and_nothing_read_before(tmp_path, capsys):
+def test_existing_files_are_not_overwritten(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("kept")
     error = refused(capsys, "missing.jsonl", out)
-    assert f"OUT: {out} already holds mine; takes a new or an empty folder" in error
+    assert f"OUT must be a new or empty folder, got {out} with mine" in error
     assert (out / "mine").read_text() == "kept"
-    assert "OUT: cannot make the folder" in refused(capsys, "missing.jsonl", out / "mine")
+    assert "OUT: cannot create the folder" in refused(capsys, "missing.jsonl", out / "mine")
 
 
 def test_a_run_that_fails_leaves_nothing(tokens, tmp_path, capsys, monkeypatch):
@@ -303,20 +305,20 @@ def test_a_run_that_fails_leaves_nothing(tokens, tmp_path, capsys, monkeypatch):
     assert list(out.iterdir()) == []
 
 
-def test_bad_lines_are_named(tmp_path, capsys):
+def test_bad_sequences_are_named(tmp_path, capsys):
     good = {"input_ids": [1, 2]}
     nine, ten = ({"input_ids": [1] * length} for length in (9, 10))
     for records, message in [
         ([good, {"input_ids": []}], "input_ids[1], of length 0, has no tokens; --drop-empty"),
         ([good, nine, ten], "input_ids[1], of length 9, has more tokens than --capacity 8"),
-        ([good, nine, ten], "--overlong takes truncate, split or drop (1 more like it)"),
+        ([good, nine, ten], "--overlong can truncate, split or drop (and 1 more)"),
         ([good, {"input_ids": None}], "input_ids[1] must be a list of integers, got null"),
-        ([good] * 1003 + [{}], "counted from row 1,000: input_ids[3] must be a list of integers"),
+        ([good] * 1003 + [{}], "starts at row 1,000: input_ids[3] must be a list of integers"),
         ([good, {"input_ids": [1, None]}], "input_ids[1][1] must be an integer, got null"),
         ([{"input_ids": [1.5]}], "input_ids must be a column of lists of integers, got list<"),
         ([{"input_ids": "text"}], "input_ids must be a column of lists of integers, got string"),
-        ([{"input_ids": [2**31]}], "takes ids of 32 bits, got 2147483648"),
-        ([{"text": "words"}], "has no column input_ids; it has text (--column is of token lists"),
+        ([{"input_ids": [2**31]}], "ids must fit into 32 bits, got 2147483648"),
+        ([{"text": "words"}], "has no column input_ids; it has text (--column must"),
     ]:
         source = write_lines(tmp_path / "bad.jsonl", records)
         error = refused(capsys, source, tmp_path / "out")
@@ -325,7 +327,7 @@ def test_bad_lines_are_named(tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_labels_must_be_as_long(tmp_path, capsys):
+def test_labels_must_be_as_long_as_tokens(tmp_path, capsys):
     records = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2], "labels": [1]}]
     source = write_lines(tmp_path / "bad.jsonl", records)
     error = refused(capsys, source, tmp_path / "out", "--labels", "labels")
@@ -347,24 +349,24 @@ def test_bad_files_and_options(tokens, tokenizer, tmp_path, capsys):
     text = ["--tokenizer", tokenizer]
     for name, options, message in [
         ("missing.jsonl", [], "IN: there is no file"),
-        ("missing.npy", [], "missing.npy cannot be read as one .npy array: No such file"),
+        ("missing.npy", [], "missing.npy: No such file"),
         ("*.parquet", [], "IN: no file matches"),
-        ("broken.npy", [], "broken.npy cannot be read as one .npy array"),
-        ("empty.npy", [], "empty.npy cannot be read as one .npy array"),
+        ("broken.npy", [], "IN must be one .npy array"),
+        ("empty.npy", [], "IN must be one .npy array"),
         ("empty.jsonl", [], "empty.jsonl is empty"),
         ("x.bin", [], "does not say its format"),
-        ("shares.npy", [], "holds float64 of shape (2,), takes integers"),
-        ("square.npy", [], "holds int64 of shape (2, 2), takes integers in one dimension"),
-        ("none.npy", [], "holds int64 of shape (0,)"),
+        ("shares.npy", [], "must be a one-dimensional array of integers, a length per sequence"),
+        ("square.npy", [], "square.npy with int64 of shape (2, 2)"),
+        ("none.npy", [], "with int64 of shape (0,)"),
         ("negative.npy", [], "lengths[1], of length -1, is negative"),
         ("long.npy", [], "lengths[1], of length 9, has more tokens than --capacity 8"),
-        ("lengths.npy", text, "--tokenizer: "),
-        ("lengths.npy", ["--labels", "x"], "--labels: "),
-        ("lengths.npy", ["--columns", "labels"], "--columns: "),
+        ("lengths.npy", text, "--tokenizer must not be set"),
+        ("lengths.npy", ["--labels", "x"], "--labels must not be set"),
+        ("lengths.npy", ["--columns", "labels"], "--columns must not be set"),
         ("tokens.jsonl", ["--strategy", "best"], "strategy must be auto or one of nf (next_fit)"),
         ("tokens.jsonl", ["--labels", "wanted"], "has no column wanted; it has input_ids"),
-        ("tokens.jsonl", [*text, "--labels", "x"], "--labels: cannot be with --tokenizer"),
-        ("tokens.jsonl", ["--tokenizer", "nowhere.json"], "--tokenizer: no file or folder"),
+        ("tokens.jsonl", [*text, "--labels", "x"], "--labels must not be set with --tokenizer"),
+        ("tokens.jsonl", ["--tokenizer", "nowhere.json"], "--tokenizer must be a file or folder"),
         ("tokens.jsonl", text, "has no column text; it has input_ids"),
         ("numbers.jsonl", text, "text must be a column of text, got int64"),
         ("null.jsonl", text, "text[1] must be text, got null"),
@@ -373,7 +375,7 @@ def test_bad_files_and_options(tokens, tokenizer, tmp_path, capsys):
     assert "capacity must be from 1" in refused(capsys, tokens, tmp_path / "out", capacity=2**31)
 
 
-def test_without_the_extra_it_says_what_to_install(tokens, tmp_path, capsys, monkeypatch):
+def test_a_missing_extra_is_named(tokens, tmp_path, capsys, monkeypatch):
     found = pack.importlib.util.find_spec
     monkeypatch.setattr(
         pack.importlib.util, "find_spec", lambda name: None if name == "datasets" else found(name)

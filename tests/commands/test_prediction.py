@@ -1,4 +1,4 @@
-"""`tokenpack inspect --gpus`: what it predicts, on what it stands, and what it refuses."""
+"""`tokenpack inspect --gpus`: its predictions, the batches they are based on, and bad input."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from transformers import T5Config
 
 from tokenpack.cli import main
 from tokenpack.commands import prediction
-from tokenpack.commands.epochs import Sides
+from tokenpack.commands.epochs import TextLengths
 from tokenpack.cost import Ceilings, StepMemory, write_ceilings
 from tokenpack.samples.tokenizer import train_tokenizer
 
@@ -24,7 +24,7 @@ DEVICE = Ceilings(
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Of inspect: data of pairs, a tokenizer, a model's config, a device."""
+    """Arguments of inspect: data of pairs, a tokenizer, a model's config; and a device's file."""
     data, tokenizer = tmp_path / "pairs.jsonl", tmp_path / "tokenizer.json"
     lines = [{"source": text, "target": "Summary."} for text in TEXTS]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -43,7 +43,7 @@ def test_it_prints_and_writes_a_prediction(arguments, tmp_path, capsys):
     device = ["--gpus", "4", "--ceilings", str(tmp_path / "device.json"), "--link", "50"]
     assert main([*arguments, *device]) == 0
     printed = capsys.readouterr().out
-    assert "predicted on a GPU at its best (bfloat16: products 400 TFLOP/s" in printed
+    assert "predicted for a GPU at its peak (bfloat16: products 400 TFLOP/s" in printed
     assert "over links of 50 GB/s" in printed
     found = json.loads((tmp_path / "out/inspect.json").read_text())["prediction"]
     assert f"max_tokens_per_microbatch={found['packed_budget']:,} fits" in printed
@@ -56,34 +56,37 @@ def test_it_prints_and_writes_a_prediction(arguments, tmp_path, capsys):
     assert wider == sorted(wider)
 
 
-def test_one_device_has_no_ranks_to_wait_for(arguments, tmp_path, capsys):
+def test_one_device_has_no_table_of_ranks(arguments, tmp_path, capsys):
     assert main([*arguments, "--gpus", "1", "--ceilings", str(tmp_path / "device.json")]) == 0
     assert "all-reduce" not in capsys.readouterr().out
 
 
-def test_without_a_question_nothing_is_predicted(arguments, tmp_path, capsys):
+def test_without_gpus_nothing_is_predicted(arguments, tmp_path, capsys):
     assert main(arguments) == 0
     assert "predicted" not in capsys.readouterr().out
     assert "prediction" not in json.loads((tmp_path / "out/inspect.json").read_text())
 
 
-def test_a_model_that_no_device_holds(arguments, tmp_path, capsys):
+def test_a_model_that_fits_no_device(arguments, tmp_path, capsys):
     small = replace(DEVICE, memory=2**20)
     write_ceilings(small, tmp_path / "small.json")
     assert main([*arguments, "--gpus", "2", "--ceilings", str(tmp_path / "small.json")]) == 0
     printed = capsys.readouterr().out
-    assert "weights, gradients and optimizer do not fit this device" in printed
-    assert "nor do they where 2 devices share them" in printed
+    assert "weights, gradients and optimizer do not fit into this device's memory" in printed
+    assert "nor do they fit when sharded over 2 devices" in printed
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--ceilings", "device.json"], "--ceilings: is of a prediction; name --gpus N too"),
+        (["--ceilings", "device.json"], "--ceilings must be used with --gpus N"),
         (["--gpus", "0"], "--gpus"),
-        (["--gpus", "2", "--link", "0"], "takes a number above 0"),
+        (["--gpus", "2", "--link", "0"], "must be a number above 0"),
         (["--gpus", "2", "--ceilings", "absent.json"], "absent.json"),
-        (["--gpus", "2", "--model-config", "absent/config.json"], "--model-config: no config in"),
+        (
+            ["--gpus", "2", "--model-config", "absent/config.json"],
+            "--model-config must be",
+        ),
     ],
 )
 def test_bad_input(arguments, more, message):
@@ -93,23 +96,23 @@ def test_bad_input(arguments, more, message):
     assert message in done.stderr
 
 
-def test_the_largest_batch_is_the_one_that_takes_the_most():
-    sides = Sides(np.array([1, 9, 2, 2]), np.array([5, 1, 1, 8]))
+def test_the_largest_batch_is_the_one_that_needs_most_memory():
+    lengths = TextLengths(np.array([1, 9, 2, 2]), np.array([5, 1, 1, 8]))
     step = StepMemory(np.array([[7.0, 0.0, 1.0, 10.0]]))
     order = np.arange(4)
-    assert prediction._largest(sides, order, 2, np.add, step) == 7 + 4 + 90
-    assert prediction._largest(sides, order, 2, np.maximum, step) == 7 + 4 + 160
+    assert prediction._largest_bytes(lengths, order, 2, np.add, step) == 7 + 4 + 90
+    assert prediction._largest_bytes(lengths, order, 2, np.maximum, step) == 7 + 4 + 160
 
 
-def test_no_batch_is_passed_over():
+def test_no_batch_is_skipped():
     random = np.random.default_rng(0)
-    sides = Sides(random.integers(0, 50, 501), random.integers(0, 50, 501))
+    lengths = TextLengths(random.integers(0, 50, 501), random.integers(0, 50, 501))
     order = random.permutation(501)
     for slopes in ((1.0, 1.0), (5.0, 1.0), (1.0, 5.0)):
         step = StepMemory(np.array([[0.0, 0.0, *slopes]]))
-        all_of_them = [
-            slopes[0] * sides.encoder[order[at : at + 8]].sum()
-            + slopes[1] * sides.decoder[order[at : at + 8]].sum()
+        bytes_of_all = [
+            slopes[0] * lengths.encoder[order[at : at + 8]].sum()
+            + slopes[1] * lengths.decoder[order[at : at + 8]].sum()
             for at in range(0, 501, 8)
         ]
-        assert prediction._largest(sides, order, 8, np.add, step) == max(all_of_them)
+        assert prediction._largest_bytes(lengths, order, 8, np.add, step) == max(bytes_of_all)

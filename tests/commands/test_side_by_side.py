@@ -1,4 +1,4 @@
-"""The comparison: its statistics, its memory probe, and that both sides see the same training."""
+"""The comparison: its statistics, its memory probe, and that both runs train alike."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 from tokenpack.commands import side_by_side
 from tokenpack.commands.models import DEMO_MODELS, SIZES
-from tokenpack.commands.side_by_side import Comparison, Side, peak_bytes, train_side_by_side
+from tokenpack.commands.side_by_side import Comparison, TrainingLog, train_side_by_side
 from tokenpack.cost import Operations
 from tokenpack.samples.examples import random_batches
 from tokenpack.samples.text import Text
@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 TEXTS = [Text("Words. " * count + "\nMore of them.") for count in (1, 1, 2, 3, 5, 8, 13)]
 
 
-def make_side(losses, seconds, operations):
-    return Side(losses, seconds, seconds, [Operations(n, n) for n in operations])
+def make_log(losses, seconds, operations):
+    return TrainingLog(losses, seconds, seconds, [Operations(n, n) for n in operations])
 
 
 def make_case(name):
@@ -33,8 +33,8 @@ def make_case(name):
 
 def test_statistics():
     comparison = Comparison(
-        padded=make_side([2.0, 4.0, 1.0], [4.0, 6.0, 90.0], [40, 80, 60]),
-        packed=make_side([2.0, 3.0, 1.0], [2.0, 2.0, 2.0], [10, 20, 10]),
+        padded=make_log([2.0, 4.0, 1.0], [4.0, 6.0, 90.0], [40, 80, 60]),
+        packed=make_log([2.0, 3.0, 1.0], [2.0, 2.0, 2.0], [10, 20, 10]),
         slots=[100, 100, 200],
         tokens=[20, 40, 40],
         packed_calls=3,
@@ -49,24 +49,8 @@ def test_statistics():
     assert comparison.tokens_per_second(comparison.padded) == 1.0
 
 
-def test_peak_memory_counts_what_lives_at_once_and_nothing_from_before():
-    before = torch.zeros(1000, 1000)
-    kilo = 1024
-
-    def run():
-        nonlocal before
-        first = torch.empty(400 * kilo, dtype=torch.uint8)
-        del first
-        second = torch.empty(300 * kilo, dtype=torch.uint8)
-        third = torch.empty(300 * kilo, dtype=torch.uint8)
-        before = None
-        return second, third
-
-    assert peak_bytes(run, CPU) == pytest.approx(600 * kilo, rel=0.01)
-
-
 @pytest.mark.parametrize("name", DEMO_MODELS)
-def test_both_sides_train_alike(name):
+def test_both_runs_train_alike(name):
     model, batches = make_case(name)
     start = copy.deepcopy(model.state_dict())
     losses = []
@@ -79,24 +63,24 @@ def test_both_sides_train_alike(name):
     assert comparison.fallbacks == {}
     assert comparison.packed_calls == 5  # three steps, and two of the memory probe
     assert 0 < comparison.packed.peak_bytes < comparison.padded.peak_bytes
-    for side in (comparison.padded, comparison.packed):
+    for log in (comparison.padded, comparison.packed):
         assert all(
             0 < computed < whole
-            for computed, whole in zip(side.forward_backward_seconds, side.step_seconds)
+            for computed, whole in zip(log.forward_backward_seconds, log.step_seconds)
         )
     assert all(ratio > 1 for ratio in comparison.ideal_ratios)
 
 
-def test_fallbacks_are_handed_on(monkeypatch):
+def test_fallbacks_are_reported(monkeypatch):
     model, batches = make_case("llama")
     patch = side_by_side.patch_model
 
-    def patch_and_ask_for_what_is_not_packed(model):
+    def patch_with_attentions_requested(model):
         model.set_attn_implementation("eager")
         model.config.output_attentions = True
         return patch(model)
 
-    monkeypatch.setattr(side_by_side, "patch_model", patch_and_ask_for_what_is_not_packed)
+    monkeypatch.setattr(side_by_side, "patch_model", patch_with_attentions_requested)
     comparison = train_side_by_side(model, batches, CPU, lambda loss: None)
     assert comparison.packed_calls == 0
     assert sum(comparison.fallbacks.values()) == 5

@@ -1,4 +1,4 @@
-"""All strategies on the same lengths: whose figures stand where, what was cut and left out."""
+"""All strategies on the same lengths: the numbers in the table, and what was cut or dropped."""
 
 import numpy as np
 import pytest
@@ -26,27 +26,27 @@ def test_each_strategy_is_compared_by_its_own_plan():
     found = compare_strategies(LENGTHS, 128, seed=3)
     assert list(found.metrics) == list(Packer.strategies())
     for name, metrics in found.metrics.items():
-        alone = pack_lengths(LENGTHS, 128, name, seed=3)
-        assert metrics.num_bins == alone.num_bins
-        assert metrics.utilization_std == alone.metrics.utilization_std
+        expected = pack_lengths(LENGTHS, 128, name, seed=3)
+        assert metrics.num_bins == expected.num_bins
+        assert metrics.utilization_std == expected.metrics.utilization_std
     assert found.auto == pack_lengths(LENGTHS, 128).strategy
     assert found.metrics["nf"].num_bins > found.metrics["obfd"].num_bins
 
 
-def test_the_table_says_what_was_cut_and_left_out():
+def test_the_table_says_what_was_cut_and_dropped():
     found = compare_strategies(np.array([10, 0, 4, 4, 30]), 8, seed=0)
     text = format_comparison(found)
-    assert "Cut to the capacity of 8: 2 of 5 texts; left out for having no tokens: 1." in text
-    assert "3 would hold all tokens without any padding" in text
+    assert "Cut to the capacity of 8: 2 of 5 texts; dropped because they have no tokens: 1." in text
+    assert "without any padding, 3 would hold all tokens" in text
     rows = [line.split() for line in text.splitlines()[2:13]]
     assert [row[0] for row in rows] == list(Packer.strategies())
     assert rows[0][1:5] == ["next_fit", "3", "100.00%", "0.00%"]
 
 
-def test_no_text_is_said_to_be_cut_where_none_is():
+def test_the_table_reports_that_no_text_was_cut():
     text = format_comparison(compare_strategies(np.array([3, 3, 2]), 8, seed=0))
     assert "None of 3 texts is over the capacity of 8." in text
-    assert "left out" not in text
+    assert "dropped" not in text
 
 
 def test_pairs_have_a_row_per_side():

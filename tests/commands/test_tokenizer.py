@@ -1,4 +1,4 @@
-"""A tokenizer named by the user: the ids it gives, and what is refused."""
+"""The user's tokenizer: the ids that it gives, and bad input."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_a_tokenizer_file_that_truncates_does_not(tmp_path):
         assert load_tokenizer(str(path))(texts) == ids
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path, monkeypatch):
+def test_bad_tokenizers_are_refused(tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "empty").mkdir()
 
@@ -29,11 +29,11 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module.socket, "getaddrinfo", no_network)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for name, message in [
-        (str(tmp_path / "broken.json"), "broken.json is not a tokenizer.json"),
-        (str(tmp_path / "empty"), "no tokenizer in the folder .*empty"),
-        (str(tmp_path / "nothing.json"), "no file or folder .*nothing.json"),
-        ("./some/where", "no file or folder ./some/where"),
-        ("someone/some-model", "no file or folder here .* huggingface.co cannot be reached"),
+        (str(tmp_path / "broken.json"), "a valid tokenizer.json, got .*broken.json"),
+        (str(tmp_path / "empty"), "the folder of a tokenizer, got .*empty"),
+        (str(tmp_path / "nothing.json"), "a file or folder that exists, got .*nothing.json"),
+        ("./some/where", "a file or folder that exists, got ./some/where"),
+        ("someone/some-model", "no such file or folder, .* huggingface.co cannot be reached"),
     ]:
-        with pytest.raises(ValueError, match=f"--tokenizer: .*{message}"):
+        with pytest.raises(ValueError, match=f"--tokenizer must be .*{message}"):
             load_tokenizer(name)

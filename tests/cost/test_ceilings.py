@@ -1,4 +1,4 @@
-"""Ceilings: measured, written and read back, refused where they cannot be."""
+"""Ceilings: measured, written, read back, and refused if the file is not valid."""
 
 import json
 from dataclasses import asdict
@@ -20,13 +20,13 @@ def test_a_cpu_is_measured(measured):
     assert measured.torch_dtype == torch.float32
     numbers = [value for value in asdict(measured).values() if not isinstance(value, str)]
     assert all(number >= 0 for number in numbers)
-    # Any machine that this can run on, and none that is broken by a factor of a thousand.
+    # True of any machine that can run this test, and false if a rate is off by a factor of 1,000.
     assert 1e9 < measured.products < 1e14
     assert 1e8 < measured.bytes < 1e12
     assert 1e-8 < measured.call < 1e-3
 
 
-def test_they_come_back_from_a_file(measured, tmp_path):
+def test_ceilings_survive_a_round_trip(measured, tmp_path):
     path = tmp_path / "ceilings.json"
     write_ceilings(measured, path)
     assert read_ceilings(path) == measured
@@ -37,8 +37,8 @@ def test_they_come_back_from_a_file(measured, tmp_path):
     [
         ({"products": "fast"}, "products must be a number"),
         ({"bytes": -1}, "bytes must be a number"),
-        ({"dtype": "int8"}, "dtype must be a float's"),
-        ({"more": 1}, "must be an object with"),
+        ({"dtype": "int8"}, "dtype must be float32"),
+        ({"more": 1}, "must be a JSON object with"),
     ],
 )
 def test_other_files_are_refused(measured, tmp_path, change, message):
@@ -47,5 +47,5 @@ def test_other_files_are_refused(measured, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         read_ceilings(path)
     path.write_text("not json")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="must be a JSON file"):
         read_ceilings(path)

@@ -1,4 +1,4 @@
-"""Predictions by hand, from round numbers."""
+"""Predictions from round numbers, checked by hand."""
 
 from dataclasses import replace
 
@@ -55,14 +55,14 @@ def test_a_padded_step():
     assert step.total == step.forward_backward + step.optimizer
 
 
-def test_a_packed_step_reads_logits_thrice_and_pays_for_sequences():
+def test_a_packed_step_passes_over_logits_three_times_and_has_costs_per_sequence():
     step = seconds(packed=True)
-    widths = (5 + 7 + 11) / 2  # of all layers: a pair is two multiply-adds for each unit of width
+    widths = (5 + 7 + 11) / 2  # of all layers: a pair costs two multiply-adds per unit of width
     assert step.attention == seconds(packed=False).attention + 2 * (4 * 0.5 + widths * 0.125)
     assert step.bytes == (1000 + 10 * 100 + 20 * 10 + 3 * 8 * 10) / 10
 
 
-def test_sequences_cost_more_where_attention_has_a_bias():
+def test_sequences_cost_more_with_a_relative_bias():
     biased = replace(COST, biased_attentions=3)
     own, cross = (5 + 7) / 2, 11 / 2
     assert seconds(packed=True, cost=biased).attention == seconds(packed=False).attention + 2 * (
@@ -70,13 +70,13 @@ def test_sequences_cost_more_where_attention_has_a_bias():
     )
 
 
-def test_logits_that_are_mapped_anew_take_longer():
+def test_logits_above_the_mmap_threshold_take_longer():
     large = replace(TRAFFIC, logits_per_token=2**25)
     slow = seconds(packed=False, traffic=large).bytes
     assert slow - seconds(packed=False).bytes == pytest.approx(50 * 10 / 5 - 50 * 10 / 10)
 
 
-def test_a_gpu_is_called_ahead_of_itself():
+def test_calls_overlap_with_the_work_of_a_gpu():
     gpu = seconds(packed=False, device=replace(DEVICE, device="a GPU"))
     assert gpu.forward_backward == gpu.products + gpu.attention + gpu.bytes
     slow = seconds(packed=False, device=replace(DEVICE, device="a GPU", call=1e6))

@@ -1,4 +1,4 @@
-"""Memory followed on the meta device, against steps that really ran."""
+"""Memory followed on the meta device, compared with steps that really run."""
 
 import numpy as np
 import pytest
@@ -10,19 +10,19 @@ from tokenpack.cost.allocations import allocations
 
 from .test_traffic import VOCAB, make_llama, make_t5, on_meta
 
-# Gradients of 100 bytes at the end; activations, of which one operator keeps more of the encoder's.
+# 100 bytes of gradients at the end. One operator keeps more per encoder token than the other.
 HAND = StepMemory(np.array([[0, 100, 0, 0], [10, 0, 3, 4], [20, 50, 1, 5]], dtype=float))
 ROWS, COLUMNS = 64, 64
 
 
-def test_the_peak_is_where_most_is_in_use():
+def test_the_peak_is_the_operator_with_most_memory_in_use():
     assert HAND.peak(0, 0) == 100
     assert HAND.peak(100, 10) == 10 + 300 + 40
     assert HAND.peak(10, 100) == 20 + 50 + 10 + 500
     assert HAND.peak(10, 100, share=0.5) == 20 + 25 + 10 + 500
 
 
-def test_as_many_tokens_as_fit():
+def test_the_largest_number_of_tokens_that_fits():
     assert HAND.most_tokens(1070, decoder_share=1.0) == 200
     assert HAND.most_tokens(1070, 1.0, share=0.0) == 210
     assert HAND.most_tokens(1010, decoder_share=0.0) == 333
@@ -32,7 +32,7 @@ def test_as_many_tokens_as_fit():
     assert HAND.peak(0.75 * (most + 1), 0.25 * (most + 1)) > 5000
 
 
-def test_the_budget_leaves_a_tenth_alone():
+def test_the_budget_leaves_a_tenth_free():
     assert state_memory(10) == 120
     assert token_budget(HAND, 1.0, 10, 1000) == (900 - 120 - 20 - 50) // 5
     assert token_budget(HAND, 1.0, 10, 1000, devices=2) == (900 - 60 - 20 - 25) // 5
@@ -40,7 +40,7 @@ def test_the_budget_leaves_a_tenth_alone():
 
 
 def step(model):
-    """A step's allocations, its gradients freed before."""
+    """Peak bytes of a step that starts without gradients."""
     ids = torch.randint(2, VOCAB, (ROWS, COLUMNS))
 
     def run():
@@ -53,18 +53,18 @@ def step(model):
 
 @pytest.mark.parametrize("make", [make_llama, make_t5])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_step_takes_what_was_foretold(make, packed):
-    foretold = count_memory(on_meta(make), "cpu", packed=packed)
+def test_a_step_needs_the_predicted_memory(make, packed):
+    predicted = count_memory(on_meta(make), "cpu", packed=packed)
     model = make().train()
     model.config.use_cache = False
     peak = step(patch_model(model) if packed else model)
     tokens = ROWS * COLUMNS
-    expected = foretold.peak(tokens if make is make_t5 else 0, tokens)
-    # T5's bias of all queries by all keys is not in it; the CPU's packed attention copies.
+    expected = predicted.peak(tokens if make is make_t5 else 0, tokens)
+    # The prediction lacks T5's bias of all queries by all keys; packed attention on a CPU copies.
     assert 0.75 * peak <= expected <= 1.1 * peak
 
 
-def test_logits_are_what_padded_steps_keep_most_of():
+def test_padded_steps_keep_all_logits():
     def wide():
         config = make_llama().config
         config.vocab_size = 4096
@@ -77,20 +77,20 @@ def test_logits_are_what_padded_steps_keep_most_of():
     assert padded - packed > 10_000 * 4096 * 4
 
 
-def test_gradients_are_in_float32_whatever_the_activations_are():
+def test_gradients_are_float32_for_any_activations():
     model = on_meta(make_llama)
     parameters = sum(each.numel() for each in model.parameters())
     whole = count_memory(model, "cuda", packed=True)
     assert whole.peak(0, 0, share=1.0) >= 4 * parameters
     assert whole.lines[:, 1].max() == 4 * parameters
     half = count_memory(model.to(torch.bfloat16), "cuda", packed=True)
-    # The weights' copies stay throughout; a token's activations are half as large.
+    # The copies of the weights stay during the step; activations are half as large.
     assert half.lines[:, 1].max() == (4 + 2) * parameters
     assert half.lines[:, 1].min() >= 2 * parameters
     assert half.lines[:, 3].max() < 0.8 * whole.lines[:, 3].max()
 
 
-def test_devices_that_share_the_weights_share_their_copies():
+def test_sharded_weights_have_sharded_copies():
     model = on_meta(make_llama).to(torch.bfloat16)
     parameters = sum(each.numel() for each in model.parameters())
     step = count_memory(model, "cuda", packed=True)
@@ -113,7 +113,7 @@ def test_frozen_weights_have_no_gradient():
     assert count_memory(model, "cpu", packed=True).lines[:, 1].max() == 4 * trained
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_restored():
     model = on_meta(make_t5)
     count_memory(model, "cpu", packed=True)
     assert model.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""Counted operations: against torch's own counter, and against each sequence by itself."""
+"""Counted operations, compared with torch's own counter and with each sequence by itself."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_padded_count_is_what_torch_counts(make_model):
     model = make_model()
     batch = make_batch(model)
     counter = counted_by_torch(model, batch)
-    # Up to transformers 5.17 angles are a product of frequencies and positions.
+    # Up to transformers 5.17, rotary angles are a matrix product, which torch counts.
     angles = sum(
         sum(by_operator.values())
         for module, by_operator in counter.get_flop_counts().items()
@@ -113,10 +113,10 @@ def test_padded_count_is_what_torch_counts(make_model):
 
 
 @FAMILIES
-def test_packed_count_is_that_of_each_sequence_alone(make_model):
+def test_packed_count_is_the_sum_over_single_sequences(make_model):
     model = make_model()
     batch = make_batch(model)
-    alone = []
+    single_counts = []
     for row in range(3):
         length = int(batch["attention_mask"][row].sum())
         labels = batch["labels"][row]
@@ -125,10 +125,10 @@ def test_packed_count_is_that_of_each_sequence_alone(make_model):
             "input_ids": batch["input_ids"][row : row + 1, :length],
             "labels": labels[:kept][None],
         }
-        alone.append(cost.count_operations(model, single, packed=False))
+        single_counts.append(cost.count_operations(model, single, packed=False))
     packed = cost.count_operations(model, batch, packed=True)
-    assert packed.linear == sum(operations.linear for operations in alone)
-    assert packed.attention == sum(operations.attention for operations in alone)
+    assert packed.linear == sum(operations.linear for operations in single_counts)
+    assert packed.attention == sum(operations.attention for operations in single_counts)
 
 
 @FAMILIES
@@ -136,7 +136,7 @@ def test_a_patched_model_does_the_linear_work_counted(make_model):
     model = patch_model(make_model().train())
     batch = make_batch(model)
     flops = counted_by_torch(model, batch).get_flop_counts()
-    # The head apart: a patched model also leaves out tokens without a target there.
+    # Without the head, where a patched model also skips tokens without a target.
     head = flops[f"{type(model).__name__}.lm_head"]
     multiplied = sum(
         flops["Global"].get(operator, 0) - head.get(operator, 0)
@@ -152,7 +152,7 @@ def test_without_a_mask_every_position_is_real():
     assert cost.count_packed(model, batch) == cost.count_padded(model, batch)
 
 
-def test_kept_labels_end_at_the_last_that_counts():
+def test_kept_labels_end_at_the_last_target():
     labels = torch.tensor([[1, 2, -100, -100], [-100, 2, -100, 4], [-100] * 4, [1, 2, 3, 4]])
     assert cost.kept_label_lengths(labels).tolist() == [2, 4, 0, 4]
 
@@ -180,16 +180,16 @@ def test_attentions_with_a_relative_bias():
     assert cost.model_cost(make_llama()).biased_attentions == 0
 
 
-def test_what_cannot_be_counted_is_refused():
+def test_models_that_cannot_be_counted_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match=r"cannot count .*c_attn.weight.*Conv1D"):
+    with pytest.raises(ValueError, match=r"weight matrices in nn.Linear .*c_attn.weight.*Conv1D"):
         cost.model_cost(gpt2)
-    with pytest.raises(ValueError, match="no attention recognised in Sequential"):
+    with pytest.raises(ValueError, match=r"must have attention .* got Sequential"):
         cost.model_cost(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_a_batch_that_lacks_something_is_refused():
-    with pytest.raises(ValueError, match="needs input_ids"):
+def test_incomplete_batches_are_refused():
+    with pytest.raises(ValueError, match="must have input_ids"):
         cost.count_operations(make_llama(), {}, packed=True)
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match="must have labels"):
         cost.count_operations(make_t5(), {"input_ids": torch.ones(1, 2)}, packed=False)

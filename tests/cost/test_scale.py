@@ -1,4 +1,4 @@
-"""Many ranks on paper: rings by hand, and the busiest rank."""
+"""Several ranks: a ring checked by hand, and the busiest rank."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tokenpack.cost import ModelCost, exchange_bytes, rank_efficiency
 @pytest.mark.parametrize("ranks", [1, 2, 8, 1024])
 def test_a_ring_sends_each_part_once_or_twice(ranks):
     sent = exchange_bytes(1_000_000, ranks)
-    # In every of ranks - 1 rounds a rank passes on one part; reducing and gathering take as many.
+    # A rank sends one part in each of ranks - 1 rounds, both to reduce and to gather.
     part = 4_000_000 / ranks
     assert sent.data_parallel == pytest.approx(2 * (ranks - 1) * part, abs=1)
     assert sent.fully_sharded == pytest.approx(3 * (ranks - 1) * part, abs=1)

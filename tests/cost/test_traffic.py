@@ -1,4 +1,4 @@
-"""Bytes counted without computing: linear in tokens, and by dtype."""
+"""Bytes counted on the meta device: linear in tokens, and proportional to the element size."""
 
 import pytest
 import torch
@@ -41,11 +41,11 @@ def on_meta(make):
 
 
 @pytest.mark.parametrize("make", [make_llama, make_t5])
-def test_other_sizes_are_foretold(make):
+def test_other_sizes_are_predicted(make):
     model = on_meta(make)
     counted = count_traffic(model)
-    with traffic.attention_left_out(model):
-        seen = traffic._run(model, 40, 56)
+    with traffic.without_attention(model):
+        counted_run = traffic._run(model, 40, 56)
     rows = traffic._ROWS
     encoder, decoder = (rows * 40, rows * 56) if make is make_t5 else (0, rows * 56)
     moved = (
@@ -53,14 +53,14 @@ def test_other_sizes_are_foretold(make):
         + counted.moved_per_encoder_token * encoder
         + counted.moved_per_decoder_token * decoder
     )
-    # Masks and T5's bias grow with the square, which is a little of it.
-    assert moved == pytest.approx(seen.moved, rel=0.1)
+    # Masks and T5's bias grow with the square of the length; they are a small part.
+    assert moved == pytest.approx(counted_run.moved, rel=0.1)
 
 
 def test_logits_and_dtype():
     single = count_traffic(on_meta(make_llama))
     assert single.logits_per_token == 4 * VOCAB
-    # The loss reads and writes the logits a few times, in float32 whatever they are.
+    # The loss reads and writes the logits several times, in float32 for every dtype.
     assert 4 < single.loss_moved_per_token / single.logits_per_token < 20
     half = count_traffic(on_meta(make_llama).to(torch.bfloat16))
     assert half.logits_per_token == 2 * VOCAB
@@ -68,7 +68,7 @@ def test_logits_and_dtype():
     assert single.moved_per_encoder_token == 0
 
 
-def test_layers_cost_alike():
+def test_every_layer_moves_the_same():
     def with_layers(layers):
         config = make_llama().config
         config.num_hidden_layers = layers
@@ -76,11 +76,11 @@ def test_layers_cost_alike():
 
     one, two, three = (with_layers(layers).moved_per_decoder_token for layers in (1, 2, 3))
     assert three - two == pytest.approx(two - one)
-    # A layer at least reads and writes its residual stream and its MLP's activations.
+    # A layer reads and writes at least its residual stream and its MLP's activations.
     assert two - one > 2 * 4 * (WIDTH + 64)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_restored():
     model = on_meta(make_llama)
     model.config.use_cache = True
     count_traffic(model)

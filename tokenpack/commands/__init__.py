@@ -1,18 +1,27 @@
 """The commands of ``tokenpack``, one module each with a ``run(arguments) -> exit code``.
 
     demo.py      trains padded and patched models side by side
-    doctor.py    what is installed, which attention backends run
-    inspect.py   lengths and padding of a file, and how full each strategy packs it
-    pack.py      files to packed rows
+    doctor.py    prints what is installed and which attention backends run
+    inspect.py   prints lengths and padding of a file, and how full each strategy packs it
+    pack.py      packs files into rows
 
-and what they share: the models (``models.py``), the training of a pair (``side_by_side.py``), all
-strategies on the same lengths (``strategies.py``), the user's tokenizer (``tokenizer.py``), facts
-about the machine (``machine.py``), tables, figures and files (``table.py``, ``figures.py``,
-``output.py``).
+Shared modules:
+
+    help_texts.py       the texts of ``--help``
+    models.py           the models to train, and the published shapes to count
+    side_by_side.py     trains a model padded and packed
+    epochs.py           counts the tokens of an epoch's batches
+    strategies.py       plans the same lengths with every strategy
+    prediction.py       predicts step time and memory
+    tokenizer.py        loads the user's tokenizer
+    machine.py          facts about this machine
+    table.py            text tables
+    figures.py          PNG files
+    output.py           output folders and JSON files
 """
 
 import os
 
-# torch's profiler, which measures the demo's memory, otherwise reports its own starts and stops on
-# stderr. Read when torch is loaded, hence here.
+# Keeps torch's profiler, which measures the demo's memory, from printing its starts and stops on
+# stderr. torch reads the variable when it is imported, so it is set here.
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")

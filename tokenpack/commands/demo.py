@@ -1,7 +1,7 @@
 """``tokenpack demo``: train T5, NLLB and Llama padded and patched, and compare the two.
 
-Same texts, same batches, same initial weights, no dropout: the losses must agree at every step, and
-the time must fall by what the operations fall.
+Texts, batches and initial weights are the same, and there is no dropout. The losses must agree at
+every step, and the time should fall in proportion to the operations.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..samples.examples import ExampleSet, random_batches
 from ..samples.text import Text, read_texts, standard_library_texts
 from ..samples.tokenizer import train_tokenizer
 from . import figures, machine
-from .models import DEMO_MODELS, SIZES, Size
+from .models import DEMO_MODELS, SIZES, DemoSize
 from .output import make_folder, write_json
-from .side_by_side import Comparison, Side, train_side_by_side
+from .side_by_side import Comparison, TrainingLog, train_side_by_side
 from .table import format_table
 
-# Losses agree to rounding, which training amplifies step by step.
+# Losses agree up to rounding errors, which training amplifies step by step.
 _LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # fp32, bf16
 
 
 @dataclass(frozen=True)
-class Result:
-    """One model's row."""
+class ModelResult:
+    """Results of one model, a row of the table."""
 
     name: str
     title: str
@@ -46,10 +46,10 @@ class Result:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, print the table, write the PNG and the JSON.
+    """Train the models, print the table, and write the PNG and the JSON.
 
     Returns:
-        0, or 1 if the losses of a model differ or a step of it was not packed.
+        1 if the losses of a model differ or one of its steps was not packed, else 0.
     """
     device = _choose_device(arguments.device)
     size = _choose_size(arguments.size, device)
@@ -70,10 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n" + _caption(device, arguments.steps))
     report = _report(results, texts, tokenizer, size, device, arguments)
     _write(report, results, arguments.out)
-    complaints = _complaints(results, device)
-    for complaint in complaints:
-        print(f"tokenpack: check failed: {complaint}", file=sys.stderr)
-    return 1 if complaints else 0
+    failures = _failed_checks(results, device)
+    for failure in failures:
+        print(f"tokenpack: check failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 # ----------------------------------------------------------------------------------------- setting
@@ -83,18 +83,18 @@ def _choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got cuda, but torch sees no CUDA device; takes cpu")
+        raise ValueError("--device must be cpu here, got cuda; torch sees no CUDA device")
     return torch.device(name)
 
 
-def _choose_size(name: str, device: torch.device) -> Size:
+def _choose_size(name: str, device: torch.device) -> DemoSize:
     if name == "auto":
         name = "large" if device.type == "cuda" else "small"
     return SIZES[name]
 
 
 def _use_physical_cores() -> None:
-    # Whoever sets the variable has decided.
+    # OMP_NUM_THREADS is the user's choice and takes precedence.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(machine.physical_cores())
 
@@ -115,7 +115,9 @@ def _print_setting(
     texts: Sequence[Text], tokenizer: Tokenizer, device: torch.device, arguments: argparse.Namespace
 ) -> None:
     print(f"data       {len(texts):,} texts: {_data_name(arguments.data)}")
-    print(f"tokenizer  byte-level BPE of {tokenizer.get_vocab_size():,} tokens, trained on them")
+    print(
+        f"tokenizer  byte-level BPE of {tokenizer.get_vocab_size():,} tokens, trained on the texts"
+    )
     if device.type == "cuda":
         print(f"device     {torch.cuda.get_device_name(device)}, bf16 autocast")
     else:
@@ -129,17 +131,17 @@ def _train(
     name: str,
     texts: Sequence[Text],
     tokenizer: Tokenizer,
-    size: Size,
+    size: DemoSize,
     device: torch.device,
     steps: int,
     seed: int,
-) -> Result:
+) -> ModelResult:
     recipe = DEMO_MODELS[name]
     examples = recipe.make_examples(texts, tokenizer, size, seed)
     if not examples.examples:
         raise ValueError(
-            f"--data: none of the {len(texts)} texts can be split into a summary and a body for "
-            f"{recipe.title}; takes 'source' and 'target', or texts of two sentences or more"
+            f"--data must have 'source' and 'target', or texts of two or more sentences, for "
+            f"{recipe.title}, got {len(texts)} texts that cannot be split into summary and body"
         )
     batch_size = recipe.batch_size(size)
     batches = random_batches(examples.examples, tokenizer, batch_size, steps, seed)
@@ -154,15 +156,17 @@ def _train(
             bar.update()
 
         comparison = train_side_by_side(model, batches, device, on_step)
-    return Result(name, recipe.title, recipe.task, model, examples, batch_size, comparison)
+    return ModelResult(name, recipe.title, recipe.task, model, examples, batch_size, comparison)
 
 
-def _describe_examples(task: str, model: PreTrainedModel, examples: ExampleSet, size: Size) -> str:
+def _describe_examples(
+    task: str, model: PreTrainedModel, examples: ExampleSet, size: DemoSize
+) -> str:
     parts = [
         f"{task}, {model.num_parameters() / 1e6:.1f} M weights, {len(examples.examples):,} examples"
     ]
     if examples.unusable:
-        parts.append(f"{examples.unusable:,} texts of one sentence left out: they have no summary")
+        parts.append(f"{examples.unusable:,} texts left out: they have one sentence, so no summary")
     if examples.cut_inputs:
         parts.append(f"{examples.cut_inputs:,} inputs cut to {size.max_length} tokens")
     if examples.cut_labels:
@@ -170,32 +174,32 @@ def _describe_examples(task: str, model: PreTrainedModel, examples: ExampleSet, 
     return "\n  ".join(parts)
 
 
-def _complaints(results: Sequence[Result], device: torch.device) -> list[str]:
-    """What makes the comparison void: steps that were not packed, losses that differ."""
-    complaints = []
+def _failed_checks(results: Sequence[ModelResult], device: torch.device) -> list[str]:
+    """Reasons why the comparison is not valid: steps that were not packed, losses that differ."""
+    failures = []
     for result in results:
         if result.comparison.fallbacks:
             reasons = ", ".join(f"{n} x {r}" for r, n in result.comparison.fallbacks.items())
-            complaints.append(f"{result.title} was not packed in some steps: {reasons}")
+            failures.append(f"{result.title} was not packed in some steps: {reasons}")
         if result.comparison.packed_calls < len(result.comparison.tokens):
-            complaints.append(
+            failures.append(
                 f"{result.title} was packed in {result.comparison.packed_calls} of "
                 f"{len(result.comparison.tokens)} steps"
             )
         worst = max(result.comparison.loss_differences)
-        # Written so that a NaN fails.
+        # In this form of the comparison a NaN fails.
         if not worst <= _LOSS_TOLERANCE[device.type]:
-            complaints.append(
+            failures.append(
                 f"{result.title}: the losses differ by {worst:.1e}, "
                 f"more than {_LOSS_TOLERANCE[device.type]:.0e}"
             )
-    return complaints
+    return failures
 
 
 # ------------------------------------------------------------------------------------------ report
 
 
-def _table(results: Sequence[Result]) -> str:
+def _table(results: Sequence[ModelResult]) -> str:
     headers = [
         "model",
         "padding",
@@ -203,7 +207,7 @@ def _table(results: Sequence[Result]) -> str:
         "tokens/s\npacked",
         "step-time\nratio",
         "ideal\nratio",
-        "of\nideal",
+        "ratio /\nideal",
         "largest\nloss diff",
         "peak MiB\npadded",
         "peak MiB\npacked",
@@ -230,19 +234,19 @@ def _row(title: str, comparison: Comparison) -> list[str]:
 def _caption(device: torch.device, steps: int) -> str:
     statistic = "CUDA allocator" if device.type == "cuda" else "CPU allocator, by torch's profiler"
     return (
-        f"{steps} steps each, timed over forward and backward (with the optimizer: in the JSON).\n"
-        "tokens/s: real tokens. ratios: padded / packed, of time, of operations counted (ideal),\n"
-        "and the first by the second, each a median over the steps. peak: memory of the tensors\n"
-        "that one forward and backward adds to the weights, on the batch with the most slots\n"
-        f"({statistic})."
+        f"{steps} steps each, timed over forward and backward (the JSON has times with the\n"
+        "optimizer, too). tokens/s: real tokens. step-time ratio: padded / packed time. ideal\n"
+        "ratio: padded / packed operations, counted. ratio / ideal: of each step. All ratios are\n"
+        "medians over the steps. peak: memory that one forward and backward needs in addition to\n"
+        f"the weights, on the batch with the most slots ({statistic})."
     )
 
 
 def _report(
-    results: Sequence[Result],
+    results: Sequence[ModelResult],
     texts: Sequence[Text],
     tokenizer: Tokenizer,
-    size: Size,
+    size: DemoSize,
     device: torch.device,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -267,7 +271,7 @@ def _report(
     }
 
 
-def _report_model(result: Result) -> dict[str, Any]:
+def _report_model(result: ModelResult) -> dict[str, Any]:
     comparison = result.comparison
     return {
         "task": result.task,
@@ -299,23 +303,23 @@ def _report_model(result: Result) -> dict[str, Any]:
             "loss_differences": comparison.loss_differences,
             "time_ratios": comparison.time_ratios,
             "ideal_ratios": comparison.ideal_ratios,
-            "padded": _report_side(comparison.padded),
-            "packed": _report_side(comparison.packed),
+            "padded": _report_log(comparison.padded),
+            "packed": _report_log(comparison.packed),
         },
     }
 
 
-def _report_side(side: Side) -> dict[str, Any]:
+def _report_log(log: TrainingLog) -> dict[str, Any]:
     return {
-        "losses": side.losses,
-        "forward_backward_seconds": side.forward_backward_seconds,
-        "step_seconds": side.step_seconds,
-        "linear_operations": [operations.linear for operations in side.operations],
-        "attention_operations": [operations.attention for operations in side.operations],
+        "losses": log.losses,
+        "forward_backward_seconds": log.forward_backward_seconds,
+        "step_seconds": log.step_seconds,
+        "linear_operations": [operations.linear for operations in log.operations],
+        "attention_operations": [operations.attention for operations in log.operations],
     }
 
 
-def _write(report: dict[str, Any], results: Sequence[Result], folder: Path) -> None:
+def _write(report: dict[str, Any], results: Sequence[ModelResult], folder: Path) -> None:
     written = [folder / "demo.json"]
     write_json(written[0], report)
     if figures.available():

@@ -12,7 +12,7 @@ from .table import format_table
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report. Always 0: a backend that cannot run is no fault."""
+    """Print the report. Returns 0, because a backend that cannot run is not an error."""
     print("versions")
     print(_indent([f"{name:<13} {version}" for name, version in machine.versions().items()]))
     print("\ndevices")
@@ -30,16 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _devices() -> list[torch.device]:
-    return [torch.device(name) for name in ("cpu", "cuda") if name == "cpu" or _has_cuda()]
-
-
-def _has_cuda() -> bool:
-    return torch.cuda.is_available()
+    return [torch.device(name) for name in ["cpu"] + ["cuda"] * torch.cuda.is_available()]
 
 
 def _describe_devices() -> list[str]:
     cores = machine.physical_cores()
-    lines = [f"{'cpu':<13} {machine.cpu_name()}, {cores} physical cores, {torch_threads()}"]
+    lines = [f"{'cpu':<13} {machine.cpu_name()}, {cores} physical cores, {_torch_threads()}"]
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         lines.append(
@@ -53,8 +49,8 @@ def _describe_devices() -> list[str]:
     return lines
 
 
-def torch_threads() -> str:
-    """How many threads torch computes with, in words."""
+def _torch_threads() -> str:
+    """The number of torch's CPU threads, in words."""
     return f"torch uses {torch.get_num_threads()} threads"
 
 

@@ -1,4 +1,4 @@
-"""The PNGs of demo and inspect. Drawn with matplotlib, which is an extra: without it, none."""
+"""The PNG files of demo and inspect. They need matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from .side_by_side import Comparison
 
 PADDED, PACKED, IDEAL = "#d1833a", "#2a6f97", "#8a8a8a"
-SIDES = ("#4a7c59", "#b5a642")
-WAYS = ("#7b5e8b", "#b9a9c6")
+LENGTHS = ("#4a7c59", "#b5a642")
+ORDERS = ("#7b5e8b", "#b9a9c6")
 
 
 def available() -> bool:
-    """Whether figures can be drawn; says on stderr what to install if not."""
+    """Whether matplotlib is installed. If not, print on stderr what to install."""
     if importlib.util.find_spec("matplotlib") is not None:
         return True
     print(
@@ -33,7 +33,7 @@ def available() -> bool:
 
 
 def draw_demo(comparisons: Sequence[tuple[str, Comparison]], path: Path) -> None:
-    """Loss curves above, real tokens per second below, a column per model."""
+    """Draw loss curves (top) and real tokens per second (bottom), one column per model."""
     figure = _new_figure(width=4.2 * len(comparisons) + 0.4, height=6.4)
     axes = figure.subplots(2, len(comparisons), squeeze=False, sharex=True)
     for (losses, throughput), (title, comparison) in zip(axes.T, comparisons):
@@ -48,7 +48,7 @@ def draw_demo(comparisons: Sequence[tuple[str, Comparison]], path: Path) -> None
 
 def _draw_losses(axes: Axes, title: str, comparison: Comparison) -> None:
     steps = _steps(comparison)
-    # The wide line stays visible under the narrow one that covers it.
+    # The two curves coincide. The wide one stays visible under the narrow one.
     axes.plot(steps, comparison.padded.losses, color=PADDED, linewidth=5, alpha=0.5, label="padded")
     axes.plot(steps, comparison.packed.losses, color=PACKED, linewidth=1.5, label="packed")
     axes.set_title(
@@ -89,14 +89,14 @@ def draw_inspect(
     shape: str,
     path: Path,
 ) -> None:
-    """Histogram of lengths, padding share and expected speed-up by batch size.
+    """Draw a histogram of lengths, and the padding share and expected speed-up by batch size.
 
     Args:
-        lengths: tokens of each text, per side.
-        batch_sizes: rows, the x axis of the other two panels.
-        padding: padding share at each batch size, per way of making batches.
-        speed_ups: operations padded / packed at each batch size, per way.
-        shape: whose operations were counted.
+        lengths: tokens of each text, for each column of the data.
+        batch_sizes: rows of a batch, the x axis of the last two panels.
+        padding: padding share at each batch size, for random and sorted batches.
+        speed_ups: padded / packed operations at each batch size, likewise.
+        shape: name of the model whose operations were counted.
         path: of the PNG.
     """
     figure = _new_figure(width=13, height=4)
@@ -104,7 +104,7 @@ def draw_inspect(
     longest = max(int(side.max()) for side in lengths.values())
     # Lengths spread over orders of magnitude.
     edges = np.unique(np.geomspace(1, longest + 1, 40).round())
-    for (side, values), color in zip(lengths.items(), SIDES):
+    for (side, values), color in zip(lengths.items(), LENGTHS):
         label = f"{side}: median {np.median(values):.0f}, longest {values.max()}"
         histogram.hist(values, edges, color=color, alpha=0.6, label=label)
     histogram.set_xscale("log")
@@ -129,14 +129,14 @@ def _draw_bars(
     axes: Axes, batch_sizes: Sequence[int], series: Mapping[str, Sequence[float]], label: Any
 ) -> None:
     places = np.arange(len(batch_sizes))
-    for (name, values), shift, color in zip(series.items(), (-0.2, 0.2), WAYS):
+    for (name, values), shift, color in zip(series.items(), (-0.2, 0.2), ORDERS):
         bars = axes.bar(places + shift, values, width=0.38, color=color, label=name)
         axes.bar_label(bars, [label(value) for value in values], fontsize=8, padding=2)
     axes.set_xticks(places, [str(size) for size in batch_sizes])
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    # Not pyplot: it would choose a window system, and keep the figure alive.
+    # Without pyplot, which would select a GUI backend and keep the figure alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

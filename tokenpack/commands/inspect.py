@@ -1,19 +1,19 @@
-"""``tokenpack inspect``: how long texts are, how much of a batch is padding, what packing gives.
+"""``tokenpack inspect``: lengths of texts, padding of their batches, and what packing saves.
 
     padding share = 1 - tokens / slots          over all batches of an epoch
     speed-up      = operations(padded) / operations(packed)
 
-The operations are those that ``tokenpack.cost`` counts for a model of a published shape. What a
-machine makes of them, `tokenpack demo` measures and `prediction` forecasts. All that is of padded
-batches, whose padding a patched model leaves out. How full rows get that are packed beforehand,
-`strategies` plans.
+`tokenpack.cost` counts the operations, for a model of a published shape. `tokenpack demo` measures
+what a machine achieves, and `prediction` predicts it. These numbers are for padded batches, whose
+padding a patched model removes. `strategies` plans rows that are packed in advance, and shows how
+full they are.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,15 @@ from tqdm import tqdm
 from ..cost import ModelCost, model_cost, training_operations
 from ..samples.text import Text, read_texts
 from . import figures, machine, prediction, strategies
-from .epochs import BATCH_SIZES, Sides, add, count_packed, count_padded, random_orders, sorted_order
+from .epochs import (
+    BATCH_SIZES,
+    TextLengths,
+    count_packed_epoch,
+    count_padded_epoch,
+    random_orders,
+    sorted_order,
+    sum_counts,
+)
 from .models import SHAPES, build_config, build_shape
 from .output import make_folder, write_json
 from .table import format_table
@@ -35,8 +43,8 @@ _CHUNK = 1000
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What batches of one size hold, and what packing them would give."""
+class PackingGain:
+    """Padding of batches of one size, and the speed-up from removing it."""
 
     padding_share: float
     linear_speed_up: float
@@ -44,7 +52,7 @@ class Forecast:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the tables, write the PNG and the JSON. Returns 0; bad input raises."""
+    """Print the tables, and write the PNG and the JSON. Returns 0; bad input raises."""
     texts = read_texts(arguments.data)
     has_target = texts[0].target is not None
     if arguments.model_config is not None:
@@ -56,32 +64,32 @@ def run(arguments: argparse.Namespace) -> int:
     encoder_decoder = model.config.is_encoder_decoder
     if encoder_decoder and not has_target:
         raise ValueError(
-            f"{option}: {shape} is an encoder-decoder and needs 'source' and 'target', but "
-            f"{arguments.data} holds texts alone; takes a decoder-only model, for instance --shape "
-            f"{next(name for name in SHAPES if name.startswith('llama'))}"
+            f"{option} must be a decoder-only model, got {shape}: an encoder-decoder needs "
+            f"'source' and 'target', and {arguments.data} has only texts; use for example "
+            f"--shape {next(name for name in SHAPES if name.startswith('llama'))}"
         )
-    device = prediction.ceilings_of(arguments)
+    device = prediction.load_ceilings(arguments)
     make_folder(arguments.out, "--out")
     lengths = _measure(texts, load_tokenizer(arguments.tokenizer))
     cut = _cut(lengths, arguments.max_length)
-    sides = _sides(lengths, encoder_decoder)
+    text_lengths = _text_lengths(lengths, encoder_decoder)
 
     cost = model_cost(model)
     ways = {
-        "random": [forecast(sides, size, cost, arguments.seed) for size in BATCH_SIZES],
-        "sorted": [forecast(sides, size, cost, None) for size in BATCH_SIZES],
+        "random": [packing_gain(text_lengths, size, cost, arguments.seed) for size in BATCH_SIZES],
+        "sorted": [packing_gain(text_lengths, size, cost, None) for size in BATCH_SIZES],
     }
     print(f"{arguments.data}: {len(texts):,} texts, {_total(lengths):,} tokens\n")
     print(_length_table(lengths))
     for side, values in lengths.items():
         print(f"\n{side}\n{_histogram(values)}")
-    print(f"\n{_forecast_table(ways, shape)}")
+    print(f"\n{_gain_table(ways, shape)}")
     print(f"\n{_caption(shape, arguments.max_length, cut, len(texts))}")
-    packing, table = _pack(sides, arguments.capacity, arguments.seed)
+    packing, table = _pack(text_lengths, arguments.capacity, arguments.seed)
     print(f"\n{table}")
     predicted = None
     if device is not None:
-        predicted = prediction.predict(model, sides, device, arguments)
+        predicted = prediction.predict(model, text_lengths, device, arguments)
         print(f"\n{prediction.format_prediction(predicted)}")
     _write(arguments, shape, lengths, cut, ways, packing, predicted)
     return 0
@@ -101,12 +109,12 @@ def _measure(texts: Sequence[Text], encode: Encode) -> dict[str, np.ndarray]:
         counts = [len(ids) for start in bar for ids in encode(strings[start : start + _CHUNK])]
         lengths[side] = np.array(counts, dtype=np.int64)
         if not lengths[side].any():
-            raise ValueError(f"--tokenizer: makes no token of any {side}")
+            raise ValueError(f"--tokenizer must produce tokens, got none for any {side}")
     return lengths
 
 
 def _cut(lengths: dict[str, np.ndarray], max_length: int | None) -> dict[str, int]:
-    """Cut the lengths in place; how many of each side were longer."""
+    """Cut the lengths in place, and return how many of each column were longer."""
     if max_length is None:
         return dict.fromkeys(lengths, 0)
     cut = {side: int((values > max_length).sum()) for side, values in lengths.items()}
@@ -115,33 +123,35 @@ def _cut(lengths: dict[str, np.ndarray], max_length: int | None) -> dict[str, in
     return cut
 
 
-def _sides(lengths: dict[str, np.ndarray], encoder_decoder: bool) -> Sides:
+def _text_lengths(lengths: dict[str, np.ndarray], encoder_decoder: bool) -> TextLengths:
     if encoder_decoder:
-        return Sides(lengths["source"], lengths["target"])
-    return Sides(None, sum(lengths.values(), np.zeros(1, dtype=np.int64)))
+        return TextLengths(lengths["source"], lengths["target"])
+    return TextLengths(None, sum(lengths.values(), np.zeros(1, dtype=np.int64)))
 
 
 def _total(lengths: dict[str, np.ndarray]) -> int:
     return sum(int(values.sum()) for values in lengths.values())
 
 
-# ---------------------------------------------------------------------------------------- forecast
+# ------------------------------------------------------------------------------------ packing gain
 
 
-def forecast(sides: Sides, batch_size: int, cost: ModelCost, seed: int | None) -> Forecast:
+def packing_gain(
+    lengths: TextLengths, batch_size: int, cost: ModelCost, seed: int | None
+) -> PackingGain:
     """Padding and speed-up over epochs of batches of ``batch_size`` rows.
 
     Args:
-        sides: the lengths.
-        batch_size: rows; the last batch of an epoch may have fewer.
+        lengths: tokens of each text.
+        batch_size: rows of a batch; the last batch of an epoch may have fewer.
         cost: of the model's forward.
-        seed: of the shuffling; ``None`` takes the texts in order of length, the encoder's first.
+        seed: for the shuffling; ``None`` sorts the texts by length instead, the encoder's first.
     """
-    orders = [sorted_order(sides)] if seed is None else random_orders(len(sides.decoder), seed)
-    padded = add([count_padded(sides, order, batch_size) for order in orders])
-    packed = add([count_packed(sides)] * len(orders))
+    orders = [sorted_order(lengths)] if seed is None else random_orders(len(lengths.decoder), seed)
+    padded = sum_counts([count_padded_epoch(lengths, order, batch_size) for order in orders])
+    packed = sum_counts([count_packed_epoch(lengths)] * len(orders))
     before, after = training_operations(cost, padded), training_operations(cost, packed)
-    return Forecast(
+    return PackingGain(
         padding_share=1 - packed.tokens / padded.tokens,
         linear_speed_up=before.linear / after.linear,
         speed_up=before.total / after.total,
@@ -151,19 +161,19 @@ def forecast(sides: Sides, batch_size: int, cost: ModelCost, seed: int | None) -
 # ----------------------------------------------------------------------------------------- packing
 
 
-def _pack(sides: Sides, capacity: int | None, seed: int) -> tuple[dict[str, Any], str]:
-    """Packed rows of the texts: for the JSON, and as a table."""
-    if sides.encoder is not None:
-        plan = strategies.plan_pairs(sides.encoder, sides.decoder, capacity)
+def _pack(lengths: TextLengths, capacity: int | None, seed: int) -> tuple[dict[str, Any], str]:
+    """Plan packed rows of the texts. Returns the plan's metrics for the JSON, and a table."""
+    if lengths.encoder is not None:
+        plan = strategies.plan_pairs(lengths.encoder, lengths.decoder, capacity)
         capacities = {"source": plan.capacity, "target": plan.target_capacity}
         efficiencies = {"source": plan.efficiency, "target": plan.target_efficiency}
-        of_pairs = {"metrics": plan.metrics._asdict(), "efficiency": efficiencies}
-        return {"capacity": capacities, "pairs": of_pairs}, strategies.format_pairs(plan)
-    capacity = capacity or strategies.default_capacity(sides.decoder)
-    found = strategies.compare_strategies(sides.decoder, capacity, seed)
-    of_each = {name: metrics._asdict() for name, metrics in found.metrics.items()}
-    report = {"capacity": capacity, "auto": found.auto, "strategies": of_each}
-    return report, strategies.format_comparison(found)
+        pairs = {"metrics": plan.metrics._asdict(), "efficiency": efficiencies}
+        return {"capacity": capacities, "pairs": pairs}, strategies.format_pairs(plan)
+    capacity = capacity or strategies.default_capacity(lengths.decoder)
+    compared = strategies.compare_strategies(lengths.decoder, capacity, seed)
+    metrics = {name: each._asdict() for name, each in compared.metrics.items()}
+    report = {"capacity": capacity, "auto": compared.auto, "strategies": metrics}
+    return report, strategies.format_comparison(compared)
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -180,7 +190,7 @@ def _length_table(lengths: dict[str, np.ndarray]) -> str:
 
 
 def _histogram(values: np.ndarray) -> str:
-    """Bars of equal width in tokens up to the 99th percentile; the last takes what lies beyond."""
+    """Bins of equal width up to the 99th percentile; the last bin holds all longer texts."""
     width = max(1, int(np.ceil((np.percentile(values, 99) + 1) / _BARS)))
     counts = np.bincount(np.minimum(values // width, _BARS), minlength=_BARS + 1)
     last = int(counts.nonzero()[0].max())
@@ -192,28 +202,32 @@ def _histogram(values: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def _forecast_table(ways: dict[str, list[Forecast]], shape: str) -> str:
+def _gain_table(ways: dict[str, list[PackingGain]], shape: str) -> str:
     headers = ["rows per\nbatch"]
     for way in ways:
         headers += [f"{way}:\npadding", "speed-up,\nlinear", "speed-up,\nall"]
     rows = []
     for i, size in enumerate(BATCH_SIZES):
         row = [str(size)]
-        for forecasts in ways.values():
-            f = forecasts[i]
-            row += [f"{f.padding_share:.1%}", f"{f.linear_speed_up:.2f}x", f"{f.speed_up:.2f}x"]
+        for gains in ways.values():
+            gain = gains[i]
+            row += [
+                f"{gain.padding_share:.1%}",
+                f"{gain.linear_speed_up:.2f}x",
+                f"{gain.speed_up:.2f}x",
+            ]
         rows.append(row)
     return format_table(headers, rows)
 
 
 def _caption(shape: str, max_length: int | None, cut: dict[str, int], texts: int) -> str:
     lines = [
-        "padding: share of the slots that hold no token. speed-up: operations padded / packed of",
+        "padding: share of the slots that hold no token. speed-up: padded / packed operations of",
         f"{shape}, forward and backward: of its linear layers, and with attention.",
-        "random: batches of the shuffled texts; sorted: of the texts in order of length.",
+        "random: batches of the shuffled texts. sorted: batches of the texts in order of length.",
     ]
     if max_length is None:
-        lines.append("Nothing was cut; see --max-length.")
+        lines.append("No text was cut; see --max-length.")
     else:
         counts = ", ".join(f"{count:,} of {texts:,} {side}s" for side, count in cut.items())
         lines.append(f"Cut to {max_length:,} tokens: {counts}.")
@@ -225,7 +239,7 @@ def _write(
     shape: str,
     lengths: dict[str, np.ndarray],
     cut: dict[str, int],
-    ways: dict[str, list[Forecast]],
+    ways: dict[str, list[PackingGain]],
     packing: dict[str, Any],
     predicted: prediction.Prediction | None,
 ) -> None:
@@ -249,13 +263,13 @@ def _write(
             for side, values in lengths.items()
         },
         "batches": {
-            way: {str(size): vars(f) for size, f in zip(BATCH_SIZES, forecasts)}
-            for way, forecasts in ways.items()
+            way: {str(size): vars(gain) for size, gain in zip(BATCH_SIZES, gains)}
+            for way, gains in ways.items()
         },
         "packing": packing,
     }
     if predicted is not None:
-        report["prediction"] = prediction.as_json(predicted)
+        report["prediction"] = asdict(predicted)
     written = [arguments.out / "inspect.json"]
     write_json(written[0], report)
     if figures.available():
@@ -263,8 +277,8 @@ def _write(
         figures.draw_inspect(
             lengths,
             BATCH_SIZES,
-            {way: [f.padding_share for f in forecasts] for way, forecasts in ways.items()},
-            {way: [f.speed_up for f in forecasts] for way, forecasts in ways.items()},
+            {way: [gain.padding_share for gain in gains] for way, gains in ways.items()},
+            {way: [gain.speed_up for gain in gains] for way, gains in ways.items()},
             shape,
             written[-1],
         )

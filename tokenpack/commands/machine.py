@@ -1,4 +1,4 @@
-"""Facts about this machine and what is installed on it."""
+"""Facts about this machine, and the versions of installed packages."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what tokenpack does here."""
+    """Versions of Python, of tokenpack and of the packages that its behavior depends on."""
     found = {"python": platform.python_version(), "tokenpack": tokenpack.__version__}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
-    # The version of the package lacks the build (+cpu, +cu128), which is what matters.
+    # The metadata lack the build tag (+cpu, +cu128).
     found["torch"] = torch.__version__
     return found
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures of a run depend on: processor, cores, memory, GPUs. No names, no paths."""
+    """Processor, cores, memory and GPUs, for measurements. Contains no host name and no path."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
@@ -52,7 +52,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
+    """The model name of the processor, if the system reports it."""
     for line in _read_lines("/proc/cpuinfo"):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -60,7 +60,7 @@ def cpu_name() -> str:
 
 
 def memory_gib() -> float | None:
-    """Memory of the machine in GiB, where the system tells it."""
+    """Memory of the machine in GiB, if the system reports it."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
@@ -70,21 +70,21 @@ def memory_gib() -> float | None:
 def physical_cores() -> int:
     """Physical cores that this process may use.
 
-    Two hardware threads of one core share its multipliers, so matrix products gain nothing from the
-    second. Honours the affinity mask, and a container's share of the processors.
+    The hardware threads of a core share its multipliers, so a second thread does not speed up
+    matrix products. Respects the affinity mask and the CPU limit of a container.
     """
     if hasattr(os, "sched_getaffinity"):
         usable = os.sched_getaffinity(0)
     else:
         usable = set(range(os.cpu_count() or 1))
     topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    # Where the topology is not told, each processor counts as a core.
+    # Without topology information, each processor counts as a core.
     siblings = {"".join(_read_lines(topology.format(cpu))) or str(cpu) for cpu in usable}
     return max(1, min(len(siblings), _container_processors() or len(siblings)))
 
 
 def _container_processors() -> int | None:
-    """Processors that a cgroup (version 2) grants, ``None`` if it does not limit them."""
+    """Processors that a cgroup (version 2) allows, ``None`` without a limit."""
     for line in _read_lines("/sys/fs/cgroup/cpu.max"):
         quota, period = line.split()
         if quota != "max":

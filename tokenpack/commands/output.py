@@ -1,4 +1,4 @@
-"""Where commands write to."""
+"""Output folders and files of the commands."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder and those above it, where they are missing.
+    """Create a folder and its parents if they do not exist.
 
     Args:
-        folder: to be made.
-        option: the argument that named it, for the error.
+        folder: to create.
+        option: the argument that named it, for the error message.
 
     Raises:
-        ValueError: if it cannot be made.
+        ValueError: if the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{option}: cannot make the folder {folder}: {error.strerror}") from None
+        raise ValueError(f"{option}: cannot create the folder {folder}: {error.strerror}") from None
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write a report for machines, and for people with an editor."""
+    """Write a report as indented JSON."""
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,12 @@
-"""``tokenpack pack``: files of token lists, texts or lengths -> rows in a folder, and how full.
+"""``tokenpack pack``: pack files of token lists, texts or lengths into rows, and report how full.
 
-    read    all tokens into one flat int32 array that grows in place: 4 bytes a token
+    read    all tokens into one flat int32 array that grows in place: 4 bytes per token
     plan    which sequences share a row (tokenpack.packing)
     write   rows, block by block, into an Arrow file
 
-Tokens come as Arrow batches and stay NumPy; only a tokenizer's answer is ever a list of integers, a
-batch at a time. Lengths alone, in a memory-mapped ``.npy`` file, are planned shard by shard.
+Tokens are read as Arrow batches and stay in NumPy. Only a tokenizer returns lists of Python
+integers, for one batch at a time. Lengths without tokens, in a memory-mapped ``.npy`` file, are
+planned shard by shard.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _LENGTHS_AT_ONCE = 1 << 20
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write OUT, print the table. Returns 0; bad input raises, and leaves nothing in OUT."""
+    """Write OUT and print the table. Returns 0; bad input raises and leaves OUT empty."""
     packer = Packer(
         arguments.capacity,
         arguments.strategy,
@@ -46,50 +47,49 @@ def run(arguments: argparse.Namespace) -> int:
         overlong=arguments.overlong,
         drop_empty=arguments.drop_empty,
     )
-    lengths_alone = Path(arguments.input).suffix == ".npy"
-    _require_agreement(arguments, lengths_alone)
-    _require_packages("tqdm", *(() if lengths_alone else ("datasets", "pyarrow")))
-    _require_nothing_in(arguments.out)
+    only_lengths = Path(arguments.input).suffix == ".npy"
+    _check_options(arguments, only_lengths)
+    _check_packages("tqdm", *(() if only_lengths else ("datasets", "pyarrow")))
+    _check_empty(arguments.out)
     make_folder(arguments.out, "OUT")
     try:
-        plan, to_read = (_plan_lengths if lengths_alone else _pack_rows)(arguments, packer)
+        plan, to_load = (_plan_lengths if only_lengths else _pack_rows)(arguments, packer)
         written = _write_report(arguments, plan)
     except BaseException:
         _empty(arguments.out)
         raise
-    by = "several strategies" if plan.strategy == "several" else plan.strategy  # of shards, windows
-    print(f"{arguments.input} at {plan.capacity:,} tokens a row, by {by}\n")
+    # Shards and windows may use different strategies.
+    by = "several strategies" if plan.strategy == "several" else plan.strategy
+    print(f"{arguments.input} at {plan.capacity:,} tokens per row, by {by}\n")
     print(_format_metrics(plan))
-    print(f"\nto read it: {to_read}")
+    print(f"\nto load it: {to_load}")
     print("written: " + ", ".join(map(str, written)))
     return 0
 
 
-def _require_agreement(arguments: argparse.Namespace, lengths_alone: bool) -> None:
+def _check_options(arguments: argparse.Namespace, only_lengths: bool) -> None:
     for option in ("tokenizer", "labels", "columns"):
-        if lengths_alone and getattr(arguments, option):
-            raise ValueError(f"--{option}: {arguments.input} holds lengths alone, and no tokens")
+        if only_lengths and getattr(arguments, option):
+            raise ValueError(f"--{option} must not be set: {arguments.input} has no tokens")
     if arguments.tokenizer and arguments.labels:
-        raise ValueError("--labels: cannot be with --tokenizer, whose tokens are the labels")
+        raise ValueError("--labels must not be set with --tokenizer, whose tokens are the labels")
 
 
-def _require_packages(*names: str) -> None:
+def _check_packages(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"pack needs {name}: pip install 'tokenpack[data]'")
 
 
-def _require_nothing_in(folder: Path) -> None:
+def _check_empty(folder: Path) -> None:
     if folder.is_dir():
-        held = next(folder.iterdir(), None)
-        if held is not None:
-            raise ValueError(
-                f"OUT: {folder} already holds {held.name}; takes a new or an empty folder"
-            )
+        found = next(folder.iterdir(), None)
+        if found is not None:
+            raise ValueError(f"OUT must be a new or empty folder, got {folder} with {found.name}")
 
 
 def _empty(folder: Path) -> None:
-    """Remove what this run wrote: there was nothing else."""
+    """Remove all files. The folder was empty before this run."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -97,17 +97,17 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-# ----------------------------------------------------------------------------------- lengths alone
+# ------------------------------------------------------------------------- lengths without tokens
 
 
 def _plan_lengths(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResult, str]:
     from tqdm import tqdm
 
     lengths = _map_lengths(arguments.input)
-    _require_lengths(lengths, "lengths", arguments)
+    _check_lengths(lengths, "lengths", arguments)
     folder = arguments.out / "plan"
     with tqdm(total=len(lengths), desc="planning", unit=" lengths", unit_scale=True) as bar:
-        plan = pack_shards(_Watched(lengths, bar.update), packer, folder)  # type: ignore[arg-type]
+        plan = pack_shards(_ProgressArray(lengths, bar.update), packer, folder)  # type: ignore[arg-type]
         bar.update(len(lengths) - bar.n)
     return plan, f'tokenpack.packing.PackResult.load("{folder}")'
 
@@ -117,17 +117,17 @@ def _map_lengths(path: str) -> NDArray[np.integer]:
         lengths = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"IN: {path} cannot be read as one .npy array: {why}") from None
+        raise ValueError(f"IN must be one .npy array, got {path}: {why}") from None
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths):
         raise ValueError(
-            f"IN: {path} holds {lengths.dtype} of shape {lengths.shape}, takes integers in one "
-            "dimension, a length per sequence"
+            f"IN must be a one-dimensional array of integers, a length per sequence, got {path} "
+            f"with {lengths.dtype} of shape {lengths.shape}"
         )
     return lengths
 
 
-class _Watched:
-    """An array that says how far it was read."""
+class _ProgressArray:
+    """An array that reports how many of its values were read."""
 
     def __init__(self, values: NDArray[Any], on_read: Callable[[int], object]) -> None:
         self._values, self._on_read, self._read = values, on_read, 0
@@ -136,7 +136,7 @@ class _Watched:
         return len(self._values)
 
     def __getitem__(self, part: slice) -> NDArray[Any]:
-        # A shard is asked for when the one before it is done.
+        # The planner reads a shard after it has planned the previous one.
         start, _, _ = part.indices(len(self))
         self._on_read(start - self._read)
         self._read = start
@@ -152,13 +152,13 @@ def _pack_rows(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResul
     names = [arguments.column]
     make: Callable[[pa.ChunkedArray, str], Tokens] = _token_lists
     if arguments.tokenizer:
-        from .tokenizer import load_tokenizer  # transformers, which takes a while to load
+        from .tokenizer import load_tokenizer  # imports transformers, which is slow
 
         names, make = [arguments.text_column], _encoded_by(load_tokenizer(arguments.tokenizer))
     elif arguments.labels:
         names.append(arguments.labels)
     tokens, *labels = _read(arguments.input, names, make)
-    _require_lengths(tokens.lengths, names[0], arguments)
+    _check_lengths(tokens.lengths, names[0], arguments)
     for each in labels:
         require_same_lengths(tokens, names[0], each, names[1])
     plan = packer.pack(tokens.lengths)
@@ -182,10 +182,10 @@ def _pack_rows(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResul
 def _read(
     path: str, names: list[str], make: Callable[[pa.ChunkedArray, str], Tokens]
 ) -> list[Tokens]:
-    """The sequences of each column."""
+    """Read the sequences of each column."""
     from tqdm import tqdm
 
-    columns = [_Growing() for _ in names]
+    columns = [_GrowingTokens() for _ in names]
     rows = 0
     with tqdm(desc="reading", unit=" rows", unit_scale=True) as bar:
         for table in _batches(path, names):
@@ -193,7 +193,7 @@ def _read(
                 try:
                     column.append(make(table.column(name), name))
                 except (TypeError, ValueError) as error:
-                    where = f"counted from row {rows:,}: " if rows else ""
+                    where = f"in the batch that starts at row {rows:,}: " if rows else ""
                     raise ValueError(f"IN: {path}: {where}{error}") from None
             rows += table.num_rows
             bar.update(table.num_rows)
@@ -206,17 +206,17 @@ def _batches(path: str, names: list[str]) -> Iterator[pa.Table]:
     try:
         yield from streaming_dataset_reader(path, columns=names, output="arrow")
     except (ValueError, OSError) as error:
-        # The reader names arguments of its own.
+        # Remove the names of the reader's own arguments.
         why = str(error).removeprefix("path: ").removeprefix("columns: ")
         if "no column" in why:
-            why += " (--column is of token lists; of a --text-column --tokenizer makes them)"
+            why += " (--column must hold token lists; for text, use --tokenizer and --text-column)"
         raise ValueError(f"IN: {why}") from None
 
 
 def _token_lists(column: pa.ChunkedArray, name: str) -> Tokens:
     import pyarrow as pa
 
-    if column.type == pa.list_(pa.null()):  # in JSON: none of them has a token
+    if column.type == pa.list_(pa.null()):  # JSON in which all lists are empty
         column = column.cast(pa.list_(pa.int32()))
     return flatten_tokens(column, name, empty=True)
 
@@ -230,18 +230,19 @@ def _encoded_by(
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             raise TypeError(f"{name} must be a column of text, got {column.type}")
         if column.null_count:
-            at = np.flatnonzero(column.is_null())[0]
-            raise TypeError(f"{name}[{at}] must be text, got null")
+            index = np.flatnonzero(column.is_null())[0]
+            raise TypeError(f"{name}[{index}] must be text, got null")
         return flatten_tokens(encode(column.to_pylist()), name, empty=True)
 
     return make
 
 
-class _Growing:
-    """Sequences that keep coming, in one int32 array.
+class _GrowingTokens:
+    """Appends sequences to one int32 array.
 
-    It grows as a file does: the system moves pages, not bytes, so nothing is there twice. Batches
-    that are kept and joined at the end would be, at the width of their file besides.
+    The array grows in place: for a large array the system remaps pages instead of copying bytes, so
+    no token is in memory twice. Batches that are kept and joined at the end would be in memory
+    twice, and as wide as in their file.
     """
 
     def __init__(self) -> None:
@@ -251,7 +252,7 @@ class _Growing:
     def append(self, tokens: Tokens) -> None:
         values = tokens.values
         if len(values) and (values.min() < _INT32.min or values.max() > _INT32.max):
-            raise ValueError(f"takes ids of 32 bits, got {values[abs(values).argmax()]}")
+            raise ValueError(f"ids must fit into 32 bits, got {values[abs(values).argmax()]}")
         narrow = np.ascontiguousarray(values, dtype=np.int32)
         self._values.frombytes(narrow.view(np.uint8).data)
         self._lengths.append(tokens.lengths)
@@ -261,40 +262,41 @@ class _Growing:
         return Tokens(values, offsets_of(np.concatenate(self._lengths)))
 
 
-# ------------------------------------------------------------------------------------- both of them
+# ------------------------------------------------------------------------------ checks and report
 
 
-def _require_lengths(lengths: NDArray[Any], name: str, arguments: argparse.Namespace) -> None:
-    """What the planner would refuse, said for all shards at once and in the command's own words."""
+def _check_lengths(lengths: NDArray[Any], name: str, arguments: argparse.Namespace) -> None:
+    """Check the lengths of all shards at once, with errors that name this command's options."""
     capacity = arguments.capacity
     _refuse(lengths, lambda block: block < 0, name, "is negative")
     if not arguments.drop_empty:
         _refuse(
             *(lengths, lambda block: block == 0, name),
-            "has no tokens; --drop-empty leaves such sequences out",
+            "has no tokens; --drop-empty drops such sequences",
         )
     if arguments.overlong == "error":
         _refuse(
             *(lengths, lambda block: block > capacity, name),
-            f"has more tokens than --capacity {capacity}; --overlong takes truncate, split or drop",
+            f"has more tokens than --capacity {capacity}; --overlong can truncate, split or drop",
         )
 
 
 def _refuse(
     lengths: NDArray[Any],
-    wrong: Callable[[NDArray[Any]], NDArray[np.bool_]],
+    is_bad: Callable[[NDArray[Any]], NDArray[np.bool_]],
     name: str,
-    what: str,
+    reason: str,
 ) -> None:
+    """Raise if a length is bad; name the first, and count the others."""
     first, count = 0, 0
     for start in range(0, len(lengths), _LENGTHS_AT_ONCE):
-        found = np.flatnonzero(wrong(lengths[start : start + _LENGTHS_AT_ONCE]))
+        found = np.flatnonzero(is_bad(lengths[start : start + _LENGTHS_AT_ONCE]))
         if len(found) and not count:
             first = start + int(found[0])
         count += len(found)
     if count:
-        more = f" ({count - 1:,} more like it)" if count > 1 else ""
-        raise ValueError(f"IN: {name}[{first}], of length {lengths[first]}, {what}{more}")
+        more = f" (and {count - 1:,} more)" if count > 1 else ""
+        raise ValueError(f"IN: {name}[{first}], of length {lengths[first]}, {reason}{more}")
 
 
 def _format_metrics(plan: PackResult) -> str:
@@ -310,7 +312,7 @@ def _format_metrics(plan: PackResult) -> str:
     shares = {
         "padding": 1 - metrics.efficiency,
         "efficiency": metrics.efficiency,
-        "utilisation, mean": metrics.utilization_mean,
+        "utilization, mean": metrics.utilization_mean,
         "std": metrics.utilization_std,
         "min": metrics.utilization_min,
         "max": metrics.utilization_max,
@@ -328,7 +330,7 @@ def _format_metrics(plan: PackResult) -> str:
 
 
 def _write_report(arguments: argparse.Namespace, plan: PackResult) -> list[Path]:
-    """Add the JSON and the PNG to OUT; all that is in it then."""
+    """Write the JSON and the PNG to OUT. Returns the paths of all files in it."""
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     report = {
         "versions": machine.versions(),

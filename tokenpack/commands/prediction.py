@@ -1,15 +1,15 @@
-"""What training on a file's texts would take, on one device and on many, by the model of cost.
+"""Predict what training on a file's texts needs, on one device and on many, with `tokenpack.cost`.
 
-Batches are random ones of 8 to 128 rows. The token budget is what a micro-batch may hold so that a
-packed step fits the device. Many ranks are a simulation: the texts' lengths, drawn again and again
-until there are enough, are planned and dealt to ranks by the trainer's own sampler.
+Batches are random ones of 8 to 128 rows. The token budget is the size of a micro-batch whose packed
+step fits into the device's memory. Many ranks are simulated: enough lengths are drawn from
+the file's with replacement, and the trainer's own sampler plans them and assigns them to ranks.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, astuple, dataclass
-from typing import Any, NamedTuple
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -17,20 +17,28 @@ from transformers import PreTrainedModel
 from .. import cost
 from ..cost import BatchCount, Ceilings, ModelCost, StepMemory, StepSeconds, Traffic
 from ..trainer.sampler import TokenBudgetBatchSampler
-from .epochs import BATCH_SIZES, Sides, add, count_packed, count_padded, random_orders
+from .epochs import (
+    BATCH_SIZES,
+    TextLengths,
+    count_packed_epoch,
+    count_padded_epoch,
+    random_orders,
+    sum_counts,
+)
 from .table import format_table
 
 RANKS = (8, 64, 1024)
 _GIB = 2**30
-_SEQUENCES = 1_000_000  # drawn for the simulation of ranks, at most
+_SEQUENCES = 1_000_000  # upper limit of the lengths drawn for the simulation
 _STEPS = 8
-_USUAL_BUDGET = 2**14  # tokens of a simulated rank, where no device can hold the model
-_LARGEST_BUDGET = 2**16  # beyond which a device gains nothing, and ranks are the easier to balance
+_DEFAULT_BUDGET = 2**14  # tokens of a simulated rank if the model does not fit the devices
+# A device gains nothing from more tokens, and larger budgets would make balancing look too easy.
+_LARGEST_BUDGET = 2**16
 
 
 @dataclass(frozen=True)
-class OfRows:
-    """Random batches of so many rows: seconds of the mean step, bytes of the largest one."""
+class BatchPrediction:
+    """Random batches of ``rows`` rows: seconds of the mean step, bytes of the largest step."""
 
     rows: int
     padded: StepSeconds
@@ -40,17 +48,20 @@ class OfRows:
 
     @property
     def ratio(self) -> float:
-        """Times as fast, packed."""
+        """Padded / packed time."""
         return self.padded.total / self.packed.total
 
 
 @dataclass(frozen=True)
-class OfRanks:
-    """A packed step of a token budget on each of so many ranks; seconds without any overlap.
+class RankPrediction:
+    """A packed step on several ranks, each with the same token budget.
 
     Attributes:
-        balance: operations of the mean rank over the busiest one's, the median over steps.
-        steps: that were simulated.
+        balance: operations of the mean rank over those of the busiest, the median over the steps.
+        steps: number of simulated steps.
+        compute: seconds that a rank computes.
+        data_parallel: seconds that DDP communicates, without overlap.
+        fully_sharded: seconds that FSDP communicates, without overlap.
     """
 
     ranks: int
@@ -60,21 +71,25 @@ class OfRanks:
     data_parallel: float
     fully_sharded: float
 
-    def efficiency(self, exchange: float) -> float:
-        """Of one rank's speed, where every rank waits for the busiest and for ``exchange``."""
-        return self.compute / (self.compute / self.balance + exchange)
+    def efficiency(self, communication: float) -> float:
+        """Speed per rank over that of a single rank, which neither waits nor communicates."""
+        return self.compute / (self.compute / self.balance + communication)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """All of it.
+    """Everything that ``--gpus`` prints.
 
     Attributes:
-        link: gigabytes a second between ranks.
-        state_bytes: of weights and optimizer.
-        packed_budget: tokens of a micro-batch that fit a device, where it holds all weights.
-        padded_budget: slots of a padded one.
-        sharded_budget: tokens, where weights, gradients and optimizer are shared by all devices.
+        parameters: number of trained parameters.
+        link: gigabytes per second between ranks.
+        state_bytes: bytes of weights and optimizer.
+        packed_budget: tokens of a packed micro-batch that fits a device with all weights on it.
+        padded_budget: slots of a padded micro-batch that fits it.
+        sharded_budget: tokens if weights, gradients and optimizer are sharded over all devices.
+        simulated_budget: tokens of a rank in the simulation.
+        of_rows: predictions for one device, by batch size.
+        of_ranks: predictions for several ranks.
     """
 
     ceilings: Ceilings
@@ -86,27 +101,27 @@ class Prediction:
     padded_budget: int
     sharded_budget: int
     simulated_budget: int
-    of_rows: list[OfRows]
-    of_ranks: list[OfRanks]
+    of_rows: list[BatchPrediction]
+    of_ranks: list[RankPrediction]
 
 
-def ceilings_of(arguments: argparse.Namespace) -> Ceilings | None:
-    """Of the device that is asked about; None if none is.
+def load_ceilings(arguments: argparse.Namespace) -> Ceilings | None:
+    """The ceilings to predict with, measured or from a file; None without ``--gpus``.
 
     Raises:
-        ValueError: if there is a file, but no question, or the file is none of ceilings.
+        ValueError: if ``--ceilings`` comes without ``--gpus``, or its file is not valid.
     """
     if arguments.gpus is None:
         if arguments.ceilings is not None:
-            raise ValueError("--ceilings: is of a prediction; name --gpus N too")
+            raise ValueError("--ceilings must be used with --gpus N, got no --gpus")
         return None
     if arguments.ceilings is None:
         return cost.measure_ceilings()
     return cost.read_ceilings(arguments.ceilings)
 
 
-class Model(NamedTuple):
-    """What is counted of a model."""
+class CountedModel(NamedTuple):
+    """Counts of a model that predictions are made from."""
 
     cost: ModelCost
     traffic: Traffic
@@ -117,12 +132,12 @@ class Model(NamedTuple):
 
 
 def predict(
-    model: PreTrainedModel, sides: Sides, device: Ceilings, arguments: argparse.Namespace
+    model: PreTrainedModel, lengths: TextLengths, device: Ceilings, arguments: argparse.Namespace
 ) -> Prediction:
-    """Predict for ``model``, on the meta device, and texts of these lengths."""
+    """Predict for ``model``, which is on the meta device, and texts of these lengths."""
     model = model.to(device.torch_dtype)
     kind = "cuda" if device.on_gpu else "cpu"
-    counted = Model(
+    counted = CountedModel(
         cost.model_cost(model),
         cost.count_traffic(model),
         cost.count_memory(model, kind, packed=False),
@@ -130,18 +145,18 @@ def predict(
         sum(parameter.numel() for parameter in model.parameters()),
         len(list(model.parameters())),
     )
-    packed = count_packed(sides)
-    share = packed.decoder_tokens / packed.tokens
+    tokens = count_packed_epoch(lengths)
+    decoder_share = tokens.decoder_tokens / tokens.tokens
 
     def budget(step: StepMemory, devices: int = 1) -> int:
         parameters, memory = counted.parameters, device.memory
-        return cost.token_budget(step, share, parameters, memory, devices=devices)
+        return cost.token_budget(step, decoder_share, parameters, memory, devices=devices)
 
-    of_one = budget(counted.packed)
+    packed = budget(counted.packed)
     sharded = budget(counted.packed, arguments.gpus)
-    longest = int(_lengths(sides).sum(1).max())
-    simulated = max(min(of_one or sharded or _USUAL_BUDGET, _LARGEST_BUDGET), longest)
-    orders = random_orders(len(sides.decoder), arguments.seed)
+    longest = int(_as_array(lengths).sum(1).max())
+    simulated = max(min(packed or sharded or _DEFAULT_BUDGET, _LARGEST_BUDGET), longest)
+    orders = random_orders(len(lengths.decoder), arguments.seed)
     ranks = sorted({*RANKS, *([arguments.gpus] if arguments.gpus > 1 else [])})
     return Prediction(
         ceilings=device,
@@ -149,13 +164,13 @@ def predict(
         gpus=arguments.gpus,
         link=arguments.link,
         state_bytes=cost.state_memory(counted.parameters),
-        packed_budget=of_one,
+        packed_budget=packed,
         padded_budget=budget(counted.padded),
         sharded_budget=sharded,
         simulated_budget=simulated,
-        of_rows=[_of_rows(rows, sides, orders, counted, device) for rows in BATCH_SIZES],
+        of_rows=[_predict_batches(rows, lengths, orders, counted, device) for rows in BATCH_SIZES],
         of_ranks=[
-            _of_ranks(count, simulated, sides, counted, device, arguments) for count in ranks
+            _predict_ranks(count, simulated, lengths, counted, device, arguments) for count in ranks
         ],
     )
 
@@ -163,21 +178,21 @@ def predict(
 # ------------------------------------------------------------------------------------ one device
 
 
-def _of_rows(
-    rows: int, sides: Sides, orders: list[np.ndarray], model: Model, device: Ceilings
-) -> OfRows:
-    batches = len(orders) * -(-len(sides.decoder) // rows)
-    padded = _mean([count_padded(sides, order, rows) for order in orders], batches)
-    packed = _mean([count_packed(sides)] * len(orders), batches)
+def _predict_batches(
+    rows: int, lengths: TextLengths, orders: list[np.ndarray], model: CountedModel, device: Ceilings
+) -> BatchPrediction:
+    batches = len(orders) * -(-len(lengths.decoder) // rows)
+    padded = _mean_count([count_padded_epoch(lengths, order, rows) for order in orders], batches)
+    packed = _mean_count([count_packed_epoch(lengths)] * len(orders), batches)
 
     def seconds(count: BatchCount, packed: bool) -> StepSeconds:
-        return _seconds(model, count, device, packed)
+        return _step_seconds(model, count, device, packed)
 
     def memory(reduce: np.ufunc, step: StepMemory) -> int:
-        largest = _largest(sides, orders[0], rows, reduce, step)
+        largest = _largest_bytes(lengths, orders[0], rows, reduce, step)
         return cost.state_memory(model.parameters) + largest
 
-    return OfRows(
+    return BatchPrediction(
         rows,
         seconds(padded, False),
         seconds(packed, True),
@@ -186,7 +201,9 @@ def _of_rows(
     )
 
 
-def _seconds(model: Model, count: BatchCount, device: Ceilings, packed: bool) -> StepSeconds:
+def _step_seconds(
+    model: CountedModel, count: BatchCount, device: Ceilings, packed: bool
+) -> StepSeconds:
     return cost.forecast_seconds(
         model.cost,
         model.traffic,
@@ -198,19 +215,24 @@ def _seconds(model: Model, count: BatchCount, device: Ceilings, packed: bool) ->
     )
 
 
-def _mean(counts: list[BatchCount], batches: int) -> BatchCount:
-    return BatchCount(*(round(each / batches) for each in astuple(add(counts))))
+def _mean_count(counts: list[BatchCount], batches: int) -> BatchCount:
+    return BatchCount(*(round(each / batches) for each in astuple(sum_counts(counts))))
 
 
-def _largest(sides: Sides, order: np.ndarray, rows: int, reduce: np.ufunc, step: StepMemory) -> int:
-    """Bytes of the batch that needs the most; ``reduce`` is ``maximum`` for padded ones."""
+def _largest_bytes(
+    lengths: TextLengths, order: np.ndarray, rows: int, reduce: np.ufunc, step: StepMemory
+) -> int:
+    """Bytes of the batch that needs the most memory.
+
+    ``reduce`` is ``np.maximum`` for padded batches, and ``np.add`` for packed ones.
+    """
     starts = np.arange(0, len(order), rows)
     in_batch = np.diff([*starts, len(order)]) if reduce is np.maximum else 1
-    decoder = in_batch * reduce.reduceat(sides.decoder[order], starts)
+    decoder = in_batch * reduce.reduceat(lengths.decoder[order], starts)
     encoder = np.zeros_like(decoder)
-    if sides.encoder is not None:
-        encoder = in_batch * reduce.reduceat(sides.encoder[order], starts)
-    # Of batches of which another has more of both sides, none is the largest.
+    if lengths.encoder is not None:
+        encoder = in_batch * reduce.reduceat(lengths.encoder[order], starts)
+    # Only batches that no other batch exceeds on both sides can be the largest.
     by_size = np.lexsort((-decoder, -encoder))
     longest = np.maximum.accumulate(decoder[by_size])
     front = by_size[np.diff(longest, prepend=-1) > 0]
@@ -220,51 +242,53 @@ def _largest(sides: Sides, order: np.ndarray, rows: int, reduce: np.ufunc, step:
 # ------------------------------------------------------------------------------------ many ranks
 
 
-def _of_ranks(
+def _predict_ranks(
     ranks: int,
     budget: int,
-    sides: Sides,
-    model: Model,
+    lengths: TextLengths,
+    model: CountedModel,
     device: Ceilings,
     arguments: argparse.Namespace,
-) -> OfRanks:
-    lengths = _lengths(sides)
-    mean = lengths.sum(1).mean()
+) -> RankPrediction:
+    table = _as_array(lengths)
+    mean = table.sum(1).mean()
     steps = int(min(max(_SEQUENCES * mean // (ranks * budget), 1), _STEPS))
-    # Half a step more, so that as many are full.
+    # Half a step more than needed, so that all ``steps`` steps are full.
     count = int(np.ceil((steps + 0.5) * ranks * budget / mean))
     random = np.random.default_rng(arguments.seed)
-    drawn = lengths[random.choice(len(lengths), count)]
+    drawn = table[random.choice(len(table), count)]
     sampler = TokenBudgetBatchSampler(
-        drawn, ranks * budget, num_ranks=ranks, seed=arguments.seed, hidden_size=_hidden(model)
+        drawn, ranks * budget, num_ranks=ranks, seed=arguments.seed, hidden_size=_hidden_size(model)
     )
     items, offsets = sampler.plan()
     members = [items[a:b] for a, b in zip(offsets[:-1], offsets[1:])][:steps]
     balance = cost.rank_efficiency(
         [sampler.ranks_of(each) for each in members], members, drawn, model.cost, ranks
     )
-    of_text = astuple(count_packed(sides))
-    share = budget / mean / len(lengths)
-    step = BatchCount(*(round(share * each) for each in of_text))
+    share = budget / mean / len(table)
+    step = BatchCount(*(round(share * each) for each in astuple(count_packed_epoch(lengths))))
     sent = cost.exchange_bytes(model.parameters, ranks)
-    return OfRanks(
+    return RankPrediction(
         ranks,
         balance=float(np.median(balance)),
         steps=len(members),
-        compute=_seconds(model, step, device, packed=True).total,
+        compute=_step_seconds(model, step, device, packed=True).total,
         data_parallel=sent.data_parallel / (1e9 * arguments.link),
         fully_sharded=sent.fully_sharded / (1e9 * arguments.link),
     )
 
 
-def _lengths(sides: Sides) -> np.ndarray:
-    """``(texts, 1)`` or ``(texts, 2)`` int64; a text without a token counts as one."""
-    columns = [sides.decoder] if sides.encoder is None else [sides.encoder, sides.decoder]
+def _as_array(lengths: TextLengths) -> np.ndarray:
+    """``(texts, 1)`` or ``(texts, 2)`` int64; the sampler needs at least one token per side."""
+    columns = [lengths.decoder] if lengths.encoder is None else [lengths.encoder, lengths.decoder]
     return np.maximum(np.stack(columns, axis=1), 1)
 
 
-def _hidden(model: Model) -> int:
-    """The width at which the sampler's cost of a pair is this model's: 6 tokens' worth of it."""
+def _hidden_size(model: CountedModel) -> int:
+    """The hidden size with which the sampler's cost of a query-key pair equals this model's.
+
+    In the sampler's cost model, a token costs as much as ``6 * hidden_size`` pairs.
+    """
     pairs = model.cost.per_decoder_pair + model.cost.per_encoder_pair
     tokens = model.cost.per_decoder_token + model.cost.per_encoder_token
     return max(round(tokens / pairs / 6), 1)
@@ -273,27 +297,27 @@ def _hidden(model: Model) -> int:
 # ---------------------------------------------------------------------------------------- report
 
 
-def format_prediction(found: Prediction) -> str:
-    """Tables and what they are of."""
-    device = found.ceilings
+def format_prediction(prediction: Prediction) -> str:
+    """The tables, and notes on them."""
+    device = prediction.ceilings
     lines = [
-        f"predicted on {device.device} at its best ({device.dtype}: products "
+        f"predicted for {device.device} at its peak ({device.dtype}: products "
         f"{device.products / 1e12:,.3g} TFLOP/s, attention {device.attention / 1e12:,.3g}, "
         f"{device.bytes / 1e9:,.3g} GB/s, {device.memory / _GIB:,.3g} GiB),",
-        f"AdamW on {found.parameters / 1e6:,.0f} million parameters, whose weights and states take "
-        f"{found.state_bytes / _GIB:,.3g} GiB",
+        f"with AdamW on {prediction.parameters / 1e6:,.0f} million parameters: weights and "
+        f"optimizer states need {prediction.state_bytes / _GIB:,.3g} GiB",
         "",
-        _rows_table(found.of_rows),
+        _rows_table(prediction.of_rows),
         "",
-        *_budgets(found),
+        *_budgets(prediction),
     ]
-    if found.gpus > 1:
-        lines += ["", _ranks_table(found), "", *_ranks_caption(found)]
+    if prediction.gpus > 1:
+        lines += ["", _ranks_table(prediction), "", *_ranks_caption(prediction)]
     return "\n".join(lines)
 
 
-def _rows_table(of_rows: list[OfRows]) -> str:
-    headers = ["rows", "seconds,\npadded", "seconds,\npacked", "times\nas fast"]
+def _rows_table(of_rows: list[BatchPrediction]) -> str:
+    headers = ["rows", "seconds,\npadded", "seconds,\npacked", "speed-up"]
     headers += ["GiB,\npadded", "GiB,\npacked"]
     return format_table(
         headers,
@@ -311,25 +335,25 @@ def _rows_table(of_rows: list[OfRows]) -> str:
     )
 
 
-def _budgets(found: Prediction) -> list[str]:
-    if found.packed_budget:
+def _budgets(prediction: Prediction) -> list[str]:
+    if prediction.packed_budget:
         lines = [
-            f"max_tokens_per_microbatch={found.packed_budget:,} fits, with a tenth of the memory "
-            f"to spare; padded, {found.padded_budget:,} slots do"
+            f"max_tokens_per_microbatch={prediction.packed_budget:,} fits and leaves a tenth of "
+            f"the memory free; a padded micro-batch fits with {prediction.padded_budget:,} slots"
         ]
     else:
-        lines = ["weights, gradients and optimizer do not fit this device"]
-    if found.gpus > 1:
+        lines = ["weights, gradients and optimizer do not fit into this device's memory"]
+    if prediction.gpus > 1:
         lines.append(
-            f"shared by {found.gpus} devices (FSDP), max_tokens_per_microbatch="
-            f"{found.sharded_budget:,} fits"
-            if found.sharded_budget
-            else f"nor do they where {found.gpus} devices share them (FSDP)"
+            f"sharded over {prediction.gpus} devices (FSDP), max_tokens_per_microbatch="
+            f"{prediction.sharded_budget:,} fits"
+            if prediction.sharded_budget
+            else f"nor do they fit when sharded over {prediction.gpus} devices (FSDP)"
         )
     return lines
 
 
-def _ranks_table(found: Prediction) -> str:
+def _ranks_table(prediction: Prediction) -> str:
     headers = ["ranks", "balance", "seconds of\na step", "DDP's\nall-reduce"]
     headers += ["FSDP's\ngathers", "efficiency,\nDDP", "efficiency,\nFSDP"]
     return format_table(
@@ -344,21 +368,16 @@ def _ranks_table(found: Prediction) -> str:
                 f"{each.efficiency(each.data_parallel):.0%}",
                 f"{each.efficiency(each.fully_sharded):.0%}",
             ]
-            for each in found.of_ranks
+            for each in prediction.of_ranks
         ],
     )
 
 
-def _ranks_caption(found: Prediction) -> list[str]:
-    steps = min(each.steps for each in found.of_ranks)
+def _ranks_caption(prediction: Prediction) -> list[str]:
+    steps = min(each.steps for each in prediction.of_ranks)
     return [
-        f"a packed step of {found.simulated_budget:,} tokens a rank over links of {found.link:g} "
-        "GB/s, nothing hidden behind the backward;",
-        f"balance of the planner's own batches, over {steps} or more steps of lengths drawn from "
-        "the file's",
+        f"a packed step of {prediction.simulated_budget:,} tokens per rank over links of "
+        f"{prediction.link:g} GB/s, without overlap of communication and backward;",
+        f"balance: batches of the trainer's own sampler, over {steps} or more steps, with lengths "
+        "drawn from the file",
     ]
-
-
-def as_json(found: Prediction) -> dict[str, Any]:
-    """For the JSON."""
-    return asdict(found)

@@ -1,31 +1,26 @@
-"""Train a model padded and packed at once, on the same batches, and time both.
+"""Train a model padded and packed on the same batches, and time both.
 
-The two take turns step by step, and the one that goes first alternates: whatever else the machine
-does then falls on both alike, and the ratio of their times within a step is worth more than either
-time. Forward and backward are timed apart from the optimizer, whose work is the same for both.
+The two runs alternate step by step, and the run that goes first alternates too. Other load on the
+machine therefore affects both alike, and the ratio of their times within a step is more reliable
+than either time. Forward and backward are timed apart from the optimizer, whose work is the same
+in both runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import json
-import os
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from .. import packing_stats, patch_model
 from ..cost import Operations, count_operations, count_packed, count_padded
+from ..cost.allocations import peak_bytes
 
 Batch = dict[str, Tensor]
 
@@ -34,12 +29,15 @@ WARMUP_STEPS = 5
 
 
 @dataclass
-class Side:
-    """What one of the two runs did, step by step. Times in seconds.
+class TrainingLog:
+    """Measurements of one run, step by step. Times in seconds.
 
     Attributes:
-        step_seconds: forward, backward and optimizer together.
-        peak_bytes: memory that a forward and backward takes beyond what is there before it.
+        losses: loss of each step.
+        forward_backward_seconds: time of forward and backward in each step.
+        step_seconds: time of forward, backward and optimizer in each step.
+        operations: floating-point operations of each step, counted.
+        peak_bytes: memory that one forward and backward allocates on the largest batch.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -54,15 +52,14 @@ class Comparison:
     """A padded and a packed run over the same batches.
 
     Attributes:
-        slots: per step, positions of the padded batch, both sides of an encoder-decoder.
-        tokens: per step, those of them that are real.
-        packed_calls: forwards of the patched model that were packed, two of the memory probe
-            among them.
-        fallbacks: forwards that were not, by reason; should be empty.
+        slots: per step, positions of the padded batch, on both sides of an encoder-decoder.
+        tokens: per step, the number of slots that hold a real token.
+        packed_calls: packed forwards of the patched model, including two of the memory probe.
+        fallbacks: number of forwards that were not packed, by reason; empty in a valid run.
     """
 
-    padded: Side
-    packed: Side
+    padded: TrainingLog
+    packed: TrainingLog
     slots: list[int]
     tokens: list[int]
     packed_calls: int
@@ -75,7 +72,7 @@ class Comparison:
 
     @property
     def padding_share(self) -> float:
-        """The share of all steps' slots that hold no token."""
+        """The share of all slots, over all steps, that hold no token."""
         return 1 - sum(self.tokens) / sum(self.slots)
 
     @property
@@ -95,8 +92,8 @@ class Comparison:
     def time_ratio(self) -> float:
         """Median over the steps of padded / packed time, forward and backward.
 
-        The median of ratios within a step: a disturbance that hits one step moves neither it nor,
-        as a ratio of sums would, the result.
+        A disturbance in one step changes the ratio of that step, and hardly changes the median. It
+        would change a ratio of sums.
         """
         return statistics.median(self.time_ratios)
 
@@ -107,10 +104,10 @@ class Comparison:
 
     @property
     def share_of_ideal(self) -> float:
-        """Median over the steps of the time ratio by the ratio of operations.
+        """Median over the steps of time ratio / ideal ratio.
 
-        Each step's times are held against its own operations, which differ widely; on a quiet
-        machine it is ``time_ratio / ideal_ratio``, on a busy one it wavers less.
+        The operations of the steps differ widely, so each step is compared with its own ideal. On a
+        quiet machine this equals ``time_ratio / ideal_ratio``; on a busy one it varies less.
         """
         return statistics.median(_ratios(self.time_ratios, self.ideal_ratios))
 
@@ -119,9 +116,9 @@ class Comparison:
         """Per step, ``|padded - packed| / |padded|``."""
         return [abs(a - b) / abs(a) for a, b in zip(self.padded.losses, self.packed.losses)]
 
-    def tokens_per_second(self, side: Side) -> float:
-        """Real tokens per second of forward and backward, over all steps."""
-        return sum(self.tokens) / sum(side.forward_backward_seconds)
+    def tokens_per_second(self, log: TrainingLog) -> float:
+        """Real tokens per second of forward and backward in one of the runs, over all steps."""
+        return sum(self.tokens) / sum(log.forward_backward_seconds)
 
 
 def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
@@ -134,33 +131,33 @@ def train_side_by_side(
     device: torch.device,
     on_step: Callable[[float], None],
 ) -> Comparison:
-    """Train ``model`` as it is and a patched copy of it, one optimizer step per batch.
+    """Train ``model`` and a patched copy of it, one optimizer step per batch.
 
     Args:
-        model: in the state both begin with; trained in place, as the padded side.
+        model: in the state that both runs start from. The padded run trains it in place.
         batches: padded batches, on the CPU.
         device: where to train. On CUDA under bf16 autocast.
-        on_step: called with the loss after every step of either side.
+        on_step: called with the loss after every step of either run.
     """
     models = {"padded": model.to(device).train()}
     models["packed"] = patch_model(copy.deepcopy(model))
-    sides = {name: Side() for name in models}
-    _probe_memory(models, sides, batches, device)
+    logs = {name: TrainingLog() for name in models}
+    _probe_memory(models, logs, batches, device)
     trainers = {name: _Trainer(models[name], device) for name in models}
     for step, batch in enumerate(batches):
         batch = {key: value.to(device) for key, value in batch.items()}
         order = ("padded", "packed") if step % 2 == 0 else ("packed", "padded")
         for name in order:
-            trainers[name].step(batch, sides[name])
-            on_step(sides[name].losses[-1])
-    for name, side in sides.items():
-        side.operations = [
+            trainers[name].step(batch, logs[name])
+            on_step(logs[name].losses[-1])
+    for name, log in logs.items():
+        log.operations = [
             count_operations(model, batch, packed=name == "packed") for batch in batches
         ]
     stats = packing_stats(models["packed"])
     return Comparison(
-        padded=sides["padded"],
-        packed=sides["packed"],
+        padded=logs["padded"],
+        packed=logs["packed"],
         slots=[count_padded(model, batch).tokens for batch in batches],
         tokens=[count_packed(model, batch).tokens for batch in batches],
         packed_calls=stats.packed_calls,
@@ -169,7 +166,7 @@ def train_side_by_side(
 
 
 class _Trainer:
-    """AdamW with a linear warm-up, and a clock."""
+    """AdamW with a linear warm-up; measures the time of its steps."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.model = model
@@ -179,7 +176,7 @@ class _Trainer:
             self.optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS)
         )
 
-    def step(self, batch: Batch, side: Side) -> None:
+    def step(self, batch: Batch, log: TrainingLog) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         begin = self._now()
         loss = _forward_backward(self.model, batch, self.device)
@@ -187,9 +184,9 @@ class _Trainer:
         self.optimizer.step()
         end = self._now()
         self.schedule.step()
-        side.losses.append(loss.item())
-        side.forward_backward_seconds.append(computed - begin)
-        side.step_seconds.append(end - begin)
+        log.losses.append(loss.item())
+        log.forward_backward_seconds.append(computed - begin)
+        log.step_seconds.append(end - begin)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -204,19 +201,17 @@ def _forward_backward(model: nn.Module, batch: Batch, device: torch.device) -> T
     return loss.detach()
 
 
-# ------------------------------------------------------------------------------------------- memory
-
-
 def _probe_memory(
     models: dict[str, nn.Module],
-    sides: dict[str, Side],
+    logs: dict[str, TrainingLog],
     batches: Sequence[Batch],
     device: torch.device,
 ) -> None:
-    """Measure both on the batch with the most slots, the one that would run out of memory.
+    """Measure the peak memory of both models on the batch with the most slots.
 
-    Doubles as the warm-up of the timing. Before it each model runs on a single row, so that what is
-    allocated once and for all is not counted.
+    This batch would be the first to run out of memory. The probe also warms up the models before
+    they are timed. Each model first runs on a single row, so that memory that is allocated only
+    once is not counted.
     """
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
     largest = {key: value.to(device) for key, value in largest.items()}
@@ -225,48 +220,5 @@ def _probe_memory(
         _forward_backward(model, row, device)
         model.zero_grad(set_to_none=True)
         run = functools.partial(_forward_backward, model, largest, device)
-        sides[name].peak_bytes = peak_bytes(run, device)
+        logs[name].peak_bytes = peak_bytes(run, device)
         model.zero_grad(set_to_none=True)
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory that tensors take while ``run()`` runs, beyond what they take before it.
-
-    On CUDA by the allocator's own statistics. The CPU's allocator keeps none, but reports every
-    allocation and release, those inside C++ operators too, to torch's profiler: their running sum
-    is what the statistics would be. Unlike the process's resident memory it does not depend on what
-    the system has got back so far. Scratch memory of the matrix libraries is in neither.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        trace.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    current = peak = 0
-    for _, change in sorted(changes, key=lambda timed: timed[0]):
-        current += change
-        peak = max(peak, current)
-    return peak
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """The profiler warns, in C++, of releases whose allocation it did not see: no matter here."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

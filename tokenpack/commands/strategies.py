@@ -1,4 +1,4 @@
-"""The strategies of `tokenpack.packing` on a user's own lengths, as `tokenpack inspect` shows them.
+"""Plan a user's lengths with every strategy of `tokenpack.packing`, for `tokenpack inspect`.
 
 efficiency = tokens / (rows * capacity)          padding share = 1 - efficiency
 """
@@ -18,13 +18,13 @@ _LEAST_CAPACITY = 512
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How each strategy packs the same texts.
+class StrategyComparison:
+    """Metrics of every strategy on the same texts.
 
     Attributes:
         capacity: tokens of a row.
-        metrics: of each strategy's plan, by its short name.
-        auto: what "auto" takes here.
+        metrics: of each strategy's plan, by the strategy's short name.
+        auto: the strategy that "auto" chooses for these lengths.
     """
 
     capacity: int
@@ -33,27 +33,29 @@ class Comparison:
 
 
 def default_capacity(lengths: np.ndarray) -> int:
-    """The smallest power of two that holds the longest text, and at least 512."""
+    """The smallest power of two, 512 or more, that holds the longest text."""
     return max(_LEAST_CAPACITY, 1 << int(lengths.max() - 1).bit_length())
 
 
-def compare_strategies(lengths: np.ndarray, capacity: int, seed: int) -> Comparison:
-    """Plan once with every strategy.
+def compare_strategies(lengths: np.ndarray, capacity: int, seed: int) -> StrategyComparison:
+    """Plan the lengths once with every strategy.
 
     Args:
-        lengths: ``(texts,)`` tokens of each. What is over capacity is cut, what is empty left out.
+        lengths: ``(texts,)`` tokens. Texts over capacity are cut, empty ones are dropped.
         capacity: tokens of a row.
-        seed: of the strategy that shuffles.
+        seed: for the strategy that shuffles.
     """
-    # None is left out for being slow: all of them together are quicker than the tokenizer was.
+    # All strategies together take less time than the tokenizer did.
     names = tqdm(Packer.strategies(), desc="planning", leave=False, disable=len(lengths) < 50_000)
     options: dict[str, Any] = {"seed": seed, "overlong": "truncate", "drop_empty": True}
     metrics = {name: pack_lengths(lengths, capacity, name, **options).metrics for name in names}
-    return Comparison(capacity, metrics, pack_lengths(lengths, capacity, **options).strategy)
+    return StrategyComparison(
+        capacity, metrics, pack_lengths(lengths, capacity, **options).strategy
+    )
 
 
-def format_comparison(comparison: Comparison) -> str:
-    """A row per strategy, and what was done to get there."""
+def format_comparison(comparison: StrategyComparison) -> str:
+    """A table with a row per strategy, and notes."""
     textbook = {name: about.split(":")[0] for name, about in Packer.strategies().items()}
     rows = [
         [
@@ -66,22 +68,22 @@ def format_comparison(comparison: Comparison) -> str:
         for name, m in comparison.metrics.items()
     ]
     table = format_table(["strategy", "rows", "efficiency", "padding", "seconds"], rows)
-    any_of = comparison.metrics[comparison.auto]
+    metrics = comparison.metrics[comparison.auto]
     capacity = comparison.capacity
     return "\n".join(
         [
             table,
             "",
-            f"rows: of {capacity:,} tokens; {-(-any_of.tokens // capacity):,} would hold all tokens"
-            " without any padding.",
-            f"seconds: to plan, one run. `--strategy auto` takes {comparison.auto} here.",
-            _what_was_done(any_of, f"the capacity of {capacity:,}", "text"),
+            f"rows: each has {capacity:,} tokens; without any padding, "
+            f"{-(-metrics.tokens // capacity):,} would hold all tokens.",
+            f"seconds: time to plan, one run. `--strategy auto` uses {comparison.auto} here.",
+            _cut_and_dropped(metrics, f"the capacity of {capacity:,}", "text"),
         ]
     )
 
 
 def format_pairs(plan: PairPackResult) -> str:
-    """A row per side, and what was done to get there."""
+    """A table with a row per side of the pairs, and notes."""
     sides = [
         ("source", plan.capacity, plan.efficiency),
         ("target", plan.target_capacity, plan.target_efficiency),
@@ -95,22 +97,22 @@ def format_pairs(plan: PairPackResult) -> str:
         [
             table,
             "",
-            f"A row holds pairs up to the capacity of either side; planned in {plan.seconds:.3f} s"
+            f"A row holds pairs up to the capacity of each side. Planned in {plan.seconds:.3f} s"
             " (pack_pairs).",
-            _what_was_done(plan.metrics, "a capacity", "pair"),
+            _cut_and_dropped(plan.metrics, "a capacity", "pair"),
         ]
     )
 
 
 def plan_pairs(source: np.ndarray, target: np.ndarray, capacity: int | None) -> PairPackResult:
-    """Plan pairs, each side with ``capacity``, or with the default of its own lengths."""
+    """Plan pairs with ``capacity`` on each side; ``None`` is the default for the side's lengths."""
     capacities = [capacity or default_capacity(side) for side in (source, target)]
     return pack_pairs(source, target, *capacities, overlong="truncate", drop_empty=True)
 
 
-def _what_was_done(metrics: PackMetrics, limit: str, item: str) -> str:
+def _cut_and_dropped(metrics: PackMetrics, limit: str, item: str) -> str:
     of_all = f"of {metrics.num_sequences:,} {item}s"
     cut = metrics.truncated
-    done = f"Cut to {limit}: {cut:,} {of_all}" if cut else f"None {of_all} is over {limit}"
-    left_out = f"; left out for having no tokens: {metrics.dropped:,}" if metrics.dropped else ""
-    return f"{done}{left_out}."
+    text = f"Cut to {limit}: {cut:,} {of_all}" if cut else f"None {of_all} is over {limit}"
+    dropped = f"; dropped because they have no tokens: {metrics.dropped:,}"
+    return f"{text}{dropped if metrics.dropped else ''}."

@@ -1,4 +1,4 @@
-"""Print rows in aligned columns."""
+"""Text tables with aligned columns."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows under headers: the first column to the left, numbers to the right.
+    """Format rows under headers; the first column is left-aligned, the others are right-aligned.
 
-    A header may have several lines; they are aligned at the bottom.
+    A header may have several lines. Headers are aligned at the bottom.
     """
     split = [header.split("\n") for header in headers]
     height = max(map(len, split))

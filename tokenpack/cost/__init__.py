@@ -1,4 +1,12 @@
-"""What a training step costs: operations counted, bytes counted, and the time that they predict."""
+"""Predict the cost of a training step: operations, memory, bytes moved, and time.
+
+Nothing is trained. `model_cost`, `count_traffic` and `count_memory` count what a model needs, also
+for a model on the meta device, without weights. `count_lengths`, `count_padded` and `count_packed`
+count what a batch holds. `measure_ceilings` measures the peak rates of a device. From these,
+`training_operations` gives floating-point operations, `forecast_seconds` time, `token_budget` the
+size of a micro-batch that fits into memory, and `exchange_bytes` and `rank_efficiency` the cost of
+several ranks. ``tokenpack inspect --gpus`` prints such predictions for a file of texts.
+"""
 
 from .ceilings import Ceilings, measure_ceilings, read_ceilings, write_ceilings
 from .forecast import StepSeconds, forecast_seconds

@@ -1,12 +1,15 @@
-"""How fast a device multiplies, attends, moves bytes and takes calls: measured, for predictions.
+"""Measure the peak rates of a device, for predictions: products, attention, bytes, calls.
 
-Each is the best of some rounds, of a few seconds together: what nothing on the device is faster
-than, at sizes that training has. Products are of ``(2048, 1024) @ (1024, 4096)``, attention is
-PyTorch's fused kernel, forward and backward, over rows of 512 tokens, bytes are those of ``a * b``
-over 64 MiB (on a GPU 256 MiB), past the caches. Fresh bytes are the same with a new result each
-time, which on a CPU the system has to find memory for. Calls are those of operators of small
-modules on four numbers, forward and backward; a weight's are those of AdamW on four numbers; a
-sequence's are those of packed attention over short ones, with a relative bias and without.
+Each rate is the best of several rounds, at sizes that occur in training; all of them take a few
+seconds. Nothing runs faster on the device at these sizes.
+
+    products     (2048, 1024) @ (1024, 4096); on a GPU (8192, 4096) @ (4096, 4096)
+    attention    PyTorch's fused kernel, forward and backward, over rows of 512 tokens
+    bytes        a * b over 64 MiB, 256 MiB on a GPU, which exceeds the caches
+    fresh_bytes  the same with a new result in each call, whose pages a CPU must map first
+    call         operators of small modules on 4 x 4 numbers, forward and backward
+    update       AdamW on weights of four numbers
+    sequence     packed attention over short sequences, with and without a relative bias
 """
 
 from __future__ import annotations
@@ -29,21 +32,23 @@ from .traffic import count_calls
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do.
+    """Peak rates and memory of a device.
 
     Attributes:
-        device: its name, ``cpu`` for a processor.
-        dtype: of the activations that it was measured with, ``float32`` or ``bfloat16``.
-        products: floating-point operations a second in matrix products.
-        attention: the same in fused attention, forward and backward, of full rectangles.
-        bytes: a second, read and written, in operators that do little else.
-        fresh_bytes: the same where results are so large that a CPU has no memory ready for them.
-        call: seconds that an operator takes to be called, from its module and by autograd.
-        update: seconds that AdamW takes for each weight beside the bytes that it moves.
-        sequence: seconds that each sequence costs each packed attention beside its operations.
-        sequence_width: seconds more, for each unit of its width, heads * head_dim.
-        biased_sequence, biased_sequence_width: the same in attention with a relative bias.
-        memory: bytes that the device has.
+        device: name of the GPU, or ``cpu``.
+        dtype: dtype of the activations in the measurement, ``float32`` or ``bfloat16``.
+        products: floating-point operations per second in matrix products.
+        attention: floating-point operations per second in fused attention, forward and backward,
+            counted for all queries by all keys.
+        bytes: bytes per second, read and written, in elementwise operators.
+        fresh_bytes: the same for results so large that a CPU allocator must map new pages.
+        call: seconds to call an operator, in a module and by autograd.
+        update: seconds of AdamW per weight tensor, in addition to the bytes that it moves.
+        sequence: seconds per sequence and packed attention, in addition to the operations.
+        sequence_width: further seconds per sequence and unit of width, heads * head_dim.
+        biased_sequence: ``sequence`` for attention with a relative bias.
+        biased_sequence_width: ``sequence_width`` for attention with a relative bias.
+        memory: bytes of memory.
     """
 
     device: str
@@ -62,20 +67,23 @@ class Ceilings:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether calls are issued ahead of the device, so that their time hides behind its own."""
+        """Whether the device is a GPU, where calls on the host overlap with the device's work."""
         return self.device != "cpu"
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """``dtype`` as a `torch.dtype`."""
         return getattr(torch, self.dtype)
 
 
 def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
-    """Measure a device: a CPU in float32, a GPU in bfloat16. Takes some seconds.
+    """Measure a device, a CPU in float32 and a GPU in bfloat16. This takes a few seconds.
 
     Args:
-        device: by default the GPU, where there is one.
+        device: to measure; by default the GPU if there is one, else the CPU.
+
+    Returns:
+        The device's ceilings.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
@@ -99,15 +107,15 @@ def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
     pairs = 4 * scale * heads * tokens * tokens
     attention = 3 * 4 * pairs * width / _best(attend, device)
 
-    many = (256 if on_gpu else 64) * 2**20 // dtype.itemsize
-    x, y = random(many), random(many)
+    elements = (256 if on_gpu else 64) * 2**20 // dtype.itemsize
+    x, y = random(elements), random(elements)
     out = torch.empty_like(x)
-    moved = 3 * many * dtype.itemsize
+    moved = 3 * elements * dtype.itemsize
     in_place = _best(lambda: torch.mul(x, y, out=out), device)
     fresh = _best(lambda: x * y, device)
 
-    sequence, sequence_width = _of_a_sequence(device, dtype, attention, bias=False)
-    biased_sequence, biased_sequence_width = _of_a_sequence(device, dtype, attention, bias=True)
+    sequence, sequence_width = _seconds_per_sequence(device, dtype, attention, bias=False)
+    biased, biased_width = _seconds_per_sequence(device, dtype, attention, bias=True)
 
     return Ceilings(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -116,18 +124,18 @@ def measure_ceilings(device: torch.device | str | None = None) -> Ceilings:
         attention=attention,
         bytes=moved / in_place,
         fresh_bytes=moved / fresh,
-        call=_of_a_call(device),
-        update=_of_a_weight(device),
+        call=_seconds_per_call(device),
+        update=_seconds_per_weight(device),
         sequence=sequence,
         sequence_width=sequence_width,
-        biased_sequence=biased_sequence,
-        biased_sequence_width=biased_sequence_width,
+        biased_sequence=biased,
+        biased_sequence_width=biased_width,
         memory=_memory(device),
     )
 
 
-def _of_a_call(device: torch.device) -> float:
-    """Seconds of each operator of small layers, forward and backward."""
+def _seconds_per_call(device: torch.device) -> float:
+    """Seconds per operator of small layers, forward and backward."""
     layers = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU()) for _ in range(20)]
     model = nn.Sequential(*layers).to(device)
     small = torch.randn(4, 4, device=device)
@@ -135,12 +143,12 @@ def _of_a_call(device: torch.device) -> float:
     def run() -> None:
         model(small).sum().backward()
 
-    run()  # makes the gradients, which are added to from then on
+    run()  # allocates the gradients; later runs add to them
     return _best(run, device) / count_calls(run)
 
 
-def _of_a_weight(device: torch.device) -> float:
-    """Seconds of AdamW for each weight, in one call on a GPU and one by one on a CPU."""
+def _seconds_per_weight(device: torch.device) -> float:
+    """Seconds of AdamW per weight tensor: one fused call on a GPU, a call per weight on a CPU."""
     weights = [torch.randn(4, device=device, requires_grad=True) for _ in range(64)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
@@ -148,13 +156,16 @@ def _of_a_weight(device: torch.device) -> float:
     return _best(optimizer.step, device) / len(weights)
 
 
-def _of_a_sequence(
+def _seconds_per_sequence(
     device: torch.device, dtype: torch.dtype, attention: float, *, bias: bool
 ) -> tuple[float, float]:
-    """Seconds beside the operations' at the rate ``attention``: of any, and for a unit of width."""
+    """Seconds per sequence, and further seconds per unit of width, of packed attention.
+
+    The time of the operations, at the rate ``attention``, is subtracted.
+    """
     lengths = list(range(8, 72, 3))
     width = 64
-    ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     seconds = {}
     for heads in (2, 8):
         q, k, v = (
@@ -170,7 +181,7 @@ def _of_a_sequence(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor | None = None
         ) -> None:
             out, _ = packed_attention(
-                *(q, k, v, ends, ends, lengths[-1], lengths[-1]),
+                *(q, k, v, cu_seqlens, cu_seqlens, lengths[-1], lengths[-1]),
                 causal=False,
                 scale=width**-0.5,
                 relative_bias=table,
@@ -178,10 +189,10 @@ def _of_a_sequence(
             torch.autograd.grad(out.sum(), (q, k, v) if table is None else (q, k, v, table))
 
         operations = 3 * 4 * heads * width * sum(length**2 for length in lengths)
-        took = _best(partial(attend, *leaves), device) - operations / attention
-        seconds[heads] = max(took, 0.0) / len(lengths)
-    of_width = max(seconds[8] - seconds[2], 0.0) / ((8 - 2) * width)
-    return max(seconds[2] - 2 * width * of_width, 0.0), of_width
+        extra = _best(partial(attend, *leaves), device) - operations / attention
+        seconds[heads] = max(extra, 0.0) / len(lengths)
+    per_width = max(seconds[8] - seconds[2], 0.0) / ((8 - 2) * width)
+    return max(seconds[2] - 2 * width * per_width, 0.0), per_width
 
 
 def _best(function: Callable[[], object], device: torch.device, seconds: float = 0.6) -> float:
@@ -202,34 +213,48 @@ def _memory(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # no such thing on Windows
+    except (AttributeError, ValueError):  # Windows has no os.sysconf
         return 0
 
 
 def write_ceilings(ceilings: Ceilings, path: str | Path) -> None:
-    """Write them as JSON, for predictions on another machine."""
+    """Write ceilings as JSON, to predict with them on another machine.
+
+    Args:
+        ceilings: to write.
+        path: of the file, which is replaced if it exists.
+    """
     Path(path).write_text(json.dumps(asdict(ceilings), indent=1) + "\n", encoding="utf-8")
 
 
 def read_ceilings(path: str | Path) -> Ceilings:
-    """Read what `write_ceilings` wrote.
+    """Read a file that `write_ceilings` wrote.
+
+    Args:
+        path: of the file.
 
     Raises:
-        ValueError, OSError: if the file cannot be read as such.
+        ValueError: if the file does not hold valid ceilings.
+        OSError: if the file cannot be read.
     """
     names = {field.name for field in fields(Ceilings)}
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"ceilings: {path} is no JSON: {error}") from None
+        raise ValueError(f"ceilings must be a JSON file, got {path}: {error}") from None
     if not isinstance(document, dict) or set(document) != names:
-        raise ValueError(f"ceilings: {path} must be an object with {', '.join(sorted(names))}")
-    if document["dtype"] not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"ceilings: {path}: dtype must be a float's, got {document['dtype']!r}")
+        raise ValueError(
+            f"ceilings must be a JSON object with exactly {', '.join(sorted(names))}, got {path}"
+        )
+    dtype = document["dtype"]
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(
+            f"ceilings: dtype must be float32, bfloat16 or float16, got {dtype!r} in {path}"
+        )
     numbers = {name: document[name] for name in names - {"device", "dtype"}}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise ValueError(
-                f"ceilings: {path}: {name} must be a number of 0 or more, got {value!r}"
+                f"ceilings: {name} must be a number of 0 or more, got {value!r} in {path}"
             )
     return Ceilings(**document)

@@ -1,15 +1,16 @@
-"""Predict the time of a training step from what was counted and what a device can do.
+"""Predict the time of a training step from its counts and the ceilings of a device.
 
     device = products / rate + attention / rate + bytes moved / rate
-             + packed: sequences * what one costs all attentions beside its operations
+             + packed: sequences * extra seconds of a sequence in all attentions
     host   = calls * seconds of a call
-    update = AdamW's bytes / rate + weights * seconds of its call for one
-    step   = update + (device + host on a CPU, max(device, host) on a GPU, which is called ahead)
+    update = AdamW's bytes / rate + weights * seconds of AdamW per weight
+    step   = update + device + host          on a CPU
+    step   = update + max(device, host)      on a GPU, which runs asynchronously
 
-A roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) whose terms are added, since layers
-run one after another. Every term is at its ceiling, so times are those of a device at its best;
-the ratio of two of them is what to believe. AdamW in float32 beside activations of another dtype
-is mixed precision as torch.autocast has it; its casts of weights are not counted.
+This is a roofline (Williams et al. 2009, doi:10.1145/1498765.1498785). Its terms are added, because
+layers run one after another. Every term is at its ceiling, so the time is that of a device at its
+peak, and a ratio of two times is more reliable than either. AdamW in float32 with activations of
+another dtype is mixed precision as in `torch.autocast`; its casts of weights are not counted.
 """
 
 from __future__ import annotations
@@ -20,17 +21,26 @@ from .ceilings import Ceilings
 from .operations import BatchCount, ModelCost, training_operations
 from .traffic import Traffic
 
-# Bytes that AdamW moves for a parameter in float32: parameter, gradient and two states are read,
-# all but the gradient written. Once, also on a CPU, in whose caches one weight's operators stay.
+# Bytes that AdamW moves per parameter in float32: it reads parameter, gradient and two states, and
+# writes all but the gradient. This holds on a CPU, too, where a weight stays in the caches.
 _ADAMW = 7 * 4
-# Of a token's logits in the patched loss: read for the loss, read and written for the gradient.
+# Passes of the patched loss over the logits: read for the loss, read and written for the gradient.
 _LOSS_PASSES = 3
-_MAPPED_ANEW = 32 * 2**20  # bytes beyond which glibc keeps no memory for the next tensor
+_MMAP_BYTES = 32 * 2**20  # glibc maps new pages for each allocation above this size
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of one training step, by what they go into."""
+    """Seconds of one training step, by cause.
+
+    Attributes:
+        products: matrix products.
+        attention: attention, including the extra time per sequence of packed attention.
+        bytes: operators other than products and attention, by the bytes that they move.
+        optimizer: AdamW.
+        calls: time on the host to call the operators.
+        on_gpu: whether the host's time overlaps with the device's.
+    """
 
     products: float
     attention: float
@@ -41,13 +51,13 @@ class StepSeconds:
 
     @property
     def forward_backward(self) -> float:
-        """Without the optimizer."""
+        """Seconds without the optimizer."""
         device = self.products + self.attention + self.bytes
         return max(device, self.calls) if self.on_gpu else device + self.calls
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         return self.forward_backward + self.optimizer
 
 
@@ -61,16 +71,21 @@ def forecast_seconds(
     *,
     packed: bool,
 ) -> StepSeconds:
-    """Seconds that a step over ``count`` tokens takes at the least.
+    """Predict the seconds of a training step on a device at its peak.
 
     Args:
         cost: of the model; see `model_cost`.
-        traffic: of the model, in the ceilings' dtype; see `count_traffic`.
-        count: tokens and pairs that are computed: `count_padded` or `count_packed`.
-        parameters: how many numbers are trained.
-        weights: in how many tensors.
-        ceilings: of the device.
-        packed: whether the loss is the patched model's, without the logits of all tokens.
+        traffic: of the model, in the dtype of the ceilings; see `count_traffic`.
+        count: tokens and query-key pairs that are computed; see `count_padded`, `count_packed` and
+            `count_lengths`.
+        parameters: number of trained parameters.
+        weights: number of tensors that hold them.
+        ceilings: of the device; see `measure_ceilings`.
+        packed: whether the model is patched: it has packed attention, and a loss without the logits
+            of all tokens.
+
+    Returns:
+        The seconds, by cause.
     """
     operations = training_operations(cost, count)
     moved = (
@@ -79,12 +94,12 @@ def forecast_seconds(
         + traffic.moved_per_decoder_token * count.decoder_tokens
     )
     if packed:
-        sequences = count.sequences * _seconds_of_a_sequence(cost, ceilings)
+        sequences = count.sequences * _seconds_per_sequence(cost, ceilings)
         loss = _LOSS_PASSES * traffic.logits_per_token * count.decoder_tokens / ceilings.bytes
     else:
         sequences = 0.0
         loss = traffic.loss_moved_per_token * count.decoder_tokens
-        large = traffic.logits_per_token * count.decoder_tokens > _MAPPED_ANEW
+        large = traffic.logits_per_token * count.decoder_tokens > _MMAP_BYTES
         loss /= ceilings.fresh_bytes if large else ceilings.bytes
     return StepSeconds(
         products=operations.linear / ceilings.products,
@@ -96,9 +111,9 @@ def forecast_seconds(
     )
 
 
-def _seconds_of_a_sequence(cost: ModelCost, ceilings: Ceilings) -> float:
-    """Of all packed attentions, beside their operations."""
-    # A pair takes two multiply-adds for each unit of width, heads * head_dim.
+def _seconds_per_sequence(cost: ModelCost, ceilings: Ceilings) -> float:
+    """Extra seconds per sequence, summed over all attentions."""
+    # A query-key pair costs two multiply-adds per unit of width, heads * head_dim.
     own, cross = (cost.per_encoder_pair + cost.per_decoder_pair) / 2, cost.per_cross_pair / 2
     plain = cost.attentions - cost.biased_attentions
     if not cost.biased_attentions:

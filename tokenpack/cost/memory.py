@@ -1,15 +1,17 @@
-"""How much memory a training step needs: every allocation and release of it, on the meta device.
+"""Predict the memory of a training step: follow its allocations and releases on the meta device.
 
     in use after operator i = once_i + gradients_i + encoder tokens * e_i + decoder tokens * d_i
-    peak = the most over all operators
+    peak = max over all operators
 
-The model runs forward and backward on the meta device, where tensors have shapes alone, while
-storages are followed from the operator that returns them to their release. Operators are the same
-whatever the batch, so three runs, of which two have one side longer, give each its line. What is
-in use at the peak for few tokens is gradients, for many what the forward kept.
+The model runs forward and backward on the meta device, where tensors have shapes but no data. A
+dispatch mode follows each storage from the operator that returns it to its release. The operators
+are the same for every batch, so three runs, two of them with one side longer, give the line of each
+operator. At the peak, gradients dominate for few tokens, and saved activations for many.
 
 Attention keeps what fused attention keeps. Tensors that grow with the square of a length (masks,
-biases that a padded model builds) are taken at rows of a few tokens, so as good as left out.
+and the biases of a padded model) are measured with short rows, so they are hardly included.
+
+`allocations.py` measures the peak of a call that really runs.
 """
 
 from __future__ import annotations
@@ -26,103 +28,113 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels.linear_loss import smallest_chunk
-from .traffic import attention_left_out, inputs_of
+from .traffic import make_inputs, without_attention
 
 _ROWS, _SHORT, _LONG = 256, 16, 32
 _LOSS = torch.ops.tokenpack.linear_cross_entropy_and_gradients.default
-_STATE = 4 + 8  # bytes of a parameter that stay: the weight, AdamW's moments
-_SPARE = 0.1  # of a device's memory: fragments, libraries, a batch that is longer than most
-_GRADIENT = 4  # bytes of a gradient in float32, which it is beside activations of any dtype
+_STATE = 4 + 8  # bytes per parameter of the weight and of AdamW's moments
+_SPARE = 0.1  # share of the memory for fragmentation, libraries and unusually long batches
+_GRADIENT = 4  # bytes per parameter: gradients are float32 for activations of any dtype
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step has in use as each of its operators returns, weights and optimizer excepted.
+    """Memory that a step has in use after each operator, without weights and optimizer states.
 
     Attributes:
-        lines: ``(operators, 4)`` bytes: whatever the batch is; of gradients that are there, and
-            of the weights' 16-bit copies; of a token of the encoder; of one of the decoder.
-            Without operators that never are the peak.
+        lines: ``(operators, 4)`` float64, in bytes. The columns are: memory that does not depend on
+            the batch; gradients so far and 16-bit copies of the weights; memory per encoder token;
+            memory per decoder token. Operators that can never be the peak are left out.
     """
 
     lines: np.ndarray
 
     def peak(self, encoder_tokens: float, decoder_tokens: float, share: float = 1.0) -> int:
-        """Most bytes in use in a step over so many tokens.
+        """Peak bytes of a step.
 
         Args:
-            share: of gradients and copies that a device holds: less than 1 where they are sharded.
+            encoder_tokens: of the batch; 0 for a decoder-only model.
+            decoder_tokens: of the batch.
+            share: share of the gradients and weight copies on a device, less than 1 if sharded.
         """
         return round(float((self.lines @ (1.0, share, encoder_tokens, decoder_tokens)).max()))
 
     def most_tokens(self, memory: float, decoder_share: float, share: float = 1.0) -> int:
-        """How many tokens of both sides fit into ``memory`` bytes; 0 where none do.
+        """The largest number of tokens, of both sides together, that fits.
 
         Args:
-            decoder_share: of the tokens, how many are the decoder's; 1 for decoder-only models.
+            memory: bytes available to the step.
+            decoder_share: share of the tokens on the decoder's side; 1 for a decoder-only model.
             share: as in `peak`.
+
+        Returns:
+            The number of tokens; 0 if the step does not fit at all.
         """
         free = memory - self.lines[:, :2] @ (1.0, share)
-        of_token = self.lines[:, 2:] @ (1.0 - decoder_share, decoder_share)
+        per_token = self.lines[:, 2:] @ (1.0 - decoder_share, decoder_share)
         if (free < 0).any():
             return 0
-        grows = of_token > 0
-        return int((free[grows] / of_token[grows]).min())
+        grows = per_token > 0
+        return int((free[grows] / per_token[grows]).min())
 
 
 def state_memory(parameters: int) -> int:
-    """Bytes of trained parameters in float32 and AdamW's two states."""
+    """Bytes of float32 parameters and AdamW's two states, for ``parameters`` trained parameters."""
     return _STATE * parameters
 
 
 def token_budget(
     step: StepMemory, decoder_share: float, parameters: int, memory: int, *, devices: int = 1
 ) -> int:
-    """Tokens of both sides that a micro-batch may have, so that a step fits into ``memory``.
+    """The largest micro-batch whose step fits into the memory of a device.
 
     Args:
         step: of the model; see `count_memory`.
-        decoder_share: of the tokens, how many are the decoder's; 1 for decoder-only models.
-        parameters: how many are trained, with AdamW in float32.
-        memory: bytes of a device, of which a tenth is left alone.
-        devices: that share weights, gradients and optimizer (FSDP); what is gathered of them for
-            a layer at a time is not counted.
+        decoder_share: share of the tokens on the decoder's side; 1 for a decoder-only model.
+        parameters: number of trained parameters, with AdamW in float32.
+        memory: bytes of memory of a device. A tenth of it stays free.
+        devices: number of devices over which weights, gradients and optimizer are sharded (FSDP).
+            The weights that FSDP gathers for one layer at a time are not counted.
 
     Returns:
-        0 where not even weights, gradients and optimizer fit.
+        Tokens of both sides together; 0 if weights, gradients and optimizer do not fit.
     """
     free = (1 - _SPARE) * memory - state_memory(parameters) / devices
     return step.most_tokens(free, decoder_share, 1 / devices)
 
 
 def count_memory(model: nn.Module, device_type: str, *, packed: bool) -> StepMemory:
-    """Follow the memory of a training step.
+    """Count the memory of a training step, operator by operator.
 
     Args:
         model: a transformers language model on the meta device, encoder-decoder or decoder-only,
-            as it comes: not patched. Its dtype is that of the activations; gradients are taken to
-            be in float32, and beside 16-bit activations the weights' copies of that dtype.
-        device_type: ``cpu`` or ``cuda``, which the loss goes through in chunks of other sizes.
+            not patched. Its dtype is that of the activations. Gradients count as float32; for
+            16-bit activations, copies of the weights in that dtype are counted, too.
+        device_type: ``cpu`` or ``cuda``, which determines the chunk size of the packed loss.
         packed: whether the loss is the patched model's, without the logits of all tokens.
 
+    Returns:
+        The memory in use after each operator, as a function of the tokens.
+
     Raises:
-        ValueError: if it is not on the meta device.
+        ValueError: if the model is not on the meta device.
     """
     two_sided = model.config.is_encoder_decoder  # type: ignore[union-attr]
     chunk = smallest_chunk(device_type) if packed else None
-    with attention_left_out(model):
+    with without_attention(model):
         short = _follow(model, _SHORT, _SHORT, chunk)
         decoder = _follow(model, _SHORT, _LONG, chunk)
         encoder = _follow(model, _LONG, _SHORT, chunk) if two_sided else short
-    more = _ROWS * (_LONG - _SHORT)
-    of_encoder = (encoder - short)[:, 0] / more
-    of_decoder = (decoder - short)[:, 0] / more
-    once = short[:, 0] - _ROWS * _SHORT * (of_encoder + of_decoder)
-    return StepMemory(_upper(np.stack([once, short[:, 1], of_encoder, of_decoder], axis=1)))
+    more_tokens = _ROWS * (_LONG - _SHORT)
+    per_encoder = (encoder - short)[:, 0] / more_tokens
+    per_decoder = (decoder - short)[:, 0] / more_tokens
+    once = short[:, 0] - _ROWS * _SHORT * (per_encoder + per_decoder)
+    lines = np.stack([once, short[:, 1], per_encoder, per_decoder], axis=1)
+    return StepMemory(_without_dominated(lines))
 
 
-def _upper(lines: np.ndarray) -> np.ndarray:
-    """Without lines that another is nowhere below."""
+def _without_dominated(lines: np.ndarray) -> np.ndarray:
+    """Remove lines that are at most as large as another line in every column."""
     lines = np.unique(lines, axis=0)
     kept: list[np.ndarray] = []
     for line in lines[np.argsort(-lines.sum(1))]:
@@ -132,11 +144,17 @@ def _upper(lines: np.ndarray) -> np.ndarray:
 
 
 def _follow(model: nn.Module, encoder: int, decoder: int, chunk: int | None) -> np.ndarray:
-    """``(operators, 2)``: bytes in use beside gradients and copies of weights, and of these.
+    """Follow one step over full rows of ``encoder`` and ``decoder`` tokens.
 
-    ``chunk``: rows of the packed loss that go through the head at once, at least.
+    Args:
+        chunk: smallest number of rows that the packed loss takes through the head at once; None
+            for the model's own loss.
+
+    Returns:
+        ``(operators, 2)`` float64: bytes in use without gradients and copies of the weights, and
+        bytes of these.
     """
-    targets, inputs = inputs_of(model, _ROWS, encoder, decoder)
+    targets, inputs = make_inputs(model, _ROWS, encoder, decoder)
     weights = list(model.parameters())
     copies = sum(each.numel() for each in weights) * weights[0].element_size()
     loss: list[Tensor] = []
@@ -148,13 +166,13 @@ def _follow(model: nn.Module, encoder: int, decoder: int, chunk: int | None) -> 
         options = (0.0, 0.0, 0.0, 1.0, hidden.dtype, targets.numel())
         total, *_ = _LOSS(of_tokens, hidden, weight, bias, targets.flatten(), *options, *needs)
         loss.append(total)
-        return (args[0][:1, :1],)  # a token's logits are the model's to see
+        return (args[0][:1, :1],)  # the head computes the logits of a single token
 
     model.train()
     model.zero_grad()
-    with _InUse(0 if weights[0].dtype == torch.float32 else copies, chunk) as seen:
+    with _InUse(0 if weights[0].dtype == torch.float32 else copies, chunk) as memory:
         hooks = [
-            each.register_post_accumulate_grad_hook(seen.land)
+            each.register_post_accumulate_grad_hook(memory.count_gradient)
             for each in weights
             if each.requires_grad
         ]
@@ -163,35 +181,36 @@ def _follow(model: nn.Module, encoder: int, decoder: int, chunk: int | None) -> 
         else:
             inputs["labels"] = targets
         try:
-            seen.ignore([*weights, *model.buffers(), *inputs.values(), targets])
-            own = model(**inputs).loss  # the logits are not held on to, as in a training step
-            (own if chunk is None else loss[0]).backward()
+            memory.ignore([*weights, *model.buffers(), *inputs.values(), targets])
+            model_loss = model(**inputs).loss  # releases the logits, as a training step does
+            (model_loss if chunk is None else loss[0]).backward()
         finally:
             for hook in hooks:
                 hook.remove()
-    return np.array(seen.events, dtype=np.float64)
+    return np.array(memory.events, dtype=np.float64)
 
 
 class _InUse(TorchDispatchMode):
-    """Follows storages from the operator that returns them until they are released.
+    """Follows storages from the operator that returns them to their release.
 
     Attributes:
-        events: bytes in use after each operator beside gradients and copies, and of these.
+        events: for each operator, bytes in use after it without gradients and copies of weights,
+            and bytes of these.
     """
 
     def __init__(self, copies: int, chunk: int | None) -> None:
         super().__init__()
         self.events: list[tuple[int, int]] = []
         self._now, self._gradients, self._chunk = 0, copies, chunk
-        self._sizes = WeakIdKeyDictionary()  # by storage: a list of its bytes, 0 once landed
+        self._sizes = WeakIdKeyDictionary()  # by storage: [bytes], [0] if counted elsewhere
 
     def ignore(self, tensors: list[Tensor]) -> None:
-        """Do not count what was there before."""
+        """Do not count these tensors, which exist before the step."""
         for tensor in tensors:
             self._sizes[tensor.untyped_storage()] = [0]
 
-    def land(self, weight: Tensor) -> None:
-        """Count a weight's gradient as such from now on."""
+    def count_gradient(self, weight: Tensor) -> None:
+        """Move an accumulated gradient from the memory in use to the gradients."""
         assert weight.grad is not None
         size = self._sizes[weight.grad.untyped_storage()]
         self._now -= size[0]
@@ -209,7 +228,7 @@ class _InUse(TorchDispatchMode):
                 self._now += size[0]
         self.events.append((self._now, self._gradients))
         if function is _LOSS:
-            # Inside it has a chunk's logits: so many rows, or as large as the hidden states.
+            # The op allocates the logits of a chunk: `chunk` rows, or as many elements as `hidden`.
             hidden, weight = args[1:3]
             for elements in (self._chunk * weight.shape[0], hidden.numel()):
                 inside = elements * weight.element_size()

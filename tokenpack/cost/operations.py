@@ -1,16 +1,17 @@
 """Count the floating-point operations of one training step, padded and packed.
 
-    forward  = 2 * (sum over Linear of in * out * tokens it sees)
+    forward  = 2 * (sum over Linear of in * out * tokens of its input)
              + 4 * (sum over attentions of heads * head_dim * query-key pairs)
     training = 3 * forward
 
-A multiply-add is two operations. An attention multiplies twice per query-key pair, queries by keys
-and weights by values, hence the 4. The backward pass does each product twice, once for the input
-and once for the weight, hence the 3; every weight is taken to be trained.
+A multiply-add counts as two operations. Attention has two products per query-key pair, queries by
+keys and weights by values, hence the 4. The backward computes each product twice, once for the
+input and once for the weight, hence the 3. All weights count as trained.
 
 Pairs are full rectangles, ``rows * q * k`` when padded and the sum of ``q_i * k_i`` when packed,
-causal or not: the same convention for both, so that the ratio of the two is what removing padding
-can give and nothing else. Normalisation, softmax, embeddings and the optimizer are not counted.
+also for causal attention. Both counts follow the same convention, so their ratio is the speed-up
+that removing padding can give. Normalization, softmax, embeddings and the optimizer are not
+counted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..checks import IGNORE_INDEX
 
-# What the families call their projections and their cross-attention.
+# Names of the projections and of the cross-attention in the model families.
 _QUERY_NAMES = ("q", "q_proj", "query")
 _KEY_VALUE_NAMES = ("k", "v", "k_proj", "v_proj", "key", "value")
 _CROSS_ATTENTION_NAMES = ("EncDecAttention", "encoder_attn", "crossattention")
@@ -32,9 +33,18 @@ _CROSS_ATTENTION_NAMES = ("EncDecAttention", "encoder_attn", "crossattention")
 class ModelCost:
     """Multiply-adds of one forward pass, per token and per query-key pair.
 
-    A model with a single stream of tokens has everything under ``decoder``. ``attentions`` is how
-    many layers of attention there are, of all kinds; ``biased_attentions`` how many have a relative
-    bias, as T5's of a side to itself: none, or all but the cross-attentions.
+    A decoder-only model has only decoder counts; the others are 0.
+
+    Attributes:
+        per_encoder_token: of the linear layers that see encoder tokens, including the key and
+            value projections of cross-attention.
+        per_decoder_token: of the linear layers that see decoder tokens, including the head.
+        per_encoder_pair: of all self-attentions of the encoder.
+        per_decoder_pair: of all self-attentions of the decoder.
+        per_cross_pair: of all cross-attentions.
+        attentions: number of attention layers of all kinds.
+        biased_attentions: number of attention layers with a relative bias: all self-attentions of
+            T5, none in models without such a bias.
     """
 
     per_encoder_token: int
@@ -48,9 +58,15 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class BatchCount:
-    """How many tokens, and query-key pairs per attention, a batch puts through the model.
+    """Tokens, and query-key pairs per attention, that a model computes for a batch.
 
-    ``sequences`` is how many of them there are.
+    Attributes:
+        encoder_tokens: tokens on the encoder's side; 0 for a decoder-only model.
+        decoder_tokens: tokens on the decoder's side.
+        encoder_pairs: pairs of an encoder self-attention.
+        decoder_pairs: pairs of a decoder self-attention.
+        cross_pairs: pairs of a cross-attention.
+        sequences: number of sequences.
     """
 
     encoder_tokens: int
@@ -68,7 +84,12 @@ class BatchCount:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of one forward and backward pass."""
+    """Floating-point operations of one forward and backward pass.
+
+    Attributes:
+        linear: operations of the linear layers.
+        attention: operations of attention, without its projections.
+    """
 
     linear: int
     attention: int
@@ -83,24 +104,35 @@ def count_operations(model: nn.Module, batch: Mapping[str, Tensor], *, packed: b
     """Floating-point operations of one forward and backward pass of ``model`` over ``batch``.
 
     Args:
-        model: a transformers language model, encoder-decoder or decoder-only, whose weight matrices
-            are all ``nn.Linear`` or ``nn.Embedding``.
-        batch: what the model is called with. ``input_ids`` ``(rows, columns)``, ``attention_mask``
-            of the same shape (absent: every position is real) and, for an encoder-decoder,
+        model: a transformers language model, encoder-decoder or decoder-only, all of whose weight
+            matrices belong to ``nn.Linear`` or ``nn.Embedding``.
+        batch: the model's inputs: ``input_ids`` ``(rows, columns)``; ``attention_mask`` of the same
+            shape (if absent, every position holds a real token); and, for an encoder-decoder,
             ``labels`` ``(rows, decoder_columns)``.
-        packed: whether to count the real tokens alone, as a patched model computes them, or every
-            slot of the padded rectangle.
+        packed: whether to count only the real tokens, as a patched model computes them, or every
+            slot of the padded batch.
+
+    Returns:
+        The operations of linear layers and of attention.
 
     Raises:
-        ValueError: if the model has a weight matrix that cannot be counted, or ``batch`` lacks what
-            is needed.
+        ValueError: if the model has a weight matrix that cannot be counted, or ``batch`` lacks
+            ``input_ids`` or ``labels``.
     """
     count = count_packed(model, batch) if packed else count_padded(model, batch)
     return training_operations(model_cost(model), count)
 
 
 def training_operations(cost: ModelCost, count: BatchCount) -> Operations:
-    """Floating-point operations of one forward and backward pass: 3 times the forward's."""
+    """Floating-point operations of one forward and backward pass: 3 times those of the forward.
+
+    Args:
+        cost: of the model; see `model_cost`.
+        count: of the batch; see `count_padded`, `count_packed` and `count_lengths`.
+
+    Returns:
+        The operations of linear layers and of attention.
+    """
     linear = (
         cost.per_encoder_token * count.encoder_tokens
         + cost.per_decoder_token * count.decoder_tokens
@@ -113,21 +145,24 @@ def training_operations(cost: ModelCost, count: BatchCount) -> Operations:
     return Operations(linear=3 * 2 * linear, attention=3 * 2 * attention)
 
 
-# ----------------------------------------------------------------------- what a token costs a model
+# ---------------------------------------------------------------------- cost per token and per pair
 
 
 def model_cost(model: nn.Module) -> ModelCost:
-    """Multiply-adds per token and per query-key pair, from the model's own Linear modules.
+    """Count multiply-adds per token and per query-key pair, from the model's ``nn.Linear`` modules.
 
-    The key and value projections of cross-attention see encoder tokens; whatever lies outside the
-    encoder (the head too) sees decoder tokens. Works on the meta device, so a model of any size
-    can be counted without memory for its weights.
+    The key and value projections of cross-attention see encoder tokens. All other modules outside
+    the encoder, including the head, see decoder tokens. Works on the meta device, so that a model
+    of any size can be counted without memory for its weights.
+
+    Args:
+        model: a transformers language model, encoder-decoder or decoder-only, not patched.
 
     Raises:
-        ValueError: if a weight matrix belongs to neither ``nn.Linear`` nor ``nn.Embedding``, or no
-            attention is recognised.
+        ValueError: if a weight matrix belongs to neither ``nn.Linear`` nor ``nn.Embedding``, or the
+            model has no attention with known names.
     """
-    _refuse_what_is_not_counted(model)
+    _check_countable(model)
     encoder_decoder = _is_encoder_decoder(model)
     tokens = {"encoder": 0, "decoder": 0}
     pairs = {"encoder": 0, "decoder": 0, "cross": 0}
@@ -140,8 +175,8 @@ def model_cost(model: nn.Module) -> ModelCost:
         in_encoder = encoder_decoder and "encoder" in parents
         in_cross = any(parent in _CROSS_ATTENTION_NAMES for parent in parents)
         if name in _QUERY_NAMES:
-            # Queries times keys, then weights times values: heads * head_dim each, and that
-            # product is the width of the query projection.
+            # Queries by keys, then weights by values: heads * head_dim multiply-adds each, which is
+            # the width of the query projection.
             kind = "cross" if in_cross else "encoder" if in_encoder else "decoder"
             pairs[kind] += 2 * module.out_features
             attentions += 1
@@ -150,8 +185,8 @@ def model_cost(model: nn.Module) -> ModelCost:
         tokens["encoder" if sees_encoder else "decoder"] += module.in_features * module.out_features
     if not any(pairs.values()):
         raise ValueError(
-            f"model: no attention recognised in {type(model).__name__}; a query projection must be "
-            f"an nn.Linear named one of {', '.join(_QUERY_NAMES)}"
+            f"model must have attention with a query projection, an nn.Linear named one of "
+            f"{', '.join(_QUERY_NAMES)}, got {type(model).__name__} without one"
         )
     return ModelCost(
         per_encoder_token=tokens["encoder"],
@@ -164,16 +199,15 @@ def model_cost(model: nn.Module) -> ModelCost:
     )
 
 
-def _refuse_what_is_not_counted(model: nn.Module) -> None:
+def _check_countable(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2:
                 raise ValueError(
-                    f"model: cannot count the operations of {path}.{name}, a weight of shape "
-                    f"{tuple(parameter.shape)} in a {type(module).__name__}; "
-                    f"only nn.Linear and nn.Embedding are counted"
+                    f"model must have its weight matrices in nn.Linear and nn.Embedding, got "
+                    f"{path}.{name} of shape {tuple(parameter.shape)} in {type(module).__name__}"
                 )
 
 
@@ -181,11 +215,19 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-# -------------------------------------------------------------------- how many tokens a batch holds
+# ------------------------------------------------------------------ tokens and pairs of a batch
 
 
 def count_padded(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchCount:
-    """Tokens and pairs of the whole rectangle, padding included."""
+    """Tokens and pairs of a padded batch, including padding.
+
+    Args:
+        model: decides whether ``labels`` go through a decoder; see `count_operations`.
+        batch: the model's inputs; see `count_operations`.
+
+    Raises:
+        ValueError: if ``batch`` lacks ``input_ids`` or ``labels``.
+    """
     rows, columns = _input_ids(batch).shape
     if not _is_encoder_decoder(model):
         return BatchCount(0, rows * columns, 0, rows * columns**2, 0, rows)
@@ -203,9 +245,16 @@ def count_padded(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchCount:
 def count_packed(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchCount:
     """Tokens and pairs that a patched model computes.
 
-    It keeps the positions where ``attention_mask`` is not zero, and those of the decoder up to the
-    last label that is not -100: a -100 inside a row is computed, trailing ones are not. (In the
-    head it may leave out those inside too; they are counted here, on both sides alike.)
+    A patched model keeps the positions where ``attention_mask`` is not zero, and on the decoder's
+    side those up to the last label that is not -100. A -100 inside a row is computed, trailing ones
+    are not. (The head may also skip a -100 inside a row. It is counted here, padded and packed.)
+
+    Args:
+        model: decides whether ``labels`` go through a decoder; see `count_operations`.
+        batch: the model's inputs; see `count_operations`.
+
+    Raises:
+        ValueError: if ``batch`` lacks ``input_ids`` or ``labels``.
     """
     mask = batch.get("attention_mask")
     input_ids = _input_ids(batch)
@@ -219,7 +268,8 @@ def count_lengths(encoder_lengths: list[int] | None, decoder_lengths: list[int])
     """Tokens and pairs of sequences of these lengths, without padding.
 
     Args:
-        encoder_lengths: tokens of each sequence on the encoder's side, ``None`` if there is none.
+        encoder_lengths: tokens of each sequence on the encoder's side; ``None`` for a decoder-only
+            model.
         decoder_lengths: tokens of each sequence on the decoder's side, in the same order.
 
     Raises:
@@ -230,8 +280,8 @@ def count_lengths(encoder_lengths: list[int] | None, decoder_lengths: list[int])
         return BatchCount(0, sum(decoder_lengths), 0, pairs, 0, len(decoder_lengths))
     if len(encoder_lengths) != len(decoder_lengths):
         raise ValueError(
-            f"encoder_lengths and decoder_lengths: got {len(encoder_lengths)} and "
-            f"{len(decoder_lengths)} sequences, they must be as many"
+            f"encoder_lengths and decoder_lengths must have the same length, got "
+            f"{len(encoder_lengths)} and {len(decoder_lengths)} sequences"
         )
     return BatchCount(
         encoder_tokens=sum(encoder_lengths),
@@ -244,22 +294,25 @@ def count_lengths(encoder_lengths: list[int] | None, decoder_lengths: list[int])
 
 
 def kept_label_lengths(labels: Tensor) -> Tensor:
-    """``(rows,)`` int64: decoder tokens of each row, up to its last label that is not -100.
+    """Decoder tokens of each row: those up to its last label that is not -100.
 
     Args:
-        labels: ``(rows, columns)``, -100 where no loss is taken.
+        labels: ``(rows, columns)`` int64, -100 where there is no target.
+
+    Returns:
+        ``(rows,)`` int64.
     """
-    seen_from_the_end = (labels != IGNORE_INDEX).flip(1).cumsum(1) > 0
-    return seen_from_the_end.sum(1)
+    kept_from_the_end = (labels != IGNORE_INDEX).flip(1).cumsum(1) > 0
+    return kept_from_the_end.sum(1)
 
 
 def _input_ids(batch: Mapping[str, Tensor]) -> Tensor:
     if "input_ids" not in batch:
-        raise ValueError(f"batch: needs input_ids, got {sorted(batch)}")
+        raise ValueError(f"batch must have input_ids, got {sorted(batch)}")
     return batch["input_ids"]
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     if "labels" not in batch:
-        raise ValueError(f"batch: an encoder-decoder model needs labels, got {sorted(batch)}")
+        raise ValueError(f"batch must have labels for an encoder-decoder, got {sorted(batch)}")
     return batch["labels"]

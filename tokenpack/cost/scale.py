@@ -1,12 +1,12 @@
-"""Many ranks, on paper: what they send one another, and how long they wait for the slowest.
+"""Predict the costs of several ranks: the bytes that they exchange, and the wait for the slowest.
 
-Of n ranks, a ring (Patarasu & Yuan 2009, doi:10.1016/j.jpdc.2008.09.002) sends over each link
+With n ranks, a ring (Patarasu & Yuan 2009, doi:10.1016/j.jpdc.2008.09.002) sends over each link
 
     all-reduce                       2 (n - 1) / n * bytes     DDP: gradients
     all-gather, reduce-scatter         (n - 1) / n * bytes     FSDP: weights twice, gradients once
 
-and a step lasts as long as its slowest rank. Which rank has how much to do is not a formula: the
-planner's own batches are dealt to ranks as in training, and the operations of each are counted.
+A step lasts as long as its slowest rank. No formula gives the work of each rank, so the planner
+assigns real batches to ranks as in training, and the operations of each rank are counted.
 """
 
 from __future__ import annotations
@@ -21,19 +21,27 @@ from .operations import ModelCost
 
 
 class Exchange(NamedTuple):
-    """Bytes that each rank sends in one step."""
+    """Bytes that each rank sends in one step.
+
+    Attributes:
+        data_parallel: with DDP.
+        fully_sharded: with FSDP.
+    """
 
     data_parallel: int
     fully_sharded: int
 
 
 def exchange_bytes(parameters: int, ranks: int, element_size: int = 4) -> Exchange:
-    """What a step's gradients and weights take on every link of a ring.
+    """Bytes that a training step sends over each link of a ring.
 
     Args:
-        parameters: how many.
-        ranks: how many share them.
-        element_size: bytes of one as it is sent; gradients and weights alike.
+        parameters: number of trained parameters.
+        ranks: number of ranks.
+        element_size: bytes per element that is sent, for gradients and weights.
+
+    Returns:
+        The bytes with DDP and with FSDP.
     """
     once = parameters * element_size * (ranks - 1) / ranks
     return Exchange(data_parallel=round(2 * once), fully_sharded=round(3 * once))
@@ -46,14 +54,17 @@ def rank_efficiency(
     cost: ModelCost,
     ranks: int,
 ) -> NDArray[np.float64]:
-    """``(steps,)``: operations of the mean rank over those of the busiest, packed.
+    """Operations of the mean rank over those of the busiest rank, packed, for each step.
 
     Args:
-        ranks_of: for each step, the rank of each of its examples.
-        members_of: for each step, its examples, as rows of ``lengths``.
-        lengths: ``(n, 1)`` tokens, or ``(n, 2)``: source and target.
-        cost: of the model.
-        ranks: how many there are.
+        ranks_of: for each step, ``(examples,)`` int64, the rank of each example.
+        members_of: for each step, ``(examples,)`` int64, its examples as rows of ``lengths``.
+        lengths: ``(n, 1)`` int64 tokens, or ``(n, 2)`` source and target tokens.
+        cost: of the model; see `model_cost`.
+        ranks: number of ranks.
+
+    Returns:
+        ``(steps,)`` float64, at most 1.
     """
     work = _operations(lengths, cost)
     shares = []
@@ -64,7 +75,7 @@ def rank_efficiency(
 
 
 def _operations(lengths: NDArray[np.int64], cost: ModelCost) -> NDArray[np.float64]:
-    """``(n,)``: multiply-adds of each example."""
+    """Multiply-adds of the forward of each example, ``(n,)``."""
     target = lengths[:, -1].astype(np.float64)
     work = cost.per_decoder_token * target + cost.per_decoder_pair * target**2
     if lengths.shape[1] == 2:

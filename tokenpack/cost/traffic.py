@@ -1,14 +1,14 @@
-"""Count the bytes that a training step moves besides its products.
+"""Count the bytes that a training step moves outside of matrix products and attention.
 
     moved = sum over operators of (bytes of their tensor arguments + bytes of their results)
 
-Nothing is computed: the model runs forward and backward on the meta device, where tensors have
-shapes alone, while every operator that is dispatched is looked at. Matrix products and attention
-are left out, as their time goes by operations; views move nothing. Three runs, of which two have
-one side longer, tell what goes by encoder tokens, by decoder tokens and by neither.
+Nothing is computed. The model runs forward and backward on the meta device, where tensors have
+shapes but no data, and a dispatch mode looks at every operator. Matrix products and attention are
+left out, because operations determine their time; views move nothing. Three runs, two of them with
+one side longer, separate the bytes per encoder token, per decoder token, and per step.
 
-The losses differ: a padded model writes the logits of all tokens, a patched one takes them by
-chunks. So the head's logits are counted apart.
+A padded model writes the logits of all tokens, and a patched model computes them in chunks. The
+logits of the head are therefore counted separately.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
-_STAND_IN = "tokenpack_counted"  # the name of an attention that computes nothing
+_STAND_IN = "tokenpack_counted"  # name of an attention function that computes nothing
 _ROWS, _SHORT, _LONG = 2, 16, 32
 
 _PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm"))
@@ -36,15 +36,17 @@ _GATHERS = frozenset({"aten::embedding", "aten::index_select", "aten::index", "a
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one forward and backward pass, of one token or of the pass as a whole.
+    """Bytes that one forward and backward pass moves, per token and per pass.
 
     Attributes:
-        moved_per_encoder_token, moved_per_decoder_token: read and written outside products and
+        moved_per_encoder_token: bytes read and written per encoder token, outside of products and
             attention, without the loss.
-        moved_once: whatever the batch: gradients that are added up, tables that are zeroed.
-        loss_moved_per_token: of the loss on all logits, by decoder tokens.
-        logits_per_token: of a token's logits.
-        calls: operators dispatched, products and attention among them.
+        moved_per_decoder_token: the same per decoder token.
+        moved_once: bytes that do not depend on the batch, such as accumulated gradients and zeroed
+            gradients of embedding tables.
+        loss_moved_per_token: bytes per decoder token of a loss on the logits of all tokens.
+        logits_per_token: bytes of a token's logits.
+        calls: number of operators, including products and attention.
     """
 
     moved_per_encoder_token: float
@@ -56,17 +58,20 @@ class Traffic:
 
 
 def count_traffic(model: nn.Module) -> Traffic:
-    """Bytes that ``model`` moves in a training step.
+    """Count the bytes that ``model`` moves in a training step.
 
     Args:
         model: a transformers language model on the meta device, encoder-decoder or decoder-only,
-            as it comes: not patched. Its dtype is that of the activations.
+            not patched. Its dtype is that of the activations.
+
+    Returns:
+        The bytes per token and per step.
 
     Raises:
-        ValueError: if it is not on the meta device.
+        ValueError: if the model is not on the meta device.
     """
     tokens = _ROWS * (_LONG - _SHORT)
-    with attention_left_out(model):
+    with without_attention(model):
         short = _run(model, _SHORT, _SHORT)
         decoder = (_run(model, _SHORT, _LONG).moved - short.moved) / tokens
         encoder = 0.0
@@ -85,29 +90,29 @@ def count_traffic(model: nn.Module) -> Traffic:
 
 
 def count_calls(run: Callable[[], object]) -> int:
-    """Operators that ``run`` dispatches, counted as those of a step are."""
-    with _Operators() as seen:
+    """Number of operators that ``run`` dispatches, counted as in `Traffic`."""
+    with _Operators() as operators:
         run()
-    return seen.calls
+    return operators.calls
 
 
 @contextmanager
-def attention_left_out(model: nn.Module) -> Iterator[None]:
-    """Have a model on the meta device keep what fused attention keeps, and compute none of it.
+def without_attention(model: nn.Module) -> Iterator[None]:
+    """Replace attention by a function that computes nothing and saves what fused attention saves.
 
     Raises:
-        ValueError: if it is not on the meta device.
+        ValueError: if the model is not on the meta device.
     """
     if any(parameter.device.type != "meta" for parameter in model.parameters()):
         raise ValueError(
-            "model: must be on the meta device, where nothing is computed; build it under "
+            "model must be on the meta device, got parameters on another device; build it under "
             "torch.device('meta')"
         )
     AttentionInterface.register(_STAND_IN, _attend)
     config: Any = model.config
-    # Stacks have copies, which set_attn_implementation passes over in some versions.
-    owned = [getattr(module, "config", None) for module in model.modules()]
-    before = [(c, c._attn_implementation) for c in {id(c): c for c in owned if c}.values()]
+    # Encoder and decoder have copies, which set_attn_implementation skips in some versions.
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    before = [(c, c._attn_implementation) for c in {id(c): c for c in configs if c}.values()]
     cached, config.use_cache = config.use_cache, False
     for each, _ in before:
         each._attn_implementation = _STAND_IN
@@ -120,10 +125,10 @@ def attention_left_out(model: nn.Module) -> Iterator[None]:
         model.zero_grad()
 
 
-def inputs_of(
+def make_inputs(
     model: nn.Module, rows: int, encoder: int, decoder: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Targets and inputs of ``rows`` full rows; a decoder-only model has the decoder's tokens."""
+    """Targets and inputs for ``rows`` full rows; ``encoder`` is unused for a decoder-only model."""
     targets = torch.zeros(rows, decoder, dtype=torch.long, device="meta")
     ids = targets
     inputs: dict[str, Any] = {}
@@ -134,29 +139,29 @@ def inputs_of(
 
 
 @dataclass
-class _Count:
+class _PassCount:
     moved: float = 0.0
     logits: float = 0.0
     calls: int = 0
 
 
-def _run(model: nn.Module, encoder: int, decoder: int, loss: bool = False) -> _Count:
-    """One pass over rows of so many tokens; a decoder-only model has the decoder's."""
-    targets, inputs = inputs_of(model, _ROWS, encoder, decoder)
+def _run(model: nn.Module, encoder: int, decoder: int, loss: bool = False) -> _PassCount:
+    """One pass over full rows of ``encoder`` and ``decoder`` tokens."""
+    targets, inputs = make_inputs(model, _ROWS, encoder, decoder)
     model.train()
     model.zero_grad()
-    with _Operators() as seen:
+    with _Operators() as operators:
         out = model(**inputs, labels=targets if loss else None)
         if loss:
             out.loss.backward()
         else:
             out.logits.backward(torch.empty_like(out.logits))
     logits = out.logits.numel() * out.logits.element_size() / targets.numel()
-    return _Count(float(seen.moved), logits, seen.calls)
+    return _PassCount(float(operators.moved), logits, operators.calls)
 
 
 class _Operators(TorchDispatchMode):
-    """Adds up what each operator reads and writes."""
+    """Counts operators, and the bytes that each reads and writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +176,7 @@ class _Operators(TorchDispatchMode):
         if name in _PRODUCTS:
             return result
         written = _bytes(result)
-        # A gather reads what it takes, not the table.
+        # A gather reads only the rows that it returns, not the whole table.
         self.moved += 2 * written if name in _GATHERS else written + _bytes((args, kwargs))
         return result
 
@@ -182,7 +187,7 @@ def _bytes(tree: object) -> int:
 
 
 class _StandIn(torch.autograd.Function):
-    """Keeps what fused attention keeps, and computes nothing."""
+    """Saves for the backward what fused attention saves, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

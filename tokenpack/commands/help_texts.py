@@ -1,0 +1,163 @@
+"""Help texts of the ``tokenpack`` command. Imports nothing, so that ``--help`` starts fast."""
+
+DESCRIPTION = """\
+Padding-free training of Hugging Face models: the same results, computed from the real tokens only.
+
+  tokenpack demo      train T5, NLLB and Llama padded and patched, side by side, and compare
+  tokenpack doctor    what is installed here, and which attention backends can run
+  tokenpack inspect   how much of your data's batches is padding, and what removing it saves
+  tokenpack pack      pack your sequences into full rows, and write them as a dataset
+"""
+
+DEMO = """\
+Train each model twice on the same batches from the same weights: padded, with transformers' own
+SDPA attention, and patched by tokenpack. Print the measurements of both runs, and write a PNG and a
+JSON file.
+
+The models are built from configs, with random weights. Their size depends on the device: small and
+in fp32 on a CPU, larger and under bf16 autocast on a CUDA device. Nothing is downloaded. Dropout
+and layer drop are 0, because the two runs would draw different random numbers and their losses
+would not be comparable.
+"""
+
+DEMO_EPILOG = """\
+data:
+  The default is the docstrings of Python's standard library that have more than one line. Their
+  lengths vary widely. The models learn:
+    t5     span corruption: predict the masked spans of a docstring
+    nllb   the rest of the docstring -> its summary
+    llama  the docstring, each token from those before it
+  With --data FILE, the data is a UTF-8 file instead:
+    FILE.txt    texts separated by blank lines; without blank lines, one text per line
+    FILE.jsonl  one object per line, with "text", or with "source" and "target"
+  With "source" and "target", t5 and nllb learn source -> target, and llama learns the two joined.
+  Texts that are longer than a model allows are cut. The output shows how many were cut.
+
+columns of the table:
+  padding           share of the batches' slots that hold no token
+  tokens/s          real tokens per second of forward and backward
+  step-time ratio   padded / packed time of forward and backward: the median over the steps
+  ideal ratio       padded / packed floating-point operations, counted: the median over the steps
+  ratio / ideal     step-time ratio / ideal ratio of each step: the median over the steps
+  largest loss diff |padded - patched| / padded: the largest of all steps
+  peak MiB          memory that one forward and backward needs in addition to the weights
+
+examples:
+  tokenpack demo                                 three models, under 4 minutes on two CPU cores
+  tokenpack demo --model t5 --steps 50
+  tokenpack demo --data my.jsonl --out runs/my
+  tokenpack demo --size tiny --steps 2           a check of the installation, in seconds; too small
+                                                 for meaningful times
+
+exit code: 0 on success; 1 if the losses differ or a step was not packed; 2 for bad input.
+"""
+
+DOCTOR = """\
+Print the versions of tokenpack's dependencies, the devices, and for each device the attention
+backends that can run on it and why the others cannot. Paste the output into a bug report.
+"""
+
+DOCTOR_EPILOG = """\
+example:
+  tokenpack doctor
+"""
+
+INSPECT = """\
+Tokenize a file. Show the lengths of its texts, the share of padding in their batches, and how much
+faster a model of a named shape would train without padding, by counted floating-point operations.
+Then plan packed rows of the same texts, and show how full each strategy fills them.
+"""
+
+INSPECT_EPILOG = """\
+FILE has the formats of `tokenpack demo --data`: .txt (texts separated by blank lines, or one per
+line), or .jsonl ("text", or "source" and "target"). Random batches come from the shuffled data.
+Sorted batches come from the data in order of length: they have little padding, but each batch is
+all short or all long.
+
+the first table:
+  padding     share of the batches' slots that hold no token
+  linear      padded / packed operations of the linear layers only: 1 / (1 - padding) if all tokens
+              cost the same
+  speed-up    the same with attention, whose cost grows with the square of the length
+
+the second table, for rows as `tokenpack pack` makes them:
+  rows        rows of --capacity tokens that hold all texts; longer texts are cut, and counted
+  efficiency  share of their slots that hold a token; the rest is padding
+  seconds     time to plan once. All strategies run, which takes 5 to 20 s for a million texts:
+              less than tokenizing them
+For an encoder-decoder, the rows hold pairs and have a capacity on each side (pack_pairs).
+
+the third table, with --gpus: what `tokenpack.cost` predicts for training with AdamW on that many
+devices, from counted operations and bytes and from the peak rates of a device. By default these
+rates are measured on this machine, in a few seconds. --ceilings reads those of another device from
+a file: ceilings.json of a benchmark's results, or from tokenpack.cost.write_ceilings. The predicted
+times assume that the device runs at its peak, so trust the ratios rather than the times.
+  rows        rows of a random batch
+  seconds     time of its training step, padded and packed
+  GiB         weights, optimizer and all that the step keeps, for the largest such batch
+For many ranks, the prediction covers DDP and FSDP over links of --link GB/s, without overlap of
+communication and backward. Balance is the mean rank's work over the busiest rank's, for the
+trainer's own batches: a token budget for each rank.
+
+shapes: for "text" data, llama-1b (default), llama-8b
+        for "source" and "target", t5-base (default), t5-small, t5-large, nllb-600m, and the llamas
+
+examples:
+  tokenpack inspect --data my.jsonl --tokenizer google-t5/t5-base
+  tokenpack inspect --data my.txt --tokenizer checkpoints/run1 --shape llama-8b --max-length 2048
+  tokenpack inspect --data my.txt --tokenizer tokenizer.json --capacity 4096 --out inspected
+  tokenpack inspect --data my.jsonl --tokenizer my --model-config my/config.json --gpus 8
+"""
+
+PACK = """\
+Pack the sequences of IN into rows of --capacity tokens with little padding. Write the rows as a
+dataset, and print how full they are.
+"""
+
+PACK_EPILOG = """\
+IN is a file, a folder or a glob (in quotes) of
+  .parquet .arrow .feather .jsonl .csv .tsv .txt    text formats also as .gz and .zst
+with a column of token lists, or with --tokenizer a column of text (.txt: one text per line); or
+  .npy                                              only lengths: integers, one per sequence
+
+OUT is a new or an empty folder. The command writes
+  dataset.arrow   one row per bin; datasets.Dataset.from_file("OUT/dataset.arrow") opens it without
+                  a copy
+  metrics.json    the metrics, the options, and the versions of the dependencies
+  plan.png        lengths and fills, if matplotlib is installed
+Lengths without tokens make no rows. They are planned in shards, in bounded memory, and OUT holds
+  plan            tokenpack.packing.PackResult.load("OUT/plan"): which sequences share a bin
+
+the columns of a row:
+  input_ids       --capacity ids
+  attention_mask  1 at tokens, 0 at padding; it does not separate sequences
+  labels          unshifted, for a loss that shifts; -100 at padding and at each sequence's first
+                  token
+  position_ids    from 0 in every sequence
+  seq_lengths     tokens of each sequence in the row
+tokenpack.data.collate_packed_rows makes batches of these rows that keep sequences apart.
+
+strategies:
+  auto   obfdp or obfd, depending on how often lengths repeat and how full rows become (default)
+  nf     next fit: one open bin; keeps the order
+  ff     first fit: in input order, into the first bin with room
+  bf     best fit: in input order, into the fullest bin with room
+  wf     worst fit: in input order, into the emptiest open bin
+  ffd    first-fit decreasing: ff, longest sequences first
+  bfd    best-fit decreasing: bf, longest sequences first
+  ffs    first-fit shuffle: ff in random order, by --seed
+  mffd   modified first-fit decreasing: ffd that first pairs those over half the capacity
+  obfd   optimized best-fit decreasing: bfd over a histogram of lengths
+  obfdp  parallel best-fit decreasing: bfd for all bins at once, in rounds
+  hk     harmonic: in input order, similar lengths together
+`tokenpack inspect` compares them on your texts.
+
+examples:
+  tokenpack pack tokenized.parquet packed --capacity 4096
+  tokenpack pack 'shards/*.jsonl.zst' packed --capacity 2048 --labels labels --overlong truncate
+  tokenpack pack my.jsonl packed --capacity 2048 --tokenizer google-t5/t5-base --overlong split
+  tokenpack pack my.parquet packed --capacity 2048 --columns input_ids labels position_ids
+  tokenpack pack lengths.npy planned --capacity 8192 --window 100000
+
+exit code: 0 on success; 2 for bad input, which leaves OUT empty.
+"""

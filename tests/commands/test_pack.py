@@ -354,7 +354,7 @@ def test_bad_files_and_options(tokens, tokenizer, tmp_path, capsys):
         ("broken.npy", [], "IN must be one .npy array"),
         ("empty.npy", [], "IN must be one .npy array"),
         ("empty.jsonl", [], "empty.jsonl is empty"),
-        ("x.bin", [], "does not say its format"),
+        ("x.bin", [], "must end in one of"),
         ("shares.npy", [], "must be a one-dimensional array of integers, a length per sequence"),
         ("square.npy", [], "square.npy with int64 of shape (2, 2)"),
         ("none.npy", [], "with int64 of shape (0,)"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import shutil
 from array import array
 from collections.abc import Callable, Iterator
@@ -206,11 +207,12 @@ def _batches(path: str, names: list[str]) -> Iterator[pa.Table]:
     try:
         yield from streaming_dataset_reader(path, columns=names, output="arrow")
     except (ValueError, OSError) as error:
-        # Remove the names of the reader's own arguments.
-        why = str(error).removeprefix("path: ").removeprefix("columns: ")
+        # Name the command's argument in place of the reader's.
+        why = re.sub(r"^(path|columns)(?=[ :])", "IN", str(error))
+        why = why if why.startswith("IN") else f"IN: {why}"
         if "no column" in why:
             why += " (--column must hold token lists; for text, use --tokenizer and --text-column)"
-        raise ValueError(f"IN: {why}") from None
+        raise ValueError(why) from None
 
 
 def _token_lists(column: pa.ChunkedArray, name: str) -> Tokens:

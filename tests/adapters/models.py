@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from packaging.version import Version
 
-from tokenpack.adapters.family import FAMILIES
+from tokenpack.adapters.families import FAMILIES
 
 VOCABULARY = 97
 PAD, EOS, BOS = 0, 1, 2

@@ -39,11 +39,11 @@ FALLBACKS = {
     "encoder_outputs are given": (T5, lambda b: {**b, "encoder_outputs": encoder_outputs(T5)}),
     "attention_mask is 4-dimensional": (LLAMA, four_dimensional),
     "attention_mask has holes": (T5, with_holes),
-    "labels ask something of padding": (
+    "labels at padded positions must be -100": (
         LLAMA,
         lambda b: {**b, "labels": b["input_ids"].clone()},
     ),
-    "labels ask for nothing": (T5, lambda b: {**b, "labels": torch.full_like(b["labels"], -100)}),
+    "all labels are -100": (T5, lambda b: {**b, "labels": torch.full_like(b["labels"], -100)}),
     "argument 'logits_to_keep'": (LLAMA, lambda b: {**b, "logits_to_keep": 40}),
 }
 
@@ -137,7 +137,7 @@ def test_umt5_is_refused_where_its_own_decoder_is_not_causal(monkeypatch):
         model = BY_NAME["UMT5ForConditionalGeneration"].build()
     else:
         model = BY_NAME["UMT5ForConditionalGeneration"].build()
-        monkeypatch.setattr("tokenpack.adapters.patching.transformers_version", "5.17.0")
+        monkeypatch.setattr("tokenpack.adapters.families.transformers_version", "5.17.0")
     with pytest.raises(ValueError, match=r"umt5 needs transformers >= 5.18"):
         patch_model(model)
 
@@ -214,7 +214,7 @@ def test_bad_batch_is_named_before_anything_runs(message):
 def test_decoder_of_other_sequences_is_named():
     model = patch_model(T5.build())
     batch = T5.batch("right")
-    with pytest.raises(ValueError, match="hold 5 sequences, the decoder's inputs or labels 4"):
+    with pytest.raises(ValueError, match="as many sequences as input_ids, 5, got 4"):
         model(**{**batch, "labels": batch["labels"][:4]})
 
 
@@ -234,7 +234,7 @@ def test_packed_input_that_cannot_be_packed_is_an_error():
     with pytest.raises(ValueError, match="cannot pack this call: a cache is in use"):
         model(**packed, use_cache=True)
     classifier = patch_model(BY_NAME["LlamaForSequenceClassification"].build())
-    with pytest.raises(ValueError, match="a head that reads rows"):
+    with pytest.raises(ValueError, match="the head reads padded rows"):
         classifier(**packed)
 
 
@@ -253,7 +253,7 @@ def test_a_subclass_with_its_own_forward_is_left_alone():
     patch_model(model)
     batch = LLAMA.batch("right")
     assert model(**batch).loss.equal(3 * reference(**batch).loss)
-    assert list(packing_stats(model).fallbacks) == ["TripledForCausalLM has a forward of its own"]
+    assert list(packing_stats(model).fallbacks) == ["TripledForCausalLM has a custom forward"]
 
 
 def test_a_loss_function_of_the_users_is_called():
@@ -295,7 +295,7 @@ def test_a_position_table_replaced_after_the_patch_is_noticed():
 
 def test_a_part_of_a_patched_model_is_not_patched_again():
     model = patch_model(NLLB.build())
-    with pytest.raises(ValueError, match="patched already"):
+    with pytest.raises(ValueError, match="already patched"):
         patch_model(model.model)
     assert packing_stats(model).packed_calls == 0
     unpatch_model(model)

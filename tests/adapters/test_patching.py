@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers as hf
 
 from tokenpack import is_patched, packing_stats, patch_model, unpatch_model
 
@@ -57,6 +58,16 @@ def test_pickle_keeps_the_patch(case, reference):
     assert_trains_alike(model, reference, case.batch("left"))
     assert_packed(model)
     assert type(unpatch_model(model)) is type(reference)
+
+
+def test_unpickling_registers_the_attention_again(monkeypatch):
+    reference = LLAMA.build()
+    saved = pickle.dumps(patch_model(copy.deepcopy(reference)))
+    for registry in (hf.AttentionInterface, hf.AttentionMaskInterface):  # as in a new process
+        monkeypatch.delitem(registry._global_mapping, "tokenpack_sdpa")
+    model = pickle.loads(saved)
+    assert_trains_alike(model, reference, LLAMA.batch("left"))
+    assert_packed(model)
 
 
 @parametrize_models
@@ -162,7 +173,7 @@ def test_lora_on_the_head_itself_keeps_the_loss_right():
         patch_model(with_lora(copy.deepcopy(reference))),
     ):
         assert_trains_alike(model, with_lora(copy.deepcopy(reference)), LLAMA.batch("right"))
-        assert "no plain nn.Linear" in packing_stats(model).loss
+        assert "not a plain nn.Linear" in packing_stats(model).loss
 
 
 @parametrize_models
@@ -341,7 +352,7 @@ def test_a_head_whose_logits_change_later_is_found_out(caplog):
         reference.lm_head.weight.mul_(0.5)
     for _ in range(2):
         assert abs(model(**batch).loss - reference(**batch).loss).item() <= 1e-5
-    assert "in a way unknown here" in packing_stats(model).loss
+    assert "in an unsupported way" in packing_stats(model).loss
 
 
 def test_outputs_as_a_tuple():

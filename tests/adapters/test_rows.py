@@ -115,16 +115,16 @@ WRONG = {
     "cu_seqlens and cu_seqlens_padded must both be .num_seqs . 1,.": {
         "cu_seqlens_padded": torch.tensor([0, 36])
     },
-    "sequence 0 has 5 tokens from slot 0, and the next slot is 4": {
+    "sequence 0 with 5 tokens from slot 0, and slot 4 of 36 after it": {
         "cu_seqlens_padded": torch.tensor([0, 4, 6, 12, 24, 26, 36])
     },
-    "in one row of 12; sequence 3 has 9 tokens from slot 16": {
+    "in one row of 12, got sequence 3 with 9 tokens from slot 16": {
         "cu_seqlens_padded": torch.tensor([0, 5, 6, 16, 25, 27, 36])
     },
-    "sequence 5 has 6 tokens from slot 31": {
+    "sequence 5 with 6 tokens from slot 31": {
         "cu_seqlens_padded": torch.tensor([0, 5, 6, 12, 24, 31, 40])
     },
-    "sequence 0 has 5 tokens from slot -1": {
+    "sequence 0 with 5 tokens from slot -1": {
         "cu_seqlens_padded": torch.tensor([-1, 5, 6, 12, 24, 26, 36])
     },
     "cu_seqlens must start at 0": {"cu_seqlens": torch.tensor([1, 6, 7, 11, 20, 22, 28])},
@@ -148,9 +148,9 @@ def test_contradictions_are_errors(message):
 
 def test_rows_mean_nothing_to_an_encoder_decoder_or_a_head_that_reads_rows():
     batch, _ = packed_rows()
-    with pytest.raises(ValueError, match="6 sequences, the decoder's inputs or labels 1"):
+    with pytest.raises(ValueError, match="as many sequences as input_ids, 6, got 1"):
         patch_model(T5.build())(**batch)
     head = next(case for case in CASES if case.model == "LlamaForSequenceClassification")
     assert head in BY_NAME.values()
-    with pytest.raises(ValueError, match="a head that reads rows"):
+    with pytest.raises(ValueError, match="the head reads padded rows"):
         patch_model(head.build())(**{k: v for k, v in batch.items() if k != "labels"})

@@ -1,7 +1,7 @@
-"""Which backend a call gets and why, and that each is asked for the same attention.
+"""Which backend runs a call and why, and that all backends get the same call.
 
-Other people's functions are stood in for by the reference behind their signatures, old and new,
-with the meaning that each release gives its parameters.
+Stand-ins for flash-attn and torch have the signatures of old and new releases, interpret the
+parameters as each release does, and run the reference.
 """
 
 import inspect
@@ -198,7 +198,7 @@ def flash_3(
         window_size=window_size,
         softcap=softcap,
     )
-    return out, torch.zeros(())  # and the logsumexp
+    return out, torch.zeros(())  # and the log-sum-exp
 
 
 def flash_4(
@@ -252,7 +252,7 @@ def forget_probes():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that makes this look like a machine with a GPU and those versions."""
+    """A function that simulates a machine with a GPU and these versions."""
 
     def pretend(*, torch_version=None, flash_version=None, capability=(9, 0)):
         for module in FLASH_MODULES:
@@ -278,7 +278,7 @@ def machine(monkeypatch):
 
 @pytest.fixture
 def as_if_on_cuda(monkeypatch):
-    """Calls on CPU tensors choose as those on CUDA tensors would."""
+    """Selects backends for CPU tensors as if they were CUDA tensors."""
     calls = []
 
     def choose(call, prefer="auto"):
@@ -292,7 +292,7 @@ def as_if_on_cuda(monkeypatch):
 # ------------------------------------------------------------------------------------- the choice
 
 
-def test_cpu_runs_the_reference_and_says_why(machine):
+def test_cpu_runs_the_reference(machine):
     machine(torch_version="2.13", flash_version="2.8")
     choice = choose_backend(PLAIN._replace(device_type="cpu"))
     assert choice.backend == "reference"
@@ -358,7 +358,7 @@ def test_cuda_prefers_flash_attn_then_torch_then_triton(machine):
     ],
     ids=str,
 )
-def test_what_the_newest_lack(machine, changes, flash_lacks, torch_lacks, triton_lacks):
+def test_what_the_newest_versions_lack(machine, changes, flash_lacks, torch_lacks, triton_lacks):
     machine(torch_version="2.13", flash_version="2.8")
     call = PLAIN._replace(**changes)
     lacking = {"flash_attn": flash_lacks, "torch": torch_lacks, "triton": triton_lacks}
@@ -380,7 +380,7 @@ def test_what_the_newest_lack(machine, changes, flash_lacks, torch_lacks, triton
 
 
 @pytest.mark.parametrize("capability", [(7, 5), None])
-def test_a_gpu_too_old_or_none(machine, capability):
+def test_old_gpu_or_no_gpu(machine, capability):
     machine(torch_version="2.13", flash_version="2.8", capability=capability)
     for backend in ("flash_attn", "torch", "triton"):
         with pytest.raises(ValueError, match=r"needs compute capability 8\.0 or newer"):
@@ -418,7 +418,7 @@ def test_what_other_flash_attn_lacks(machine, version, changes, lack):
     assert choose_backend(PLAIN, "flash_attn").backend == "flash_attn"
 
 
-def test_a_signature_without_any_causality(machine, monkeypatch):
+def test_signature_without_causality(machine, monkeypatch):
     monkeypatch.setitem(TORCH, "stripped", lambda query, key, value, *lengths: query)
     machine(torch_version="stripped")
     with pytest.raises(ValueError, match="accepts neither is_causal nor window_size"):
@@ -442,30 +442,30 @@ def test_what_triton_lacks(machine, changes, lack):
     assert choose_backend(PLAIN._replace(**everything), "triton").backend == "triton"
 
 
-def test_the_reference_runs_anything_that_is_asked_of_it(machine):
+def test_the_reference_runs_everything(machine):
     machine(torch_version="2.13", flash_version="2.8")
     assert choose_backend(PLAIN, "reference") == ("reference", "selected by name")
 
 
 @pytest.mark.parametrize("name", ["flash", "sdpa", "", None])
-def test_an_unknown_name(name):
+def test_unknown_name(name):
     with pytest.raises(ValueError, match=r"attention must be one of \('auto', 'flash_attn', 't"):
         choose_backend(PLAIN, name)
 
 
-def test_a_package_that_does_not_import_is_not_said_to_be_missing(machine, tmp_path, monkeypatch):
+def test_failed_import_is_reported(machine, tmp_path, monkeypatch):
     machine(torch_version="2.13")
-    (tmp_path / "flash_attn.py").write_text("import a_compiled_part_that_is_gone")
+    (tmp_path / "flash_attn.py").write_text("import a_missing_extension")
     monkeypatch.delitem(sys.modules, "flash_attn")
     monkeypatch.syspath_prepend(tmp_path)
     choice = choose_backend(PLAIN)
     assert choice.backend == "torch"
-    assert "flash_attn cannot be imported: No module named 'a_compiled_part_that" in choice.reason
+    assert "flash_attn cannot be imported: No module named 'a_missing_ext" in choice.reason
 
 
 def test_report_names_every_backend(machine):
     machine(torch_version="2.13", flash_version="2.8")
-    report = backend_report()  # of the GPU that is there
+    report = backend_report()  # of the GPU
     assert [status.name for status in report] == list(BACKENDS)
     assert [status.usable for status in report] == [True] * 4
     assert [status.reason for status in report] == ["ready"] * 4
@@ -646,7 +646,7 @@ def test_autocast_decides_before_the_choice(machine, as_if_on_cuda):
     assert as_if_on_cuda[-1].dtype == out.dtype == torch.bfloat16
 
 
-def test_flash_is_not_asked_for_more_scratch_than_it_can_address(machine, as_if_on_cuda):
+def test_flash_scratch_limit(machine, as_if_on_cuda):
     machine(torch_version="2.13")
 
     def attend(tokens):
@@ -658,7 +658,7 @@ def test_flash_is_not_asked_for_more_scratch_than_it_can_address(machine, as_if_
     with pytest.raises(ValueError, match=r"past 2\*\*31 scratch elements"):
         attend(2**20 - 256)
     assert not as_if_on_cuda[-1].flash_scratch_fits
-    options["backend"] = "flash_attn"  # which is not installed, and so stops before it computes
+    options["backend"] = "flash_attn"  # not installed, so it raises before it runs
     with pytest.raises(ValueError, match="not installed"):
         attend(2**20 - 257)
     assert as_if_on_cuda[-1].flash_scratch_fits
@@ -667,7 +667,7 @@ def test_flash_is_not_asked_for_more_scratch_than_it_can_address(machine, as_if_
 # ------------------------------------------------------------------------------ the real functions
 
 
-def test_the_installed_torch_takes_what_it_is_passed():
+def test_installed_torch_accepts_the_keywords():
     forget_probes()
     function, accepted = backends._torch_varlen()
     for causal in (False, True):
@@ -678,7 +678,7 @@ def test_the_installed_torch_takes_what_it_is_passed():
         if "is_causal" in accepted:
             assert bound.arguments["is_causal"] is causal
         if "window_size" in accepted:
-            # torch looks for this very tuple.
+            # torch compares with exactly this tuple.
             assert bound.arguments["window_size"] == ((-1, 0) if causal else (-1, -1))
             assert isinstance(bound.arguments["window_size"], tuple)
 
@@ -688,7 +688,7 @@ def test_the_installed_torch_takes_what_it_is_passed():
 @pytest.mark.parametrize("backend", ["flash_attn", "torch"])
 @pytest.mark.parametrize("window", [None, (3, 0), (2, 5), (4, -1)], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-def test_on_cuda_as_the_reference_in_float64(backend, causal, window):
+def test_on_cuda_against_the_reference_in_float64(backend, causal, window):
     forget_probes()
     q, k, v, *cu_seqlens = (tensor.cuda() for tensor in make_call())
     options = {"causal": causal, "window": window}

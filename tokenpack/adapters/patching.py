@@ -81,17 +81,7 @@ def patch_model(
             raise ValueError(f"{type(inner).__name__} can never be packed: {state.unpackable}")
         state.attention, state.logits, state.strict = attention, logits, strict
         return model
-    for name, module in inner.named_modules():
-        if "forward" in vars(module):
-            raise ValueError(
-                f"{name or 'model'} has a forward set on the instance, which would hide the "
-                "patched one (accelerate sets one): call patch_model before accelerator.prepare"
-            )
-        if is_swapped(module):
-            raise ValueError(
-                f"model contains a submodule that is already patched ({name or 'itself'}): unpatch "
-                "it first, or patch only the whole model"
-            )
+    _check_modules(inner)
     state = PatchState(family, attention, logits, strict)
     state.unpackable = _unpackable_reason(inner, family)
     if family is None or state.unpackable is not None:
@@ -172,7 +162,7 @@ def packing_stats(model: nn.Module) -> PackingStats:
     return patched._tokenpack_state.stats
 
 
-# --------------------------------------------------------------------------------- what to patch
+# ------------------------------------------------------------------------------- whether to patch
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -201,6 +191,21 @@ def _find_patched(model: PreTrainedModel) -> Any:
     return None
 
 
+def _check_modules(model: PreTrainedModel) -> None:
+    """Raise ValueError if a module of ``model`` would hide the patch or is already patched."""
+    for name, module in model.named_modules():
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{name or 'model'} has a forward set on the instance, which would hide the "
+                "patched one (accelerate sets one): call patch_model before accelerator.prepare"
+            )
+        if is_swapped(module):
+            raise ValueError(
+                f"model contains a module that is already patched ({name or 'itself'}): unpatch "
+                "it first, or patch only the whole model"
+            )
+
+
 def _unpackable_reason(model: PreTrainedModel, family: Family | None) -> str | None:
     name = type(model).__name__
     if family is None:
@@ -225,7 +230,7 @@ def _has_window(config: Any) -> bool:
     )
 
 
-# --------------------------------------------------------------------------------- how to patch it
+# ----------------------------------------------------------------------------------- how to patch
 
 
 def _swap(module: Any, replacement: Any, state: PatchState) -> None:

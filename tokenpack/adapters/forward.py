@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 _BOUNDARIES = frozenset({"cu_seqlens", "decoder_cu_seqlens"})
 
-# The side of each output. A model has the first of these sides that is in its layouts.
+# The candidate sides of each output. The first one in the call's layouts is the output's side.
 _SIDES = {
     "last_hidden_state": ("dec", "self", "enc"),
     "hidden_states": ("self", "enc"),

@@ -32,20 +32,8 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, cu_seqlens_q
 class AttentionCall(NamedTuple):
     """The properties of an attention call that decide which backends can run it.
 
-    Attributes:
-        device_type: ``"cuda"``, ``"cpu"``, ...
-        dtype: of q, k and v, after autocast.
-        heads: number of query heads.
-        kv_heads: number of key and value heads.
-        head_dim: width of one head.
-        default_scale: the scale is ``head_dim ** -0.5``.
-        causal: the call is causal.
-        window: ``(left, right)``, or None without a limit.
-        softcap: the call has a softcap.
-        relative_bias: the call has a relative bias.
-        dropout: the call drops attention weights.
-        flash_scratch_fits: 32-bit offsets can address the scratch memory of flash attention's
-            backward.
+    Booleans state whether the call has the property. ``dtype`` is the dtype after autocast, and
+    ``window`` is None without a limit.
     """
 
     device_type: str
@@ -53,13 +41,13 @@ class AttentionCall(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
-    default_scale: bool
+    default_scale: bool  # head_dim ** -0.5
     causal: bool
     window: tuple[int, int] | None
     softcap: bool
     relative_bias: bool
     dropout: bool
-    flash_scratch_fits: bool
+    flash_scratch_fits: bool  # 32-bit offsets address the scratch of flash attention's backward
 
 
 class Options(TypedDict):
@@ -254,10 +242,6 @@ def _triton_lacks(call: AttentionCall) -> str | None:
     return kernel_lacks(call.device_type, call.dtype, call.head_dim)
 
 
-def _reference_lacks(call: AttentionCall) -> str | None:
-    return None
-
-
 def _run_triton(tensors: Tensors, max_seqlens: tuple[int, int], options: Options) -> Tensor:
     out = varlen_attention(*tensors, **options)
     assert isinstance(out, Tensor)
@@ -272,5 +256,5 @@ TABLE = (
     Backend("flash_attn", _flash_attn_lacks, _run_flash_attn),
     Backend("torch", _torch_lacks, _run_torch),
     Backend("triton", _triton_lacks, _run_triton),
-    Backend("reference", _reference_lacks, _run_reference),
+    Backend("reference", lambda call: None, _run_reference),
 )

@@ -1,7 +1,7 @@
-"""Which backend a call gets and why, and that each is asked for the same attention.
+"""Which backend runs a call and why, and that all backends get the same call.
 
-Other people's functions are stood in for by the reference behind their signatures, old and new,
-with the meaning that each release gives its parameters.
+Stand-ins for flash-attn and torch have the signatures of old and new releases, interpret the
+parameters as each release does, and run the reference.
 """
 
 import inspect
@@ -11,15 +11,17 @@ import types
 import pytest
 import torch
 
-from tokenpack import attention
 from tokenpack.attention import (
     BACKENDS,
     AttentionCall,
     backend_report,
+    backends,
     choose_backend,
+    dispatch,
+    layout_attention,
     packed_attention,
 )
-from tokenpack.kernels import varlen_attention
+from tokenpack.kernels import layout_from_lengths, varlen_attention
 
 PLAIN = AttentionCall(
     device_type="cuda",
@@ -196,7 +198,7 @@ def flash_3(
         window_size=window_size,
         softcap=softcap,
     )
-    return out, torch.zeros(())  # and the logsumexp
+    return out, torch.zeros(())  # and the log-sum-exp
 
 
 def flash_4(
@@ -243,13 +245,14 @@ TORCH = {"2.10": torch_2_10, "2.11": torch_2_11, "2.13": torch_2_13, "both": tor
 
 def forget_probes():
     choose_backend.cache_clear()
-    attention._flash_attn.cache_clear()
-    attention._torch_varlen.cache_clear()
+    dispatch._find_backend.cache_clear()
+    backends._flash_attn.cache_clear()
+    backends._torch_varlen.cache_clear()
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that makes this look like a machine with a GPU and those versions."""
+    """A function that simulates a machine with a GPU and these versions."""
 
     def pretend(*, torch_version=None, flash_version=None, capability=(9, 0)):
         for module in FLASH_MODULES:
@@ -275,21 +278,21 @@ def machine(monkeypatch):
 
 @pytest.fixture
 def as_if_on_cuda(monkeypatch):
-    """Calls on CPU tensors choose as those on CUDA tensors would."""
+    """Selects backends for CPU tensors as if they were CUDA tensors."""
     calls = []
 
     def choose(call, prefer="auto"):
         calls.append(call)
         return choose_backend(call._replace(device_type="cuda"), prefer)
 
-    monkeypatch.setattr(attention, "choose_backend", choose)
+    monkeypatch.setattr(dispatch, "choose_backend", choose)
     return calls
 
 
 # ------------------------------------------------------------------------------------- the choice
 
 
-def test_cpu_runs_the_reference_and_says_why(machine):
+def test_cpu_runs_the_reference(machine):
     machine(torch_version="2.13", flash_version="2.8")
     choice = choose_backend(PLAIN._replace(device_type="cpu"))
     assert choice.backend == "reference"
@@ -302,7 +305,7 @@ def test_cpu_runs_the_reference_and_says_why(machine):
 
 def test_cuda_prefers_flash_attn_then_torch_then_triton(machine):
     machine(torch_version="2.13", flash_version="2.8")
-    assert choose_backend(PLAIN) == ("flash_attn", "first choice, and it lacks nothing")
+    assert choose_backend(PLAIN) == ("flash_attn", "first choice, lacks nothing")
     machine(torch_version="2.13")
     choice = choose_backend(PLAIN)
     assert choice.backend == "torch"
@@ -318,7 +321,12 @@ def test_cuda_prefers_flash_attn_then_torch_then_triton(machine):
 @pytest.mark.parametrize(
     "changes, flash_lacks, torch_lacks, triton_lacks",
     [
-        ({"relative_bias": True}, "has no relative bias", "has no relative bias", None),
+        (
+            {"relative_bias": True},
+            "does not support a relative bias",
+            "does not support a relative bias",
+            None,
+        ),
         ({"dtype": torch.float32}, "not torch.float32", "not torch.float32", None),
         ({"dtype": torch.float16}, None, None, None),
         ({"head_dim": 264}, "up to 256, not 264", "up to 256, not 264", "16 to 256, not 264"),
@@ -330,12 +338,12 @@ def test_cuda_prefers_flash_attn_then_torch_then_triton(machine):
         ),
         ({"head_dim": 256}, None, None, None),
         ({"flash_scratch_fits": False}, "past 2**31", "past 2**31", None),
-        ({"softcap": True}, None, "has no softcap", None),
-        ({"dropout": True}, None, "has no dropout", None),
+        ({"softcap": True}, None, "does not support softcap", None),
+        ({"dropout": True}, None, "does not support dropout", None),
         (
             {"softcap": True, "dropout": True},
             "softcap together with dropout",
-            "has no softcap",
+            "does not support softcap",
             None,
         ),
         ({"window": (3, 0)}, None, None, None),
@@ -350,13 +358,13 @@ def test_cuda_prefers_flash_attn_then_torch_then_triton(machine):
     ],
     ids=str,
 )
-def test_what_the_newest_lack(machine, changes, flash_lacks, torch_lacks, triton_lacks):
+def test_what_the_newest_versions_lack(machine, changes, flash_lacks, torch_lacks, triton_lacks):
     machine(torch_version="2.13", flash_version="2.8")
     call = PLAIN._replace(**changes)
     lacking = {"flash_attn": flash_lacks, "torch": torch_lacks, "triton": triton_lacks}
     for backend, lack in lacking.items():
         if lack is None:
-            assert choose_backend(call, backend) == (backend, "asked for by name")
+            assert choose_backend(call, backend) == (backend, "selected by name")
             continue
         with pytest.raises(ValueError, match="cannot run this call") as error:
             choose_backend(call, backend)
@@ -372,7 +380,7 @@ def test_what_the_newest_lack(machine, changes, flash_lacks, torch_lacks, triton
 
 
 @pytest.mark.parametrize("capability", [(7, 5), None])
-def test_a_gpu_too_old_or_none(machine, capability):
+def test_old_gpu_or_no_gpu(machine, capability):
     machine(torch_version="2.13", flash_version="2.8", capability=capability)
     for backend in ("flash_attn", "torch", "triton"):
         with pytest.raises(ValueError, match=r"needs compute capability 8\.0 or newer"):
@@ -382,10 +390,10 @@ def test_a_gpu_too_old_or_none(machine, capability):
 @pytest.mark.parametrize(
     "version, changes, lack",
     [
-        ("2.10", {"window": (3, 0)}, "takes no window_size"),
-        ("2.10", {"default_scale": False}, "takes no scale"),
-        ("2.10", {"kv_heads": 2}, "takes no grouped-query heads"),
-        ("2.11", {"kv_heads": 2}, "takes no grouped-query heads"),
+        ("2.10", {"window": (3, 0)}, "does not accept window_size"),
+        ("2.10", {"default_scale": False}, "does not accept scale"),
+        ("2.10", {"kv_heads": 2}, "does not support grouped-query heads"),
+        ("2.11", {"kv_heads": 2}, "does not support grouped-query heads"),
     ],
 )
 def test_what_older_torch_lacks(machine, version, changes, lack):
@@ -398,9 +406,9 @@ def test_what_older_torch_lacks(machine, version, changes, lack):
 @pytest.mark.parametrize(
     "version, changes, lack",
     [
-        ("2.5", {"softcap": True}, "takes no softcap"),
-        ("3", {"dropout": True}, "takes no dropout_p"),
-        ("4", {"dropout": True}, "takes no dropout_p"),
+        ("2.5", {"softcap": True}, "does not accept softcap"),
+        ("3", {"dropout": True}, "does not accept dropout_p"),
+        ("4", {"dropout": True}, "does not accept dropout_p"),
     ],
 )
 def test_what_other_flash_attn_lacks(machine, version, changes, lack):
@@ -410,10 +418,10 @@ def test_what_other_flash_attn_lacks(machine, version, changes, lack):
     assert choose_backend(PLAIN, "flash_attn").backend == "flash_attn"
 
 
-def test_a_signature_without_any_causality(machine, monkeypatch):
+def test_signature_without_causality(machine, monkeypatch):
     monkeypatch.setitem(TORCH, "stripped", lambda query, key, value, *lengths: query)
     machine(torch_version="stripped")
-    with pytest.raises(ValueError, match="neither is_causal nor window_size"):
+    with pytest.raises(ValueError, match="accepts neither is_causal nor window_size"):
         choose_backend(PLAIN, "torch")
     assert choose_backend(PLAIN._replace(causal=False), "torch").backend == "torch"
 
@@ -434,30 +442,30 @@ def test_what_triton_lacks(machine, changes, lack):
     assert choose_backend(PLAIN._replace(**everything), "triton").backend == "triton"
 
 
-def test_the_reference_runs_anything_that_is_asked_of_it(machine):
+def test_the_reference_runs_everything(machine):
     machine(torch_version="2.13", flash_version="2.8")
-    assert choose_backend(PLAIN, "reference") == ("reference", "asked for by name")
+    assert choose_backend(PLAIN, "reference") == ("reference", "selected by name")
 
 
 @pytest.mark.parametrize("name", ["flash", "sdpa", "", None])
-def test_an_unknown_name(name):
+def test_unknown_name(name):
     with pytest.raises(ValueError, match=r"attention must be one of \('auto', 'flash_attn', 't"):
         choose_backend(PLAIN, name)
 
 
-def test_a_package_that_does_not_import_is_not_said_to_be_missing(machine, tmp_path, monkeypatch):
+def test_failed_import_is_reported(machine, tmp_path, monkeypatch):
     machine(torch_version="2.13")
-    (tmp_path / "flash_attn.py").write_text("import a_compiled_part_that_is_gone")
+    (tmp_path / "flash_attn.py").write_text("import a_missing_extension")
     monkeypatch.delitem(sys.modules, "flash_attn")
     monkeypatch.syspath_prepend(tmp_path)
     choice = choose_backend(PLAIN)
     assert choice.backend == "torch"
-    assert "flash_attn does not import: No module named 'a_compiled_part_that" in choice.reason
+    assert "flash_attn cannot be imported: No module named 'a_missing_ext" in choice.reason
 
 
 def test_report_names_every_backend(machine):
     machine(torch_version="2.13", flash_version="2.8")
-    report = backend_report()  # of the GPU that is there
+    report = backend_report()  # of the GPU
     assert [status.name for status in report] == list(BACKENDS)
     assert [status.usable for status in report] == [True] * 4
     assert [status.reason for status in report] == ["ready"] * 4
@@ -475,6 +483,46 @@ def test_report_of_a_machine_without_a_gpu(machine):
     assert [status.usable for status in backend_report()] == [False, False, False, True]
     report = backend_report(torch.device("cuda"))
     assert [status.usable for status in report] == [False, False, False, True]
+
+
+def test_a_new_backend_is_one_entry_of_the_table(monkeypatch):
+    calls = []
+
+    def run(tensors, max_seqlens, options):
+        calls.append((tensors, max_seqlens, options))
+        return tensors[0] * 2
+
+    new = backends.Backend("new", lambda call: "needs heads" if call.heads > 4 else None, run)
+    monkeypatch.setattr(dispatch, "TABLE", (new, *backends.TABLE))
+    forget_probes()
+    q, k, v, *cu_seqlens = make_call()
+    out, choice = packed_attention(
+        q, k, v, *cu_seqlens, *map(max, LENGTHS), causal=True, scale=0.5, window=(-1, -1)
+    )
+    assert choice == ("new", "first choice, lacks nothing")
+    assert out.equal(q * 2)
+    ((tensors, max_seqlens, options),) = calls
+    assert all(map(torch.Tensor.equal, tensors, (q, k, v, *cu_seqlens)))
+    assert max_seqlens == (30, 25)
+    assert options == {
+        "causal": True,
+        "scale": 0.5,
+        "window": None,
+        "softcap": None,
+        "relative_bias": None,
+        "dropout_p": 0.0,
+    }
+    assert choose_backend(PLAIN._replace(heads=4), "new") == ("new", "selected by name")
+    assert choose_backend(PLAIN._replace(device_type="cpu")).reason.startswith("new: needs heads; ")
+    assert [status.name for status in backend_report()] == ["new", *BACKENDS]
+    with pytest.raises(ValueError, match=r"attention='new' cannot run this call: needs heads"):
+        choose_backend(PLAIN, "new")
+    with pytest.raises(ValueError, match=r"must be one of \('auto', 'new', 'flash_attn', .*'old'"):
+        choose_backend(PLAIN, "old")
+    monkeypatch.undo()
+    forget_probes()
+    with pytest.raises(ValueError, match="attention must be one of"):
+        choose_backend(PLAIN, "new")
 
 
 # ---------------------------------------------------------------------------------- the same result
@@ -520,7 +568,7 @@ def test_causality_and_window_on_every_signature(
     machine(**{"torch_version" if backend == "torch" else "flash_version": version})
     call = make_call()
     if version == "2.10" and window not in (None, (-1, -1)):
-        with pytest.raises(ValueError, match="takes no window_size"):
+        with pytest.raises(ValueError, match="does not accept window_size"):
             through(backend, call, causal=causal, window=window)
         return
     expected = varlen_attention(*call, causal=causal, window=window)
@@ -566,6 +614,30 @@ def test_every_option_reaches_the_reference():
     assert through("reference", call, causal=False, dropout_p=0.5).equal(expected)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("role, sides", [("cross", (0, 1)), ("enc", (1, 1)), ("dec", (0, 0))])
+def test_layout_attention_computes_varlen_attention(role, sides, causal):
+    layouts = {name: layout_from_lengths(LENGTHS[i]) for name, i in (("dec", 0), ("enc", 1))}
+    of_q, of_k = (LENGTHS[side] for side in sides)
+    query, key, value = (
+        torch.randn(1, heads, sum(n), 16) for heads, n in ((4, of_q), *[(2, of_k)] * 2)
+    )
+    table = torch.randn(4, 9)
+    options = {"causal": causal, "softcap": 2.0, "relative_bias": table}
+    out, choice = layout_attention(query, key, value, layouts, role, sliding_window=3, **options)
+    expected = varlen_attention(
+        *(side[0].transpose(0, 1) for side in (query, key, value)),
+        *map(cumulative, (of_q, of_k)),
+        window=(2, 2),
+        **options,
+    )
+    assert choice.backend == "reference"
+    assert out.shape == (1, sum(of_q), 4, 16)
+    assert out[0].equal(expected)
+    with pytest.raises(RuntimeError, match=rf"of their layouts, got {sum(of_q) - 1} and"):
+        layout_attention(query[:, :, 1:], key, value, layouts, role, causal=causal)
+
+
 def test_autocast_decides_before_the_choice(machine, as_if_on_cuda):
     machine(torch_version="2.13")
     call = make_call(dtype=torch.float32)
@@ -574,7 +646,7 @@ def test_autocast_decides_before_the_choice(machine, as_if_on_cuda):
     assert as_if_on_cuda[-1].dtype == out.dtype == torch.bfloat16
 
 
-def test_flash_is_not_asked_for_more_scratch_than_it_can_address(machine, as_if_on_cuda):
+def test_flash_scratch_limit(machine, as_if_on_cuda):
     machine(torch_version="2.13")
 
     def attend(tokens):
@@ -586,7 +658,7 @@ def test_flash_is_not_asked_for_more_scratch_than_it_can_address(machine, as_if_
     with pytest.raises(ValueError, match=r"past 2\*\*31 scratch elements"):
         attend(2**20 - 256)
     assert not as_if_on_cuda[-1].flash_scratch_fits
-    options["backend"] = "flash_attn"  # which is not installed, and so stops before it computes
+    options["backend"] = "flash_attn"  # not installed, so it raises before it runs
     with pytest.raises(ValueError, match="not installed"):
         attend(2**20 - 257)
     assert as_if_on_cuda[-1].flash_scratch_fits
@@ -595,16 +667,18 @@ def test_flash_is_not_asked_for_more_scratch_than_it_can_address(machine, as_if_
 # ------------------------------------------------------------------------------ the real functions
 
 
-def test_the_installed_torch_takes_what_it_is_passed():
+def test_installed_torch_accepts_the_keywords():
     forget_probes()
-    function, accepted = attention._torch_varlen()
+    function, accepted = backends._torch_varlen()
     for causal in (False, True):
-        options = attention._torch_options(accepted, causal, 0.5, None, grouped=False)
+        options = backends._torch_keywords(
+            accepted, {"causal": causal, "scale": 0.5, "window": None}, grouped=False
+        )
         bound = inspect.signature(function).bind(*range(7), **options)
         if "is_causal" in accepted:
             assert bound.arguments["is_causal"] is causal
         if "window_size" in accepted:
-            # torch looks for this very tuple.
+            # torch compares with exactly this tuple.
             assert bound.arguments["window_size"] == ((-1, 0) if causal else (-1, -1))
             assert isinstance(bound.arguments["window_size"], tuple)
 
@@ -614,7 +688,7 @@ def test_the_installed_torch_takes_what_it_is_passed():
 @pytest.mark.parametrize("backend", ["flash_attn", "torch"])
 @pytest.mark.parametrize("window", [None, (3, 0), (2, 5), (4, -1)], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-def test_on_cuda_as_the_reference_in_float64(backend, causal, window):
+def test_on_cuda_against_the_reference_in_float64(backend, causal, window):
     forget_probes()
     q, k, v, *cu_seqlens = (tensor.cuda() for tensor in make_call())
     options = {"causal": causal, "window": window}

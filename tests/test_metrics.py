@@ -1,4 +1,4 @@
-"""Translations scored while training: sacrebleu's own figures, by language, of the right rows."""
+"""Scores of translations: equal to sacrebleu's, by language, and of the right rows."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -15,13 +15,15 @@ from transformers import (
 )
 from transformers.testing_utils import CaptureLogger
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils import logging
 
-from tokenpack.metrics import logger, make_seq2seq_compute_metrics
+from tokenpack.metrics import make_seq2seq_compute_metrics
 from tokenpack.samples.tokenizer import EOS, PAD, train_tokenizer
 
 datasets = pytest.importorskip("datasets")
 sacrebleu = pytest.importorskip("sacrebleu.metrics")
 BLEU, CHRF, TER = sacrebleu.BLEU, sacrebleu.CHRF, sacrebleu.TER
+logger = logging.get_logger("tokenpack.metrics")
 
 REFERENCES = [
     "the cat sat on the mat in the house",
@@ -58,7 +60,7 @@ def without_nltk(monkeypatch):
 
 @pytest.fixture
 def with_nltk(monkeypatch):
-    """A METEOR that is the share of the prediction's words that are in the reference."""
+    """A METEOR that is the fraction of the prediction's words in the reference."""
     tokenize, score, nltk = (ModuleType(name) for name in ("t", "s", "nltk"))
     nltk.__version__ = "0"
     tokenize.word_tokenize = lambda text, preserve_line: text.split() if preserve_line else None
@@ -114,12 +116,12 @@ def test_another_tokenizer_for_bleu(tokenizer):
     expected = by_sacrebleu(PREDICTIONS, REFERENCES, tokenize="char")["bleu"]
     assert make(evaluated(tokenizer)) == pytest.approx({"bleu": expected}, rel=1e-12)
     with pytest.raises(
-        ValueError, match=r"bleu_tokenizer: got 'chars', takes one of .*'flores200'"
+        ValueError, match=r"bleu_tokenizer must be one of .*'flores200'.*, got 'chars'"
     ):
         make_seq2seq_compute_metrics(tokenizer, bleu_tokenizer="chars")
 
 
-def test_signatures_are_there_before_the_first_score_and_as_after_it(tokenizer):
+def test_signatures_exist_before_the_first_score(tokenizer):
     compute = make_seq2seq_compute_metrics(tokenizer, bleu_tokenizer="intl")
     assert list(compute.signatures) == ["bleu", "chrf", "ter"]
     bleu, chrf = BLEU(tokenize="intl"), CHRF(word_order=2)
@@ -129,7 +131,7 @@ def test_signatures_are_there_before_the_first_score_and_as_after_it(tokenizer):
     assert "nrefs:1" in compute.signatures["ter"]
 
 
-def test_minus_100_is_no_token_wherever_it_stands(tokenizer):
+def test_minus_100_is_ignored_everywhere(tokenizer):
     compute = make_seq2seq_compute_metrics(tokenizer)
     expected = compute(evaluated(tokenizer))
     predicted = ids_of(tokenizer, PREDICTIONS, -100, columns=80)
@@ -138,7 +140,7 @@ def test_minus_100_is_no_token_wherever_it_stands(tokenizer):
     assert compute(EvalPrediction(predicted, labels)) == expected
 
 
-def test_what_the_trainer_may_hand_over(tokenizer):
+def test_formats_of_the_trainer(tokenizer):
     compute = make_seq2seq_compute_metrics(tokenizer)
     plain = evaluated(tokenizer)
     expected = compute(plain)
@@ -163,9 +165,9 @@ def test_tensors_on_a_gpu(tokenizer):
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, lambda a: torch.tensor(a, dtype=torch.bfloat16)])
-def test_logits_count_where_they_were_led_along_the_labels(tokenizer, as_array):
+def test_logits_count_only_at_labels(tokenizer, as_array):
     labels = ids_of(tokenizer, REFERENCES, -100)
-    predicted = np.where(labels < 0, 300, labels)  # 300: whatever is said after the end
+    predicted = np.where(labels < 0, 300, labels)  # 300: predictions after the end
     logits = as_array(np.eye(len(tokenizer), dtype=np.float32)[predicted])
     scores = make_seq2seq_compute_metrics(tokenizer)(EvalPrediction((logits, None), labels))
     assert scores["exact_match"] == 1
@@ -186,7 +188,7 @@ def test_each_language_is_scored_by_itself(tokenizer):
 
 
 class Rows(torch.utils.data.Dataset):
-    """A dataset as people write them: rows by number, no columns."""
+    """A typical user dataset: rows by index, no columns."""
 
     def __init__(self, **columns):
         self.rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
@@ -229,15 +231,15 @@ def test_languages_are_found(tokenizer, dataset, options, languages):
     }
 
 
-def test_a_column_that_is_not_there(tokenizer):
-    with pytest.raises(ValueError, match="language_column: got 'mine', takes a column of eval_dat"):
+def test_missing_column(tokenizer):
+    with pytest.raises(ValueError, match="language_column must be in eval_dataset, got 'mine'"):
         make_seq2seq_compute_metrics(tokenizer, a_dataset(a=[1]), language_column="mine")
     compute = make_seq2seq_compute_metrics(tokenizer, a_dataset(a=[1] * 4), source_column="mine")
     assert "copied_source" not in compute(evaluated(tokenizer))
 
 
 @pytest.mark.parametrize("prompt", ["", "translate German to English: "])
-def test_a_source_given_back_is_counted_unless_it_is_right(tokenizer, prompt):
+def test_copied_source_is_counted_unless_correct(tokenizer, prompt):
     sources = [*SOURCES[:2], REFERENCES[2], SOURCES[3]]  # the third is right, the fourth copied
     dataset = a_dataset(mine=[prompt + text for text in sources])
     options = {"source_column": "mine", "language_column": None, "metrics": ["copied_source"]}
@@ -245,7 +247,7 @@ def test_a_source_given_back_is_counted_unless_it_is_right(tokenizer, prompt):
     assert compute(evaluated(tokenizer)) == {"copied_source": 0.25}
 
 
-def test_meteor_takes_english_alone(tokenizer, with_nltk):
+def test_meteor_scores_only_english(tokenizer, with_nltk):
     options = {"metrics": ["meteor"], "source_column": "none"}
     rows = [8 / 9, 1, 1, 0]
     dataset = a_dataset(language=LANGUAGES)
@@ -273,13 +275,13 @@ def test_meteor_takes_english_alone(tokenizer, with_nltk):
         *((name, False) for name in ("en-de", "enm", "de", "deu_Latn", "end", "Greenlandic")),
     ],
 )
-def test_english_by_its_many_names(tokenizer, with_nltk, language, is_english):
+def test_names_of_english(tokenizer, with_nltk, language, is_english):
     dataset = a_dataset(language=[language] * 4)
     compute = make_seq2seq_compute_metrics(tokenizer, dataset, metrics=["meteor"])
     assert ("meteor" in compute(evaluated(tokenizer))) == is_english
 
 
-def test_meteor_is_left_out_with_a_word_where_nltk_is_missing(tokenizer):
+def test_meteor_is_left_out_without_nltk(tokenizer):
     with CaptureLogger(logger) as seen:
         compute = make_seq2seq_compute_metrics(tokenizer)
         scores = compute(evaluated(tokenizer)) | compute(evaluated(tokenizer))
@@ -288,7 +290,7 @@ def test_meteor_is_left_out_with_a_word_where_nltk_is_missing(tokenizer):
     assert seen.out.count("meteor is left out: it needs NLTK (pip install nltk)") == 1
 
 
-def test_meteor_is_left_out_with_a_word_where_wordnet_is_missing(tokenizer, with_nltk):
+def test_meteor_is_left_out_without_wordnet(tokenizer, with_nltk):
     def score(references, words):
         raise LookupError("Resource wordnet not found.")
 
@@ -303,7 +305,7 @@ def test_meteor_is_left_out_with_a_word_where_wordnet_is_missing(tokenizer, with
     "dataset, metrics",
     [(a_dataset(lang=["de"] * 4), ["bleu", "meteor"]), (None, ["bleu"])],
 )
-def test_nobody_is_told_of_a_meteor_that_they_would_not_get(tokenizer, dataset, metrics):
+def test_no_warning_if_meteor_is_not_needed(tokenizer, dataset, metrics):
     with CaptureLogger(logger) as seen:
         make_seq2seq_compute_metrics(tokenizer, dataset, metrics=metrics)
     assert seen.out == ""
@@ -317,40 +319,48 @@ def test_sacrebleu_is_missing(tokenizer, monkeypatch):
     assert compute(evaluated(tokenizer)) == {"exact_match": 0.25}
 
 
-def test_rows_that_are_not_the_datasets(tokenizer):
+def test_number_of_rows_differs_from_the_dataset(tokenizer):
     compute = make_seq2seq_compute_metrics(tokenizer, a_dataset(language=["en"] * 3))
-    with pytest.raises(ValueError, match=r"eval_dataset: got 3 rows, takes what is eval.* has 4"):
+    with pytest.raises(
+        ValueError, match=r"eval_dataset must have as many rows as are evaluated, 4, got 3:"
+    ):
         compute(evaluated(tokenizer))
     by_name = {"a": a_dataset(lang=["en"] * 3), "b": a_dataset(lang=["de"] * 5)}
     compute = make_seq2seq_compute_metrics(tokenizer, by_name)
-    with pytest.raises(ValueError, match=r"got 3 \('a'\), 5 \('b'\) rows"):
+    with pytest.raises(ValueError, match=r"got 3 \('a'\), 5 \('b'\):"):
         compute(evaluated(tokenizer))
     first = evaluated(tokenizer, PREDICTIONS[:3], REFERENCES[:3])
-    assert "bleu_en" in compute(first)  # the failure before it left no rows behind
+    assert "bleu_en" in compute(first)  # the failed call left no rows
 
 
-def test_predictions_and_labels_that_do_not_fit(tokenizer):
+def test_predictions_and_labels_of_wrong_shapes(tokenizer):
     compute = make_seq2seq_compute_metrics(tokenizer)
     plain = evaluated(tokenizer)
-    with pytest.raises(ValueError, match="predictions: got 3 rows, takes as many as label_ids: 4"):
+    with pytest.raises(
+        ValueError, match="predictions must have as many rows as label_ids, 4, got 3"
+    ):
         compute(EvalPrediction(plain.predictions[:3], plain.label_ids))
     with pytest.raises(
-        ValueError, match=r"predictions: got float64 of shape \(4, 5\), takes token"
+        ValueError, match=r"predictions must be token ids .* got float64 of shape \(4, 5\)"
     ):
         compute(EvalPrediction(np.zeros((4, 5)), plain.label_ids))
-    with pytest.raises(ValueError, match=r"label_ids: got int64 of shape \(4,\), takes token ids"):
+    with pytest.raises(
+        ValueError, match=r"label_ids must be token ids .n, columns., got int64 of shape \(4,\)"
+    ):
         compute(EvalPrediction(plain.predictions, plain.label_ids[:, 0]))
 
 
-def test_arguments_that_are_not_understood(tokenizer):
-    with pytest.raises(ValueError, match=r"metrics: got \['rouge'\], takes of \['bleu', "):
+def test_wrong_arguments(tokenizer):
+    with pytest.raises(ValueError, match=r"metrics must be from \['bleu', .*, got \['rouge'\]"):
         make_seq2seq_compute_metrics(tokenizer, metrics=["bleu", "rouge"])
     stream = a_dataset(a=[1]).to_iterable_dataset()
-    with pytest.raises(TypeError, match="eval_dataset: got a IterableDataset, which has no length"):
+    with pytest.raises(
+        TypeError, match=r"eval_dataset must be a dataset with a length, .* got IterableDataset"
+    ):
         make_seq2seq_compute_metrics(tokenizer, stream)
 
 
-def test_of_several_datasets_the_one_evaluated_is_found(tokenizer):
+def test_the_evaluated_dataset_is_identified(tokenizer):
     other = list(reversed(REFERENCES))
     compute = make_seq2seq_compute_metrics(
         tokenizer,
@@ -369,24 +379,26 @@ def test_of_several_datasets_the_one_evaluated_is_found(tokenizer):
     assert "gen_len_b" in compute(left)
     cut = evaluated(tokenizer)
     cut.label_ids = cut.label_ids[:, :5]
-    cut.label_ids[:, -1] = tokenizer.eos_token_id  # as a collator with a cap may end them
+    cut.label_ids[:, -1] = tokenizer.eos_token_id  # as a truncating collator may end them
     assert "gen_len_b" in compute(cut)
     cut.label_ids = cut.label_ids[:, -1:]
-    with pytest.raises(ValueError, match="eval_dataset: 2 datasets have the labels evaluated"):
+    with pytest.raises(
+        ValueError, match="eval_dataset must have one dataset with the evaluated labels, got 2"
+    ):
         compute(cut)
 
 
-def test_datasets_that_cannot_be_told_apart_are_refused_at_once(tokenizer):
+def test_indistinguishable_datasets_raise_at_once(tokenizer):
     same = labelled(tokenizer, lang=["a"] * 4)
     for other in (labelled(tokenizer, lang=["b"] * 4), a_dataset(lang=["b"] * 4)):
         for pair in ({"one": same, "two": other}, {"one": other, "two": same}):
-            with pytest.raises(ValueError, match="'one' and 'two' both have 4 rows and no labels"):
+            with pytest.raises(ValueError, match="got 'one' and 'two' with 4 rows and no labels"):
                 make_seq2seq_compute_metrics(tokenizer, pair)
     compute = make_seq2seq_compute_metrics(tokenizer, {"one": same, "two": same})
-    assert "bleu_a" in compute(evaluated(tokenizer))  # it is no matter which
+    assert "bleu_a" in compute(evaluated(tokenizer))  # either is correct
 
 
-def test_rows_in_another_order_give_no_figures_of_other_rows(tokenizer, with_nltk):
+def test_rows_in_another_order_get_no_scores_by_language(tokenizer, with_nltk):
     dataset = labelled(tokenizer, language=LANGUAGES, source=SOURCES)
     compute = make_seq2seq_compute_metrics(tokenizer, dataset)
     in_order = compute(evaluated(tokenizer))
@@ -397,19 +409,19 @@ def test_rows_in_another_order_give_no_figures_of_other_rows(tokenizer, with_nlt
     assert shuffled == pytest.approx({name: in_order[name] for name in whole}, rel=1e-12)
 
 
-def test_no_order_is_asked_for_where_nothing_depends_on_it(tokenizer):
+def test_order_is_checked_only_if_needed(tokenizer):
     compute = make_seq2seq_compute_metrics(tokenizer, labelled(tokenizer))
     with CaptureLogger(logger) as seen:
         compute(evaluated(tokenizer, PREDICTIONS[::-1], REFERENCES[::-1]))
     assert seen.out == ""
 
 
-def test_batch_by_batch_is_the_whole_at_once(tokenizer):
+def test_batches_give_the_scores_of_the_whole(tokenizer):
     dataset = labelled(tokenizer, language=LANGUAGES, source=SOURCES)
     compute = make_seq2seq_compute_metrics(tokenizer, dataset)
     plain = evaluated(tokenizer)
     expected = compute(plain)
-    for _ in range(2):  # the second evaluation starts afresh
+    for _ in range(2):  # the second evaluation starts without rows
         batches = [
             EvalPrediction(
                 torch.tensor(plain.predictions[rows]), torch.tensor(plain.label_ids[rows])
@@ -420,7 +432,7 @@ def test_batch_by_batch_is_the_whole_at_once(tokenizer):
         assert compute(batches[1], compute_result=True) == expected
 
 
-def test_texts_without_a_word(tokenizer):
+def test_empty_texts(tokenizer):
     compute = make_seq2seq_compute_metrics(tokenizer, a_dataset(source=["", "", "b"]))
     scores = compute(evaluated(tokenizer, ["", "", "b"], ["", "a", ""]))
     assert scores["exact_match"] == 1 / 3
@@ -457,7 +469,7 @@ def test_with_the_trainer(tokenizer, tmp_path, by_batch):
         )
     )  # fmt: skip
     rows = labelled(tokenizer, REFERENCES * 2, language=LANGUAGES * 2, source=SOURCES * 2)
-    # As long as the longest, so that rows need no collator of ours.
+    # Padded to the longest row, so that the default collator works.
     padded = ids_of(tokenizer, REFERENCES * 2, -100)
     dataset = rows.add_column("input_ids", np.where(padded < 0, 0, padded).tolist())
     dataset = dataset.map(lambda row, i: {"labels": padded[i]}, with_indices=True)
@@ -470,5 +482,5 @@ def test_with_the_trainer(tokenizer, tmp_path, by_batch):
         model, arguments, eval_dataset=dataset, processing_class=tokenizer, compute_metrics=compute
     )
     scores = trainer.evaluate()
-    assert 0 < scores["eval_gen_len_deu_Latn"] < 8  # without the start
+    assert 0 < scores["eval_gen_len_deu_Latn"] < 8  # without the start token
     assert {"eval_bleu", "eval_chrf_eng_Latn", "eval_copied_source"} <= scores.keys()

@@ -1,4 +1,4 @@
-"""Padding-free training of Hugging Face models: the same numbers, from the real tokens alone."""
+"""Padding-free training of Hugging Face models: the same results, from real tokens only."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .adapters import PackingStats, is_patched, packing_stats, patch_model, unpatch_model
 
-# Resolved on first use: `tokenpack.packing` is for NumPy alone and must not pull in torch.
-_HOMES = {
-    "PackingStats": ".adapters",
-    "is_patched": ".adapters",
-    "packing_stats": ".adapters",
-    "patch_model": ".adapters",
-    "unpatch_model": ".adapters",
-}
-
 __all__ = ["PackingStats", "is_patched", "packing_stats", "patch_model", "unpatch_model"]
 
 
+# Imported on first use, because `tokenpack.packing` needs only NumPy and must not import torch.
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    return getattr(importlib.import_module(".adapters", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
-"""A small random model of every family and head that tokenpack says it packs, and batches for them.
+"""A small random model and batches for every family and head that tokenpack packs.
 
-`CASES` is what the equivalence test runs and what the table in the README is made from.
+The equivalence test runs `CASES`, and the table in the README is made from it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from packaging.version import Version
 
-from tokenpack.adapters.family import FAMILIES
+from tokenpack.adapters.families import FAMILIES
 
 VOCABULARY = 97
 PAD, EOS, BOS = 0, 1, 2
@@ -64,7 +64,7 @@ _T5 = {
     "num_heads": HEADS,
     "dropout_rate": 0.0,
     "decoder_start_token_id": PAD,
-    # A reach shorter than the sequences, so that they meet its end.
+    # Shorter than the sequences, so that some distances exceed it.
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 10,
 }
@@ -96,12 +96,12 @@ class Case:
     """One family with one head.
 
     Attributes:
-        family: its name in the README.
+        family: the name in the README.
         labels: ``"seq2seq"``, ``"causal"``, ``"tokens"`` (one for each token), ``"row"`` (one for
             each row), ``"decoder_inputs"`` or ``"none"``, both without a loss.
         float32_loss: transformers computes this loss in float32 even in a float64 model.
-        float64: transformers runs this model in float64 at all.
-        pools: reads the first column, so that left padding there takes the model's own path.
+        float64: transformers can run this model in float64.
+        pools: the head reads the first column, so a batch with left padding runs padded.
     """
 
     family: str
@@ -125,7 +125,7 @@ class Case:
         return Version(hf.__version__) >= Version(self.since)
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> hf.PreTrainedModel:
-        """The model with random weights, norms and biases included, in training mode."""
+        """The model with random weights, including norms and biases, in training mode."""
         torch.manual_seed(seed)
         config = getattr(hf, self.config)(
             **{
@@ -139,16 +139,16 @@ class Case:
         config._attn_implementation = self.attention
         model = getattr(hf, self.model)(config)
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # all ones or zeros at first, which hides what is forgotten
+            if parameter.dim() == 1:  # all ones or zeros, which would hide errors
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
         return model.to(dtype).train()
 
     def batch(self, padding: str, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Rows of random lengths, one of them 1, with a pad id and an ignored label inside."""
-        chance = random.Random(seed)
+        """Rows of random lengths, one of them 1, with a pad id and an ignored label among them."""
+        rng = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
-        columns, rows = chance.randint(12, 20), 5
-        lengths = [columns, 1, *(chance.randint(2, columns) for _ in range(rows - 2))]
+        columns, rows = rng.randint(12, 20), 5
+        lengths = [columns, 1, *(rng.randint(2, columns) for _ in range(rows - 2))]
         mask = torch.zeros(rows, columns, dtype=torch.long)
         for row, length in enumerate(lengths):
             start = 0 if padding == "right" else columns - length
@@ -160,7 +160,7 @@ class Case:
         if self.labels == "seq2seq":
             targets = torch.randint(3, VOCABULARY, (rows, 9), generator=generator)
             for row in range(rows):
-                targets[row, (9, 1, *(chance.randint(1, 9) for _ in range(3)))[row] :] = -100
+                targets[row, (9, 1, *(rng.randint(1, 9) for _ in range(3)))[row] :] = -100
             targets[0, 3] = -100
             targets[0, 5] = PAD
             batch["labels"] = targets
@@ -177,16 +177,16 @@ class Case:
             labels[0, 3] = -100
             if self.labels == "causal" and padding == "left":
                 for row, length in enumerate(lengths):
-                    if length < columns:  # nothing real stands before it to predict it from
+                    if length < columns:  # no real token predicts it
                         labels[row, columns - length] = -100
             batch["labels"] = labels
         return batch
 
     def real_positions(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Where in the outputs of the head (or of the base model) there are real tokens."""
+        """The positions of real tokens in the outputs of the head or the base model."""
         if self.labels == "seq2seq":
-            behind = batch["labels"].flip(1).ne(-100).cumsum(1).flip(1)
-            return behind > 0
+            remaining = batch["labels"].flip(1).ne(-100).cumsum(1).flip(1)
+            return remaining > 0
         if self.labels == "decoder_inputs":
             return torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
         return batch["attention_mask"].bool()
@@ -240,7 +240,7 @@ CASES = [
         "Mixtral",
         "Mixtral",
         options={"num_local_experts": 4, "sliding_window": None},
-        float64=False,  # its grouped product of experts has no float64
+        float64=False,  # its grouped matrix product has no float64
     ),
     _causal("Qwen2", "Qwen2"),
     _causal(
@@ -268,8 +268,8 @@ CASES = [
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
         },
-        attention="eager",  # stock SDPA has no softcap
-        float64=False,  # eager softmax is float32, where float64's least mask value is -inf: NaN
+        attention="eager",  # transformers' SDPA has no softcap
+        float64=False,  # the mask's float64 minimum is -inf in eager's float32 softmax
     ),
     Case(
         "Gemma3",
@@ -320,7 +320,7 @@ Build = Callable[[], hf.PreTrainedModel]
 
 
 def gradient_distance(model: torch.nn.Module, reference: torch.nn.Module) -> float:
-    """Largest difference between two models' gradients, over the largest gradient of all."""
+    """Largest difference between the gradients of two models, relative to the largest gradient."""
     ours = {name: p.grad for name, p in model.named_parameters()}
     theirs = {name: p.grad for name, p in reference.named_parameters()}
     assert [g is None for g in ours.values()] == [g is None for g in theirs.values()]

@@ -1,4 +1,4 @@
-"""Gradient accumulation over unequal micro-batches, through transformers' own Trainer."""
+"""Gradient accumulation over unequal micro-batches with transformers' Trainer."""
 
 import copy
 
@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 class KeepGradients(TrainerCallback):
-    """Keeps what the update is about to be made from."""
+    """Keeps the gradients of the optimizer step."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.kept = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -32,7 +32,7 @@ def rows(case: Case, targets: list[int]) -> list[dict[str, torch.Tensor]]:
     width = max(targets) + 2
     examples = []
     for count in targets:
-        # A causal model's first token is asked of nobody: one more for the same number of targets.
+        # No token predicts a causal model's first token, so it needs one more for `count` targets.
         length = count + 1 if case is LLAMA or case.labels == "causal" else 7
         ids = torch.zeros(width, dtype=torch.long)
         ids[:length] = torch.randint(3, 97, (length,), generator=generator)
@@ -72,7 +72,7 @@ def distance(ours, theirs):
 
 
 @pytest.mark.parametrize("case", [T5, NLLB, LLAMA], ids=lambda case: case.model)
-def test_micro_batches_of_10_and_1000_targets_give_the_whole_batchs_gradient(case, tmp_path):
+def test_micro_batches_of_10_and_1000_targets_give_the_gradient_of_the_batch(case, tmp_path):
     case = long_positions(case)
     reference = case.build()
     examples = rows(case, [10, 1000])
@@ -89,8 +89,8 @@ def test_micro_batches_of_10_and_1000_targets_give_the_whole_batchs_gradient(cas
     assert abs(loss - expected_loss) <= 1e-4 * expected_loss
 
 
-def test_that_the_padded_t5_does_not(tmp_path):
-    """What the patch mends: it would pass for nothing if transformers did this itself."""
+def test_padded_t5_gives_another_gradient(tmp_path):
+    """The patch fixes this. If transformers fixes it too, the test above shows nothing."""
     case = long_positions(T5)
     reference = case.build()
     examples = rows(case, [10, 1000])

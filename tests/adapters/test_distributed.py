@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU, under DDP and FSDP2, train as one process does."""
+"""Two gloo processes on the CPU, under DDP and FSDP2, train like one process."""
 
 import copy
 import os
@@ -33,7 +33,7 @@ def even_rows(case, seed):
 
 
 def train(case, model, parameters, rank=None, world=1):
-    """Losses of a few steps of SGD, of the whole batch whatever part of it this rank has."""
+    """Losses of a few steps of SGD, of the whole batch, also if this rank has a part of it."""
     optimizer = torch.optim.SGD(parameters, lr=0.05)
     losses = []
     for step in range(STEPS):
@@ -41,7 +41,7 @@ def train(case, model, parameters, rank=None, world=1):
         count = targets_in(case, batch)
         if rank is not None:
             batch = halves(batch, rank)
-        # DDP and FSDP average over ranks what sums over them: hence the number of ranks.
+        # DDP and FSDP average gradients over ranks, so multiply by the number of ranks.
         loss = model(**batch, num_items_in_batch=count).loss * world
         loss.backward()
         optimizer.step()
@@ -71,7 +71,7 @@ def worker(rank, port, name, how, queue):
             for module in list(model.modules()):
                 if type(module).__name__ in blocks:
                     fully_shard(module, mesh=mesh)
-            if "head" in how:  # the head by itself: its weight is whole only in its own forward
+            if "head" in how:  # FSDP gathers the head's weight only in the head's forward
                 fully_shard(model.get_output_embeddings(), mesh=mesh)
             wrapped = fully_shard(model, mesh=mesh)
         losses = train(case, wrapped, wrapped.parameters(), rank, world=2)
@@ -82,19 +82,19 @@ def worker(rank, port, name, how, queue):
     except BaseException:
         dist.destroy_process_group()
         raise
-    # Not by way of the interpreter's teardown, where gloo's threads sometimes abort the process.
+    # Skip the interpreter's teardown, where gloo's threads sometimes abort the process.
     os._exit(0)
 
 
 @pytest.mark.parametrize("case", [T5, NLLB, LLAMA], ids=lambda case: case.model)
-@pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 with the head by itself"])
-def test_two_processes_train_as_one(case, how, monkeypatch):
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 with a sharded head"])
+def test_two_processes_train_like_one(case, how, monkeypatch):
     if "head" in how and case is not LLAMA:
         pytest.skip("its head is tied to the embedding and is sharded with it")
-    alone = patch_model(case.build())
-    expected = train(case, alone, alone.parameters())
+    single = patch_model(case.build())
+    expected = train(case, single, single.parameters())
     assert expected == pytest.approx(train_padded(case), abs=1e-5)
-    # The processes import this file by its name, and are given this process's path.
+    # The processes import this file by its name, and inherit sys.path.
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,7 +105,7 @@ def test_two_processes_train_as_one(case, how, monkeypatch):
 
 
 def train_padded(case):
-    """The same steps on the padded model, its mean losses brought to the same denominator."""
+    """The same steps on the padded model with its mean loss."""
     model = copy.deepcopy(case.build())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []

@@ -1,4 +1,4 @@
-"""An encoder-decoder with one table looks both sides up at once, unless something would see it."""
+"""An encoder-decoder with one table embeds both sides in one lookup, if no module would notice."""
 
 import copy
 
@@ -18,7 +18,7 @@ ONE_TABLE = [
 
 
 class TableGradients(TorchDispatchMode):
-    """Counts gradients of a table of words that are made whole."""
+    """Counts the dense gradients of word embedding tables."""
 
     def __init__(self):
         super().__init__()
@@ -37,11 +37,11 @@ def table_gradients(model, batch):
     return gradients.count
 
 
-SCALES_WHAT_IDS_GIVE = [BY_NAME["MarianMTModel"], BY_NAME["PegasusForConditionalGeneration"]]
+SCALES_EMBEDDINGS_OF_IDS = [BY_NAME["MarianMTModel"], BY_NAME["PegasusForConditionalGeneration"]]
 
 
-@pytest.mark.parametrize("case", SCALES_WHAT_IDS_GIVE, ids=str)
-def test_stacks_that_do_more_to_ids_are_given_ids(case: Case):
+@pytest.mark.parametrize("case", SCALES_EMBEDDINGS_OF_IDS, ids=str)
+def test_stacks_that_scale_embeddings_get_ids(case: Case):
     reference, batch = case.build(torch.float64), case.batch("right")
     assert reference.get_encoder().embed_scale > 1
     model = patch_model(copy.deepcopy(reference))
@@ -60,7 +60,7 @@ def test_a_table_has_one_gradient(case: Case):
 
 
 def unshare(model):
-    """Give the decoder a table of its own."""
+    """Give the decoder its own table."""
     decoder = model.get_decoder()
     table = copy.deepcopy(decoder.get_input_embeddings())
     table.weight = nn.Parameter(torch.randn_like(table.weight))
@@ -86,18 +86,18 @@ def subclass_one_side(model):
 
 
 @pytest.mark.parametrize("change", [unshare, scale_one_side, count_frequencies, subclass_one_side])
-def test_tables_that_differ_are_looked_up_by_their_own_modules(change):
+def test_different_tables_use_their_own_lookups(change):
     case = T5 if change is subclass_one_side else NLLB
     reference, batch = case.build(torch.float64), case.batch("right")
     change(reference)
     model = patch_model(copy.deepcopy(reference))
     assert table_gradients(model, batch) == table_gradients(reference, batch) == 2
-    if change is not count_frequencies:  # padding is among what that counts, packed or not
+    if change is not count_frequencies:  # this counts padding too, so results differ
         assert gradient_distance(model, reference) <= 1e-12
     assert packing_stats(model).packed_calls == 1
 
 
-def test_hooks_see_what_is_looked_up():
+def test_hooks_see_the_lookups():
     model, batch = patch_model(T5.build()), T5.batch("right")
     seen = []
     for stack in (model.get_encoder(), model.get_decoder()):
@@ -129,14 +129,14 @@ class Wrapper(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def test_a_stack_may_be_wrapped():
+def test_wrapped_stack():
     model, batch = patch_model(T5.build()), T5.batch("right")
     model.encoder = Wrapper(model.encoder)
     assert table_gradients(model, batch) == 2
     assert packing_stats(model).packed_calls == 1
 
 
-def test_nothing_is_merged_where_no_gradient_is_due():
+def test_no_shared_lookup_without_gradients():
     model, batch = patch_model(T5.build()), T5.batch("right")
     calls = []
     table = nn.Embedding.forward
@@ -152,4 +152,4 @@ def test_nothing_is_merged_where_no_gradient_is_due():
         evaluated = len(calls)
         calls.clear()
         model(**batch)
-    assert evaluated == len(calls) + 1  # of words; tables of distances are the layers' own
+    assert evaluated == len(calls) + 1  # the lookups of relative biases are unchanged

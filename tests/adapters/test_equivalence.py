@@ -1,4 +1,4 @@
-"""Packed gives what padded gives: loss, logits at real positions, every gradient, every family."""
+"""Packed equals padded: loss, logits at real positions and every gradient, for every family."""
 
 import copy
 
@@ -30,7 +30,7 @@ parametrize_cases = pytest.mark.parametrize(
 
 
 def objective(case: Case, outputs, batch):
-    """The loss, or without one a number that every real hidden state has a part in."""
+    """The loss, or a number that depends on every real hidden state."""
     if outputs.get("loss") is not None:
         return outputs.loss
     return outputs.last_hidden_state[case.real_positions(batch)].sin().mean()
@@ -59,7 +59,7 @@ def test_packed_equals_padded(case: Case, padding: str, dtype: torch.dtype):
         assert gradient_distance(model, reference) <= tolerance
     stats = packing_stats(model)
     if case.pools and padding == "left":
-        assert stats.packed_calls == 0  # it pools what it computed at padding
+        assert stats.packed_calls == 0  # the head reads padding
         assert sum(stats.fallbacks.values()) == 2
     else:
         assert stats.packed_calls == 2
@@ -68,12 +68,12 @@ def test_packed_equals_padded(case: Case, padding: str, dtype: torch.dtype):
 
 @parametrize_cases
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_outputs_of_evaluation_have_the_models_shape_and_values(case: Case, padding: str):
+def test_evaluation_outputs_equal_the_padded_models(case: Case, padding: str):
     reference = case.build().eval()
     model = patch_model(copy.deepcopy(reference))
     batch = case.batch(padding, seed=3)
     with torch.no_grad():
-        # Without labels a model in evaluation returns its cache unless told not to.
+        # Without labels, a model in evaluation returns a cache by default.
         options = {"output_hidden_states": True}
         if "labels" not in batch and case.model != "T5EncoderModel":
             options["use_cache"] = False
@@ -100,9 +100,9 @@ def as_tuple(value):
 
 
 @parametrize_cases
-def test_input_that_came_packed_gives_the_same(case: Case):
+def test_packed_input_gives_the_same(case: Case):
     if case.labels == "row":
-        pytest.skip("its head reads rows, and packed input has none")
+        pytest.skip("its head reads rows, which packed input does not have")
     reference = case.build().eval()
     model = patch_model(copy.deepcopy(reference))
     batch = case.batch("right", seed=4)
@@ -110,11 +110,11 @@ def test_input_that_came_packed_gives_the_same(case: Case):
     boundaries = lambda mask: torch.tensor([0, *mask.sum(1).tolist()]).cumsum(0)  # noqa: E731
     packed = {"input_ids": batch["input_ids"][real][None], "cu_seqlens": boundaries(real)}
     if "labels" in batch or "decoder_input_ids" in batch:
-        asked = case.real_positions(batch)
+        labelled = case.real_positions(batch)
         name = "labels" if "labels" in batch else "decoder_input_ids"
-        packed[name] = batch[name][asked][None]
+        packed[name] = batch[name][labelled][None]
         if case.labels in ("seq2seq", "decoder_inputs"):
-            packed["decoder_cu_seqlens"] = boundaries(asked)
+            packed["decoder_cu_seqlens"] = boundaries(labelled)
     if "labels" not in batch and case.model != "T5EncoderModel":
         packed["use_cache"] = False
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What cannot be packed takes the model's own path and is counted; what is wrong is an error."""
+"""Calls that cannot be packed run padded and are counted. Wrong calls raise an error."""
 
 import copy
 
@@ -39,17 +39,17 @@ FALLBACKS = {
     "encoder_outputs are given": (T5, lambda b: {**b, "encoder_outputs": encoder_outputs(T5)}),
     "attention_mask is 4-dimensional": (LLAMA, four_dimensional),
     "attention_mask has holes": (T5, with_holes),
-    "labels ask something of padding": (
+    "labels at padded positions must be -100": (
         LLAMA,
         lambda b: {**b, "labels": b["input_ids"].clone()},
     ),
-    "labels ask for nothing": (T5, lambda b: {**b, "labels": torch.full_like(b["labels"], -100)}),
+    "all labels are -100": (T5, lambda b: {**b, "labels": torch.full_like(b["labels"], -100)}),
     "argument 'logits_to_keep'": (LLAMA, lambda b: {**b, "logits_to_keep": 40}),
 }
 
 
 @pytest.mark.parametrize("reason", FALLBACKS)
-def test_takes_the_models_own_path_and_says_why(reason):
+def test_runs_padded_and_counts_the_reason(reason):
     case, change = FALLBACKS[reason]
     model, reference = patched(case)
     batch = change(case.batch("right"))
@@ -72,7 +72,7 @@ def test_strict_raises_with_the_reason(reason):
 
 
 @pytest.mark.parametrize("case", [LLAMA, NLLB, BERT], ids=lambda case: case.model)
-def test_holes_are_packed_where_attention_counts_no_columns(case):
+def test_holes_are_packed_if_attention_does_not_depend_on_distance(case):
     model, reference = patched(case)
     batch = with_holes(case.batch("right"))
     if case.labels != "seq2seq":
@@ -81,7 +81,7 @@ def test_holes_are_packed_where_attention_counts_no_columns(case):
     assert packing_stats(model).packed_calls == 1
 
 
-def test_left_padding_whose_first_token_is_asked_for_takes_the_models_path():
+def test_label_of_the_first_token_after_left_padding_runs_padded():
     model, reference = patched(LLAMA)
     batch = LLAMA.batch("left")
     batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
@@ -89,7 +89,7 @@ def test_left_padding_whose_first_token_is_asked_for_takes_the_models_path():
     assert packing_stats(model).packed_calls == 0
 
 
-def test_rotary_embeddings_that_depend_on_the_batch_are_left_to_the_model():
+def test_rotary_embeddings_that_depend_on_the_batch_run_padded():
     model = LLAMA.build()
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     patch_model(model, strict=True)
@@ -100,7 +100,7 @@ def test_rotary_embeddings_that_depend_on_the_batch_are_left_to_the_model():
 # ---------------------------------------------------------------------------------- what is patched
 
 
-def test_unknown_family_runs_as_it_did_and_is_counted():
+def test_unknown_family_runs_padded_and_is_counted():
     config = hf.OPTConfig(
         vocab_size=97, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
         word_embed_proj_dim=16, max_position_embeddings=64,
@@ -115,7 +115,7 @@ def test_unknown_family_runs_as_it_did_and_is_counted():
         patch_model(copy.deepcopy(reference), strict=True)
 
 
-def test_a_head_that_weighs_padding_is_left_to_the_model():
+def test_head_that_reads_padding_runs_padded():
     config = copy.deepcopy(BERT.build().config)
     reference = hf.BertForQuestionAnswering(config).eval()
     model = patch_model(copy.deepcopy(reference))
@@ -124,7 +124,7 @@ def test_a_head_that_weighs_padding_is_left_to_the_model():
     assert sum(packing_stats(model).fallbacks.values()) == 1
 
 
-def test_family_known_to_be_wrong_is_refused():
+def test_refused_family():
     config = hf.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)
     model = hf.BloomForCausalLM(config)
     with pytest.raises(ValueError, match="bloom cannot be patched: its ALiBi"):
@@ -132,12 +132,12 @@ def test_family_known_to_be_wrong_is_refused():
     assert not is_patched(model)
 
 
-def test_umt5_is_refused_where_its_own_decoder_is_not_causal(monkeypatch):
+def test_umt5_is_refused_before_its_decoder_is_causal(monkeypatch):
     if not BY_NAME["UMT5ForConditionalGeneration"].available:
         model = BY_NAME["UMT5ForConditionalGeneration"].build()
     else:
         model = BY_NAME["UMT5ForConditionalGeneration"].build()
-        monkeypatch.setattr("tokenpack.adapters.patching.transformers_version", "5.17.0")
+        monkeypatch.setattr("tokenpack.adapters.families.transformers_version", "5.17.0")
     with pytest.raises(ValueError, match=r"umt5 needs transformers >= 5.18"):
         patch_model(model)
 
@@ -160,7 +160,7 @@ def test_not_a_transformers_model_is_named():
         packing_stats(T5.build())
 
 
-def test_backend_that_cannot_run_here_says_what_it_lacks():
+def test_backend_that_cannot_run_reports_what_it_lacks():
     model = patch_model(LLAMA.build(), attention="flash_attn")
     with pytest.raises(ValueError, match=r"'flash_attn' cannot run this call: needs a CUDA"):
         model(**LLAMA.batch("right"))
@@ -203,7 +203,7 @@ BAD_BATCHES = {
 
 
 @pytest.mark.parametrize("message", BAD_BATCHES)
-def test_bad_batch_is_named_before_anything_runs(message):
+def test_bad_batch_raises_before_the_model_runs(message):
     model = patch_model(LLAMA.build())
     with pytest.raises(ValueError, match=message):
         model(**BAD_BATCHES[message](LLAMA.batch("right")))
@@ -211,21 +211,21 @@ def test_bad_batch_is_named_before_anything_runs(message):
     assert not packing_stats(model).fallbacks
 
 
-def test_decoder_of_other_sequences_is_named():
+def test_decoder_with_another_number_of_sequences():
     model = patch_model(T5.build())
     batch = T5.batch("right")
-    with pytest.raises(ValueError, match="hold 5 sequences, the decoder's inputs or labels 4"):
+    with pytest.raises(ValueError, match="as many sequences as input_ids, 5, got 4"):
         model(**{**batch, "labels": batch["labels"][:4]})
 
 
-def test_attention_changed_behind_the_patch_is_noticed():
+def test_attention_changed_after_the_patch():
     model = patch_model(LLAMA.build())
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="never reached packed attention"):
         model(**LLAMA.batch("right"))
 
 
-# ---------------------------------------------------------------- what would be wrong in silence
+# -------------------------------------------------------------- calls that could be silently wrong
 
 
 def test_packed_input_that_cannot_be_packed_is_an_error():
@@ -234,11 +234,11 @@ def test_packed_input_that_cannot_be_packed_is_an_error():
     with pytest.raises(ValueError, match="cannot pack this call: a cache is in use"):
         model(**packed, use_cache=True)
     classifier = patch_model(BY_NAME["LlamaForSequenceClassification"].build())
-    with pytest.raises(ValueError, match="a head that reads rows"):
+    with pytest.raises(ValueError, match="the head reads padded rows"):
         classifier(**packed)
 
 
-def test_a_subclass_with_its_own_forward_is_left_alone():
+def test_subclass_with_a_custom_forward_runs_padded():
     base = type(LLAMA.build())
 
     class TripledForCausalLM(base):
@@ -253,10 +253,10 @@ def test_a_subclass_with_its_own_forward_is_left_alone():
     patch_model(model)
     batch = LLAMA.batch("right")
     assert model(**batch).loss.equal(3 * reference(**batch).loss)
-    assert list(packing_stats(model).fallbacks) == ["TripledForCausalLM has a forward of its own"]
+    assert list(packing_stats(model).fallbacks) == ["TripledForCausalLM has a custom forward"]
 
 
-def test_a_loss_function_of_the_users_is_called():
+def test_custom_loss_function_is_called():
     model = LLAMA.build()
     model.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
     expected = model(**LLAMA.batch("right")).loss
@@ -264,7 +264,7 @@ def test_a_loss_function_of_the_users_is_called():
     assert model(**LLAMA.batch("right")).loss.equal(expected)
 
 
-def test_position_ids_that_restart_without_a_mask_keep_transformers_meaning():
+def test_restarting_position_ids_without_a_mask_run_padded():
     reference = LLAMA.build()
     model = patch_model(copy.deepcopy(reference))
     ids = torch.randint(3, 97, (1, 10))
@@ -273,7 +273,7 @@ def test_position_ids_that_restart_without_a_mask_keep_transformers_meaning():
     assert model(**batch).loss.equal(reference(**batch).loss)
 
 
-def test_decoding_by_hand_gets_its_cache():
+def test_manual_decoding_gets_its_cache():
     reference = LLAMA.build().eval()
     model = patch_model(copy.deepcopy(reference))
     token = torch.tensor([[5]])
@@ -283,7 +283,7 @@ def test_decoding_by_hand_gets_its_cache():
     assert model.seen.equal(reference.seen)
 
 
-def test_a_position_table_replaced_after_the_patch_is_noticed():
+def test_position_table_replaced_after_the_patch():
     model = patch_model(NLLB.build())
     table = model.model.encoder.embed_positions
     model.model.encoder.embed_positions = type(NLLB.build().model.encoder.embed_positions)(
@@ -293,15 +293,15 @@ def test_a_position_table_replaced_after_the_patch_is_noticed():
         model(**NLLB.batch("right"))
 
 
-def test_a_part_of_a_patched_model_is_not_patched_again():
+def test_part_of_a_patched_model_is_not_patched_again():
     model = patch_model(NLLB.build())
-    with pytest.raises(ValueError, match="patched already"):
+    with pytest.raises(ValueError, match="already patched"):
         patch_model(model.model)
     assert packing_stats(model).packed_calls == 0
     unpatch_model(model)
 
 
-def test_a_forward_set_on_an_instance_is_noticed_and_outlived():
+def test_forward_set_on_an_instance():
     model = LLAMA.build()
     model.forward = model.forward
     with pytest.raises(ValueError, match="forward set on the instance"):
@@ -309,14 +309,14 @@ def test_a_forward_set_on_an_instance_is_noticed_and_outlived():
     del model.forward
     reference = copy.deepcopy(model)
     patch_model(model)
-    model.forward = model.forward  # as accelerate's mixed precision keeps one
+    model.forward = model.forward  # as accelerate does for mixed precision
     assert abs(model(**LLAMA.batch("right")).loss - reference(**LLAMA.batch("right")).loss) < 1e-5
     assert packing_stats(model).packed_calls == 1
     unpatch_model(model)
     assert model(**LLAMA.batch("right")).loss.equal(reference(**LLAMA.batch("right")).loss)
 
 
-def test_a_row_of_padding_with_labels_takes_the_models_path():
+def test_row_of_padding_with_labels_runs_padded():
     model, reference = patched(T5)
     batch = T5.batch("right")
     batch["attention_mask"][2] = 0
@@ -327,7 +327,7 @@ def test_a_row_of_padding_with_labels_takes_the_models_path():
     assert packing_stats(model).packed_calls == 1
 
 
-def test_a_hook_on_the_head_sees_and_changes_logits():
+def test_hook_on_the_head_changes_logits():
     reference = LLAMA.build()
     model = patch_model(copy.deepcopy(reference))
     model(**LLAMA.batch("right"))
@@ -349,7 +349,7 @@ def test_a_micro_batch_without_labels_adds_nothing_to_an_accumulation(case):
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
 
 
-def test_copying_a_part_does_not_drag_the_model_along():
+def test_pickled_part_does_not_contain_the_model():
     import pickle
 
     model = patch_model(LLAMA.build())

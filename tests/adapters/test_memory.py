@@ -1,4 +1,4 @@
-"""What packing must not cost: memory quadratic in the batch, gradients copied about."""
+"""Packing must not use memory quadratic in the batch or copy gradients."""
 
 import sys
 
@@ -15,7 +15,7 @@ LENGTH = 256
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that ops return, while they live, and their highest sum."""
+    """Tracks the bytes of live storages that ops return, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def test_peak_grows_linearly_with_sequences():
     )
     first, second = (peaks[16].peak - peaks[8].peak) / 8, (peaks[32].peak - peaks[16].peak) / 16
     assert second <= 1.1 * first
-    # All queries by all keys of 32 sequences would be 4 heads x 8192 x 8192 floats, a GiB.
+    # A bias of all queries by all keys would have 4 heads x 8192 x 8192 floats, 1 GiB.
     assert peaks[32].largest < 4 * (32 * LENGTH) * LENGTH * 4 * 2
 
 
@@ -79,7 +79,7 @@ class Names(TorchDispatchMode):
 @pytest.mark.parametrize("case", [T5, NLLB, LLAMA, BERT], ids=str)
 @pytest.mark.parametrize("logits", ["auto", "always"])
 def test_no_gradient_is_copied_into_zeros(case: Case, logits: str):
-    """As the backward of ``tensor[0]`` does, where that of ``tensor.squeeze(0)`` is a view."""
+    """The backward of ``tensor[0]`` does this. The backward of ``tensor.squeeze(0)`` is a view."""
     model = patch_model(case.build(), logits=logits)
     with Names() as names:
         model(**case.batch("right")).loss.backward()

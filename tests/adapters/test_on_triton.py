@@ -1,6 +1,6 @@
-"""T5 and its kin, and Llama, on Triton's interpreter: the loss and gradients of the padded model.
+"""T5, mT5, UMT5 and Llama in Triton's interpreter: loss and gradients equal the padded model's.
 
-Tiny models with heads of 16, the kernels' least. TRITON_INTERPRET=1 runs these.
+The models have a head_dim of 16, the kernels' minimum. TRITON_INTERPRET=1 runs these tests.
 """
 
 import copy
@@ -40,7 +40,7 @@ def assert_same_step(case, reference, model, run=None):
 
 
 @pytest.mark.parametrize("name", T5S)
-def test_every_gradient_of_t5_and_its_kin(name):
+def test_every_gradient_of_t5_models(name):
     case, reference = build(name)
     model = patch_model(copy.deepcopy(reference))
     assert_same_step(case, reference, model)

@@ -1,4 +1,4 @@
-"""A patched model goes on doing all that a transformers model does."""
+"""A patched model supports everything that a transformers model supports."""
 
 import copy
 import pickle
@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers as hf
 
 from tokenpack import is_patched, packing_stats, patch_model, unpatch_model
 
@@ -40,7 +41,7 @@ def assert_packed(model, calls=1):
 
 
 @parametrize_models
-def test_deepcopy_packs_by_itself(case, reference):
+def test_deepcopy_is_independent(case, reference):
     model = patch_model(copy.deepcopy(reference))
     twin = copy.deepcopy(model)
     assert_trains_alike(twin, reference, case.batch("right"))
@@ -59,8 +60,18 @@ def test_pickle_keeps_the_patch(case, reference):
     assert type(unpatch_model(model)) is type(reference)
 
 
+def test_unpickling_registers_the_attention_again(monkeypatch):
+    reference = LLAMA.build()
+    saved = pickle.dumps(patch_model(copy.deepcopy(reference)))
+    for registry in (hf.AttentionInterface, hf.AttentionMaskInterface):  # as in a new process
+        monkeypatch.delitem(registry._global_mapping, "tokenpack_sdpa")
+    model = pickle.loads(saved)
+    assert_trains_alike(model, reference, LLAMA.batch("left"))
+    assert_packed(model)
+
+
 @parametrize_models
-def test_saved_files_know_nothing_of_the_patch(case, reference, tmp_path):
+def test_saved_files_do_not_contain_the_patch(case, reference, tmp_path):
     model = patch_model(copy.deepcopy(reference))
     assert list(model.state_dict()) == list(reference.state_dict())
     model.save_pretrained(tmp_path / "patched")
@@ -75,7 +86,7 @@ def test_saved_files_know_nothing_of_the_patch(case, reference, tmp_path):
 
 
 @parametrize_models
-def test_unpatching_gives_the_same_bits_as_before(case, reference):
+def test_unpatching_restores_the_same_bits(case, reference):
     model = patch_model(copy.deepcopy(reference))
     batch = case.batch("right")
     model(**batch)
@@ -92,10 +103,10 @@ def test_patching_twice_changes_options_and_unpatches_once():
     model = patch_model(patch_model(T5.build()), logits="always")
     assert model(**T5.batch("right")).logits is not None
     assert not is_patched(unpatch_model(model))
-    assert unpatch_model(model) is model  # of a model that is not patched: nothing to do
+    assert unpatch_model(model) is model  # no effect on a model that is not patched
 
 
-def test_from_a_patched_config_comes_a_plain_model():
+def test_model_from_a_patched_config_is_not_patched():
     model = patch_model(LLAMA.build())
     other = type(LLAMA.build())(copy.deepcopy(model.config)).eval()
     assert not is_patched(other)
@@ -116,7 +127,7 @@ def test_gradient_checkpointing(case, reference, use_reentrant):
     assert_packed(model)
 
 
-def test_checkpointing_a_whole_stack_finds_the_positions_again():
+def test_checkpointing_a_whole_stack_keeps_the_positions():
     reference = NLLB.build()
     model = patch_model(copy.deepcopy(reference))
     encoder = model.model.encoder
@@ -162,12 +173,12 @@ def test_lora_on_the_head_itself_keeps_the_loss_right():
         patch_model(with_lora(copy.deepcopy(reference))),
     ):
         assert_trains_alike(model, with_lora(copy.deepcopy(reference)), LLAMA.batch("right"))
-        assert "no plain nn.Linear" in packing_stats(model).loss
+        assert "not a plain nn.Linear" in packing_stats(model).loss
 
 
 @parametrize_models
-def test_autocast_is_as_near_to_float32_as_the_padded_model(case, reference):
-    """On the mean of some models: roundings of one alone may meet or miss one another."""
+def test_autocast_is_as_close_to_float32_as_the_padded_model(case, reference):
+    """Compares means over several models, because rounding errors of one model vary."""
     batch = case.batch("right")
     ours, theirs = [], []
     for seed in range(4):
@@ -208,7 +219,7 @@ def test_compiled(case, reference):
     assert_packed(compiled, calls=2)
 
 
-def test_dropout_drops_the_share_it_should():
+def test_dropout_has_the_right_probability():
     case = Case(T5.family, T5.config, T5.model, {**T5.options, "dropout_rate": 0.3}, T5.labels)
     reference = case.build()
     model = patch_model(copy.deepcopy(reference))
@@ -222,14 +233,14 @@ def test_dropout_drops_the_share_it_should():
     assert model.eval()(**batch).loss.equal(model(**batch).loss)
 
 
-def test_layers_are_dropped_by_the_models_own_rule():
+def test_layerdrop_follows_the_model():
     options = {**NLLB.options, "encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5}
     case = Case(NLLB.family, NLLB.config, NLLB.model, options, NLLB.labels)
     reference = case.build()
     model = patch_model(copy.deepcopy(reference))
     batch = case.batch("right")
     dropped = set()
-    for seed in range(8):  # LayerDrop draws before anything else does, on both sides alike
+    for seed in range(8):  # both models draw LayerDrop's numbers first
         torch.manual_seed(seed)
         ours = model(**batch).loss
         torch.manual_seed(seed)
@@ -239,13 +250,13 @@ def test_layers_are_dropped_by_the_models_own_rule():
     assert len(dropped) > 1
 
 
-def test_threads_that_run_different_models_do_not_meet():
+def test_threads_do_not_interfere():
     jobs = []
     for case in (NLLB, T5, LLAMA):
         model, batch = case.build(), case.batch("left")
         expected = float(model(**batch).loss.detach())
         jobs.append((patch_model(model), batch, expected))
-    jobs.append(jobs[0])  # and one model from two threads
+    jobs.append(jobs[0])  # one model in two threads
     wrong = []
 
     def run(model, batch, expected):
@@ -289,23 +300,23 @@ def test_generate_gives_the_same_tokens(case, how):
 
 
 @parametrize_models
-@pytest.mark.parametrize("own_path", [False, True])
-def test_loss_is_divided_by_the_number_of_items(case, reference, own_path):
+@pytest.mark.parametrize("padded", [False, True])
+def test_loss_is_divided_by_the_number_of_items(case, reference, padded):
     model = patch_model(copy.deepcopy(reference))
     batch = case.batch("right")
     labels = batch["labels"][:, 1:] if case is LLAMA else batch["labels"]
     count = (labels != -100).sum()
-    if own_path:
+    if padded:
         batch["use_cache"] = True
     mean = model(**batch).loss
     for number in (2 * count, int(2 * count)):
         halved = model(**batch, num_items_in_batch=number).loss
         assert abs(halved * 2 - mean).item() <= 1e-5
-    assert packing_stats(model).packed_calls == (0 if own_path else 3)
+    assert packing_stats(model).packed_calls == (0 if padded else 3)
 
 
 @parametrize_models
-def test_logits_are_returned_as_asked(case, reference):
+def test_logits_option(case, reference):
     batch = case.batch("right")
     unlabelled = {k: v for k, v in batch.items() if k != "labels"}
     if case.labels == "seq2seq":
@@ -323,7 +334,7 @@ def test_logits_are_returned_as_asked(case, reference):
     assert abs(with_logits.loss - without.loss).item() <= 1e-5
 
 
-def test_a_head_whose_logits_change_later_is_found_out(caplog):
+def test_logits_changed_after_the_head_are_detected(caplog):
     class Surprising(type(LLAMA.build())):
         def forward(self, *args, **kwargs):
             outputs = super().forward(*args, **kwargs)
@@ -334,14 +345,16 @@ def test_a_head_whose_logits_change_later_is_found_out(caplog):
     model = copy.deepcopy(reference)
     model.__class__ = Surprising
     Surprising.__name__ = "LlamaForCausalLM"
-    Surprising.forward.__module__ = "transformers.models.llama"  # as if it were one of theirs
+    Surprising.forward.__module__ = (
+        "transformers.models.llama"  # as if it were part of transformers
+    )
     patch_model(model)
     batch = LLAMA.batch("right")
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.5)
     for _ in range(2):
         assert abs(model(**batch).loss - reference(**batch).loss).item() <= 1e-5
-    assert "in a way unknown here" in packing_stats(model).loss
+    assert "in an unsupported way" in packing_stats(model).loss
 
 
 def test_outputs_as_a_tuple():

@@ -1,4 +1,4 @@
-"""Packed rows, several sequences side by side, on a patched model: as each sequence alone."""
+"""Packed rows on a patched model give the same results as separate sequences."""
 
 import copy
 
@@ -15,7 +15,7 @@ CAUSAL = [case for case in CASES if case.labels == "causal" and case.available]
 
 
 def packed_rows(seed=0, *, first_labels=-100):
-    """``(batch, sequences)``: the rows of `LENGTHS`, and the ids of each sequence alone."""
+    """``(batch, sequences)``: the rows of `LENGTHS`, and the ids of each sequence."""
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 97, (len(LENGTHS), COLUMNS), generator=random)
     labels, positions = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -55,7 +55,7 @@ def padded(sequences):
 
 
 @pytest.mark.parametrize("case", CAUSAL, ids=lambda case: case.config)
-def test_loss_logits_and_gradients_are_those_of_each_sequence_alone(case):
+def test_loss_logits_and_gradients_equal_separate_sequences(case):
     dtype = torch.float64 if case.float64 else torch.float32
     reference = case.build(dtype)
     model = patch_model(copy.deepcopy(reference), strict=True, logits="always")
@@ -84,15 +84,15 @@ def test_loss_logits_and_gradients_are_those_of_each_sequence_alone(case):
             assert (one.grad - other.grad).abs().max() <= 1e-5 * largest
 
 
-def test_labels_of_first_tokens_are_never_asked_for():
-    """Even where the caller left them in: no token predicts a neighbour's."""
+def test_labels_of_first_tokens_are_ignored():
+    """No token predicts the first token of the next sequence."""
     model = patch_model(LLAMA.build(), strict=True)
     masked, _ = packed_rows()
     left_in, _ = packed_rows(first_labels=None)
     assert model(**left_in).loss.equal(model(**masked).loss)
 
 
-def test_embeddings_come_in_rows_too():
+def test_embeddings_in_rows():
     model = patch_model(LLAMA.build().eval(), strict=True)
     batch, _ = packed_rows()
     with_ids = model(**batch)
@@ -100,7 +100,7 @@ def test_embeddings_come_in_rows_too():
     assert model(**batch).logits.equal(with_ids.logits)
 
 
-def test_boundaries_for_flash_attention_say_nothing_new():
+def test_boundaries_for_flash_attention_are_ignored():
     model = patch_model(LLAMA.build().eval(), strict=True)
     batch, _ = packed_rows()
     pieces = {"cu_seq_lens_q": 1, "cu_seq_lens_k": 1, "max_length_q": 1, "max_length_k": 1}
@@ -115,16 +115,16 @@ WRONG = {
     "cu_seqlens and cu_seqlens_padded must both be .num_seqs . 1,.": {
         "cu_seqlens_padded": torch.tensor([0, 36])
     },
-    "sequence 0 has 5 tokens from slot 0, and the next slot is 4": {
+    "sequence 0 with 5 tokens from slot 0, and slot 4 of 36 after it": {
         "cu_seqlens_padded": torch.tensor([0, 4, 6, 12, 24, 26, 36])
     },
-    "in one row of 12; sequence 3 has 9 tokens from slot 16": {
+    "in one row of 12, got sequence 3 with 9 tokens from slot 16": {
         "cu_seqlens_padded": torch.tensor([0, 5, 6, 16, 25, 27, 36])
     },
-    "sequence 5 has 6 tokens from slot 31": {
+    "sequence 5 with 6 tokens from slot 31": {
         "cu_seqlens_padded": torch.tensor([0, 5, 6, 12, 24, 31, 40])
     },
-    "sequence 0 has 5 tokens from slot -1": {
+    "sequence 0 with 5 tokens from slot -1": {
         "cu_seqlens_padded": torch.tensor([-1, 5, 6, 12, 24, 26, 36])
     },
     "cu_seqlens must start at 0": {"cu_seqlens": torch.tensor([1, 6, 7, 11, 20, 22, 28])},
@@ -146,11 +146,11 @@ def test_contradictions_are_errors(message):
         model(**{**batch, **WRONG[message]})
 
 
-def test_rows_mean_nothing_to_an_encoder_decoder_or_a_head_that_reads_rows():
+def test_packed_rows_need_a_causal_model():
     batch, _ = packed_rows()
-    with pytest.raises(ValueError, match="6 sequences, the decoder's inputs or labels 1"):
+    with pytest.raises(ValueError, match="as many sequences as input_ids, 6, got 1"):
         patch_model(T5.build())(**batch)
     head = next(case for case in CASES if case.model == "LlamaForSequenceClassification")
     assert head in BY_NAME.values()
-    with pytest.raises(ValueError, match="a head that reads rows"):
+    with pytest.raises(ValueError, match="the head reads padded rows"):
         patch_model(head.build())(**{k: v for k, v in batch.items() if k != "labels"})

@@ -1,4 +1,18 @@
-"""Make a transformers model run on real tokens alone: `patch_model`."""
+"""`patch_model`: run a transformers model on real tokens only.
+
+Each file imports only from files above it:
+
+    swap             replaces the forward of a module
+    family           the properties of a family of models
+    call             the state of one packed forward and of a patched model
+    interface        tokenpack's function in transformers' attention interface
+    t5, umt5, roberta, pooler, encoder_decoder     forwards of single families
+    families         the allow-list of families
+    embedding, head, packed_rows     word embeddings, LM head, batches of packed rows
+    inputs           from a model's arguments to packed arguments
+    forward          the forward of a patched model
+    patching         patch_model, unpatch_model, is_patched, packing_stats
+"""
 
 from .call import PackingStats
 from .patching import is_patched, packing_stats, patch_model, unpatch_model

@@ -1,4 +1,8 @@
-"""What one packed forward hands down through the model, and what a patched model remembers."""
+"""The state of one packed forward, and the state that a patched model keeps.
+
+The model's forward passes a `PackedCall` to its attention layers under the keyword `KEYWORD`. A
+`PatchState` is shared by all modules that `patch_model` changed.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,58 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import PackedLayout
+from .family import Family
 
-if TYPE_CHECKING:
-    from .family import Family
-    from .head import AfterHead
-    from .inputs import Targets
-
-# The one keyword under which a `PackedCall` travels from the model's forward to its attention.
 KEYWORD = "packing"
+
+# The attributes that `patch_model` sets on modules.
+STATE = "_tokenpack_state"  # the PatchState
+ROLE = "_tokenpack_role"  # of an attention: "enc", "dec", "cross" or "self"
+SIDE = "_tokenpack_side"  # of a position table: "enc" or "dec"
+
+
+class Targets(NamedTuple):
+    """The labels of the tokens that the head reads.
+
+    Attributes:
+        labels: ``(total_tokens,)``, already shifted, or -100.
+        num_valid: the number of labels that are not -100.
+    """
+
+    labels: Tensor
+    num_valid: int
+
+
+class AfterHead(NamedTuple):
+    """What a model does to its logits after the head, as far as tokenpack supports it."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    bias: Tensor | None = None  # (classes,)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.bias is None else logits + self.bias
+
+    @property
+    def is_identity(self) -> bool:
+        return self.scale == 1.0 and self.softcap is None and self.bias is None
 
 
 class PackedCall:
     """One forward over packed tokens.
 
-    A plain object with slots on purpose: FSDP and accelerate rebuild dicts, tuples and dataclasses
-    that they meet in a module's keywords, and would lose the identity that results come back by.
+    This is a plain object with slots. FSDP and accelerate rebuild the dicts, tuples and dataclasses
+    in a module's keywords, so results written to one of those would be lost.
     """
 
     __slots__ = (
@@ -45,35 +80,31 @@ class PackedCall:
 
     def __init__(self, state: PatchState, layouts: dict[str, PackedLayout]) -> None:
         self.state = state
-        self.layouts = layouts  # by side: "enc" and "dec", or "self" alone
+        self.layouts = layouts  # by side: "enc" and "dec", or only "self"
         self.positions: dict[str, Tensor] = {}  # by side, for models that compute positions inside
         self.attention_calls = 0
         self.backend = state.attention
-        # The fused head reads the next three and leaves the loss.
+        # Read by the fused head.
         self.after_head: AfterHead | None = None
-        self.targets: Targets | None = None  # shifted already
+        self.targets: Targets | None = None
         self.num_items: Tensor | float | None = None
+        # Written by the fused head.
         self.loss: Tensor | None = None
-        self.head_logits: Tensor | None = None  # (1, 1, classes): the first token's, as a probe
-
-    def sides(self, role: str) -> tuple[PackedLayout, PackedLayout]:
-        """The layouts of queries and keys for an attention of this role."""
-        query, key = ("dec", "enc") if role == "cross" else (role, role)
-        return self.layouts[query], self.layouts[key]
+        self.head_logits: Tensor | None = None  # (1, 1, classes), of the first token
 
 
 @dataclass
 class PackingStats:
-    """What a patched model has done so far.
+    """Counters of a patched model.
 
     Attributes:
-        packed_calls: forwards that ran on real tokens alone.
-        fallbacks: forwards that took the model's own path, counted by reason.
-        packed_tokens: real tokens that went through packed forwards, decoder included.
-        padded_tokens: slots that the same batches had as they came.
+        packed_calls: number of forwards that ran on real tokens only.
+        fallbacks: number of forwards that ran the model's original padded forward, by reason.
+        packed_tokens: number of real tokens in packed forwards, including the decoder's.
+        padded_tokens: number of slots that the same batches had before packing.
         attention: the backend of each kind of attention (``enc``, ``dec``, ``cross``, ``self``)
-            in the last packed forward, with the reason that it was chosen.
-        loss: how the last loss was computed, with the reason if logits had to be materialised.
+            in the last packed forward, and why it was selected.
+        loss: how the last loss was computed, and why if logits were materialized.
     """
 
     packed_calls: int = 0
@@ -85,65 +116,61 @@ class PackingStats:
 
     @property
     def padding_share(self) -> float:
-        """Share of the packed batches' slots that were padding and never computed."""
+        """Fraction of the slots in packed batches that were padding, and were not computed."""
         return 1.0 - self.packed_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
 
 class PatchState:
-    """Everything that `patch_model` keeps on a model; shared by the modules that it changed."""
+    """The options, properties and counters of a patched model."""
 
     def __init__(self, family: Family | None, attention: str, logits: str, strict: bool) -> None:
-        self.family: Any = family  # None where it is unknown
+        self.family = family  # None if unknown
         self.attention = attention
         self.logits = logits
         self.strict = strict
-        self.never: str | None = None  # why no call of this model can be packed
-        self.heads_tokens = False  # the patched module has a head over tokens, and takes labels
-        self.shifts_labels = False  # a token is asked for the next one's label
+        self.unpackable: str | None = None  # why no call of this model can be packed
+        self.has_token_head = False  # the patched module has a head over tokens, and takes labels
+        self.shifts_labels = False  # each token predicts the label of the next token
         self.counts_columns = False  # attention depends on distances, so holes would change it
-        self.reads_rows = False  # a head behind the patched base model reads rows
+        self.has_row_head = False  # a head outside the patched base model reads padded rows
         self.pools_first_token = False
         self.stats = PackingStats()
-        self.head_is_plain: bool | None = None  # unknown until the first fused loss has been probed
-        self.configs: list[tuple[Any, str]] = []  # each config with the implementation it had
-        self._running: dict[int, PackedCall] = {}
+        self.head_is_plain: bool | None = None  # None until the first fused loss has been checked
+        self.configs: list[Any] = []  # the `PatchedConfig` objects of interface.py
+        self._active: dict[int, PackedCall] = {}  # by thread
 
-    # A few modules (position tables, head, pooler) are called without keywords by the model. They
-    # find the call of their own thread here, put there by whichever forward calls them.
+    # The model calls some modules (position tables, head, pooler) without keywords. The forward
+    # that calls them activates its PackedCall for the current thread, and they look it up here.
 
     @contextmanager
-    def running(self, call: PackedCall | None) -> Iterator[None]:
-        """Make ``call`` the one that this thread's modules without keywords work for."""
+    def activate(self, call: PackedCall | None) -> Iterator[None]:
+        """Make ``call`` the active call of this thread."""
         thread = threading.get_ident()
-        before = self._running.get(thread)
-        self._set(thread, call)
+        previous = self._active.get(thread)
+        self._set_active(thread, call)
         try:
             yield
         finally:
-            self._set(thread, before)
+            self._set_active(thread, previous)
 
-    def current(self) -> PackedCall | None:
-        """The call of this thread, if one is running."""
-        return self._running.get(threading.get_ident())
+    def active_call(self) -> PackedCall | None:
+        """The active call of this thread."""
+        return self._active.get(threading.get_ident())
 
-    def _set(self, thread: int, call: PackedCall | None) -> None:
+    def _set_active(self, thread: int, call: PackedCall | None) -> None:
         if call is None:
-            self._running.pop(thread, None)
+            self._active.pop(thread, None)
         else:
-            self._running[thread] = call
+            self._active[thread] = call
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": {}}
-
-    def __setstate__(self, saved: dict[str, Any]) -> None:
-        from .interface import register_over
-
-        self.__dict__.update(saved)
-        for _, base in self.configs:
-            register_over(base)  # a fresh process knows none of our names
+        return {**self.__dict__, "_active": {}}
 
 
 def marker_mask(device: torch.device) -> Tensor:
-    """The attention mask of a packed forward: four-dimensional, so that every mask function of
-    transformers hands it on as it is, and too small for attention to take it for a real one."""
+    """The ``(1, 1, 1, 1)`` attention mask of a packed forward.
+
+    transformers' mask functions return a four-dimensional mask unchanged. Attention recognizes this
+    one by its shape.
+    """
     return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)

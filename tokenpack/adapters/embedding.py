@@ -1,8 +1,8 @@
 """One lookup for both stacks of an encoder-decoder that share their word embeddings.
 
-Each lookup's backward makes a gradient as large as the table, zeros mostly, and a second one is
-added to it: 3 * vocabulary * width numbers read and written beside the zeros. On packed input the
-two lookups are one, and so is the gradient.
+The backward of a lookup writes a gradient as large as the table, most of it zeros. With two
+lookups, autograd also adds the two gradients, which reads and writes 3 * vocabulary * width
+numbers. On packed input, one lookup serves both stacks.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SAME = ("padding_idx", "embed_scale")  # what two modules do with one weight
+_SETTINGS = ("padding_idx", "embed_scale")
 
 
-@torch.compiler.disable  # host work but for one lookup
-def look_up_once(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with embeddings of both sides for the ids of both, where a gradient is due.
+@torch.compiler.disable  # host work, except for the lookup
+def share_lookup(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Replace the ids of both sides in the arguments by embeddings from one lookup.
 
-    Only for families whose ``inputs_embeds`` are what the stack's own module gives for the ids.
-    Left alone, since the stacks must then call their own modules: separate tables, modules that
-    are no plain lookup (adapters, wrappers), and stacks and modules with hooks, which see what they
-    are called with (gradient checkpointing sets some).
+    Only for families with ``embeds_match_ids``. Returns the arguments unchanged if no gradient is
+    needed, or if the stacks must call their own modules: separate tables, modules that are not a
+    plain lookup (adapters, wrappers), or stacks and modules with hooks, which see their inputs
+    (gradient checkpointing sets some).
     """
     if not torch.is_grad_enabled() or not {"input_ids", "decoder_input_ids"} <= arguments.keys():
         return arguments
@@ -30,7 +30,7 @@ def look_up_once(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if any(not hasattr(stack, "get_input_embeddings") or _has_hooks(stack) for stack in stacks):
         return arguments
     table, other = (stack.get_input_embeddings() for stack in stacks)
-    if not _alike(table, other):
+    if not _can_share(table, other):
         return arguments
     arguments = dict(arguments)
     sides: tuple[Tensor, Tensor] = arguments.pop("input_ids"), arguments.pop("decoder_input_ids")
@@ -40,21 +40,21 @@ def look_up_once(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _alike(first: Any, second: Any) -> bool:
-    """Whether one of two modules may look up for both."""
+def _can_share(first: Any, second: Any) -> bool:
+    """Whether one of two modules can look up the ids of both."""
     return (
         type(first) is type(second)
         and _is_plain(first)
         and _is_plain(second)
         and first.weight is second.weight
-        and all(getattr(first, name, None) == getattr(second, name, None) for name in _SAME)
+        and all(getattr(first, name, None) == getattr(second, name, None) for name in _SETTINGS)
     )
 
 
 def _is_plain(module: Any) -> bool:
     return (
         isinstance(module, nn.Embedding)
-        # transformers' own scale what they look up; whoever else subclasses may do anything.
+        # Subclasses in transformers only scale the result. Other subclasses may do anything.
         and type(module).__module__.startswith(("torch.nn.", "transformers.models."))
         and [name for name, _ in module.named_parameters()] == ["weight"]
         and module.weight.requires_grad

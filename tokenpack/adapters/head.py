@@ -1,43 +1,24 @@
-"""The LM head: hidden states to loss without the logits, where nothing stands between them.
+"""The LM head: from hidden states to the loss without materializing logits.
 
-The fused loss runs inside the head's own forward, because sharded parameters are whole only while
-their module is being called. It leaves the loss on the call and gives the model the logits of the
-first token, so that whatever the model does to logits after the head still runs, and shows.
+The fused loss runs in the head's own forward, because FSDP gathers sharded parameters only while
+their module runs. The head stores the loss on the call, and returns the logits of the first token.
+So the model still runs what it does to logits after the head, and `logits_match` can compare.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import packed_linear_cross_entropy
-from .call import PackedCall
+from .call import AfterHead, PackedCall
 from .swap import Replacement
 
 
-class AfterHead(NamedTuple):
-    """What a model is known to do to its logits after the head."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    bias: Tensor | None = None  # (classes,)
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits if self.bias is None else logits + self.bias
-
-    @property
-    def changes_nothing(self) -> bool:
-        return self.scale == 1.0 and self.softcap is None and self.bias is None
-
-
 def after_head(model: Any) -> AfterHead:
-    """Gemma's softcap, Granite's and Cohere's scales, the bias of Marian and BART."""
+    """Gemma's softcap, Granite's and Cohere's scales, and the bias of Marian and BART."""
     config = model.config
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
@@ -51,8 +32,8 @@ def after_head(model: Any) -> AfterHead:
 
 @torch.compiler.disable
 def fused_forward(original: Replacement, module: Any, input: Tensor) -> Tensor:
-    """``nn.Linear.forward``, or with targets on the call the loss and one token's logits."""
-    call: PackedCall | None = module._tokenpack_state.current()
+    """``nn.Linear.forward``; with targets on the active call, the loss and one token's logits."""
+    call: PackedCall | None = module._tokenpack_state.active_call()
     if call is None or call.targets is None:
         return original(module, input)
     after = call.after_head or AfterHead()
@@ -76,18 +57,23 @@ def fused_forward(original: Replacement, module: Any, input: Tensor) -> Tensor:
     return call.head_logits
 
 
-def nothing_else_follows(after: AfterHead, raw: Tensor, final: Tensor) -> bool:
-    """Whether the model's logits are the head's own but for what ``after`` says."""
-    if after.changes_nothing:
+def logits_match(after: AfterHead, raw: Tensor, final: Tensor) -> bool:
+    """Whether ``after`` is all that the model does to the logits of its head."""
+    if after.is_identity:
         return torch.equal(raw, final)
     tolerance = 1e-2 if final.dtype in (torch.float16, torch.bfloat16) else 1e-5
     return torch.allclose(after(raw).double(), final.double(), rtol=tolerance, atol=1e-6)
 
 
 def loss_from_logits(logits: Tensor, targets: Tensor, num_items: Any) -> Tensor:
-    """Summed cross entropy of ``(total_tokens, classes)`` over ``num_items``, or over the targets.
+    """Sum of the cross entropy, divided by ``num_items`` or by the number of targets.
 
-    At least in float32, as transformers computes it.
+    Computed in float32 or better, as in transformers.
+
+    Args:
+        logits: ``(total_tokens, classes)``.
+        targets: ``(total_tokens,)``, -100 where a token has no target.
+        num_items: ``num_items_in_batch``, or None.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.to(logits.device)
@@ -98,5 +84,5 @@ def loss_from_logits(logits: Tensor, targets: Tensor, num_items: Any) -> Tensor:
 
 
 def on_device(num_items: Any, device: torch.device) -> Any:
-    """``num_items_in_batch`` where the loss is, if it is a tensor."""
+    """``num_items_in_batch`` on the device of the loss, if it is a tensor."""
     return num_items.to(device) if isinstance(num_items, Tensor) else num_items

@@ -1,18 +1,19 @@
-"""A model's arguments, packed: padded batch in, token streams and a `PackedCall` out.
+"""Pack the arguments of a model's forward: from a padded batch to token streams and a `PackedCall`.
 
-A batch that comes packed already (``cu_seqlens``) has its ids, few bytes a token, laid out in
-padded rows first. So labels are shifted and positions counted in one way for both, and nothing
-can cross a boundary.
+A batch that is already packed (``cu_seqlens``) is repadded first: ids take only a few bytes per
+token. Labels are then shifted and positions computed in the same way for both kinds of batch, and
+no label crosses a sequence boundary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import IGNORE_INDEX
 from ..kernels import (
     PackedLayout,
     layout_from_cu_seqlens,
@@ -21,98 +22,85 @@ from ..kernels import (
     repad,
     unpad,
 )
-from .call import KEYWORD, PackedCall, PatchState, marker_mask
-from .rows import take_out_of_rows
+from .call import KEYWORD, PackedCall, PatchState, Targets, marker_mask
+from .packed_rows import rows_to_stream
 
-IGNORE_INDEX = -100
-
-# Arguments that change nothing about what is computed, whatever their value.
-_INDIFFERENT = frozenset({"num_items_in_batch", "return_dict", "output_hidden_states"})
+# Arguments that do not affect whether a call can be packed.
+_ALWAYS_ACCEPTED = frozenset({"num_items_in_batch", "return_dict", "output_hidden_states"})
 
 
 class CannotPackError(Exception):
-    """This call takes the model's own path; the message is the reason, as it is counted."""
-
-
-class Targets(NamedTuple):
-    """What the tokens of the head's side are asked for.
-
-    Attributes:
-        labels: ``(total_tokens,)`` each token's own class, or -100.
-        num_valid: how many have one.
-    """
-
-    labels: Tensor
-    num_valid: int
+    """This call must run padded. The message is the reason that `packing_stats` counts."""
 
 
 @dataclass
 class PackedInputs:
-    """What a packed forward is called with, and how its results come back."""
+    """The arguments of a packed forward, and what is needed to restore the batch's shape."""
 
     call: PackedCall
     arguments: dict[str, Any]
     targets: Targets | None
-    came_packed: bool
+    is_packed: bool  # the batch was already packed
     padded_slots: int
-    rows: PackedLayout | None = None  # where the tokens stood, if they came in packed rows
+    rows: PackedLayout | None = None  # restores packed rows, if the batch had them
 
 
 @dataclass
 class _Side:
-    """One stream: the tokens of an encoder, a decoder, or a model that has only one of them."""
+    """The tokens of an encoder, of a decoder, or of a model with one side."""
 
     layout: PackedLayout
     padded: Tensor  # (rows, columns[, hidden]) ids or embeddings
-    came_packed: bool
+    is_packed: bool
     slots: int
 
 
 @torch.compiler.disable
 def pack_inputs(
-    model: Any, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
+    model: Any, state: PatchState, inputs: dict[str, Any], parameters: frozenset[str]
 ) -> PackedInputs:
     """Pack the arguments of one forward.
 
     Args:
         model: the patched model.
-        given: its arguments by name, those that are None left out. Consumed.
-        parameters: the names that its forward takes.
+        state: its state.
+        inputs: the arguments that are not None, by name. Changed in place.
+        parameters: the names of the forward's parameters.
 
     Raises:
-        CannotPackError: if only the model's own path computes this call.
-        ValueError: if the arguments contradict one another.
+        CannotPackError: if only the model's original forward computes this call correctly.
+        ValueError: if the arguments contradict each other.
     """
-    if state.never is not None:
-        raise CannotPackError(state.never)
-    _refuse_what_only_the_model_can_do(model, state, given, parameters)
-    rows = take_out_of_rows(given)
+    if state.unpackable is not None:
+        raise CannotPackError(state.unpackable)
+    _check_call(model, state, inputs, parameters)
+    rows = rows_to_stream(inputs)
     if state.family.kind == "encoder_decoder" and "decoder_input_ids" in parameters:
-        packed = _pack_encoder_decoder(model, state, given)
+        packed = _pack_encoder_decoder(model, state, inputs)
     else:
-        packed = _pack_single(model, state, given, parameters)
-    left = sorted(name for name in given if name not in _INDIFFERENT)
-    if left:
-        raise CannotPackError(f"argument {left[0]!r}")
+        packed = _pack_single(model, state, inputs, parameters)
+    unsupported = sorted(name for name in inputs if name not in _ALWAYS_ACCEPTED)
+    if unsupported:
+        raise CannotPackError(f"argument {unsupported[0]!r} is not supported")
     if rows is not None:
         packed.rows, packed.padded_slots = rows, rows.padded_shape[0] * rows.padded_shape[1]
     packed.arguments[KEYWORD] = packed.call
     packed.arguments["return_dict"] = True
-    packed.call.num_items = given.get("num_items_in_batch")
-    if "output_hidden_states" in given:
-        packed.arguments["output_hidden_states"] = given["output_hidden_states"]
+    packed.call.num_items = inputs.get("num_items_in_batch")
+    if "output_hidden_states" in inputs:
+        packed.arguments["output_hidden_states"] = inputs["output_hidden_states"]
     if "use_cache" in parameters:
         packed.arguments["use_cache"] = False
     return packed
 
 
-def shifted(labels: Tensor) -> Tensor:
-    """``(rows, columns)``: for each slot the label of the next one, ignored at the end of a row."""
+def shift_left(labels: Tensor) -> Tensor:
+    """The label of the next slot for each slot; -100 at the end of a row. ``(rows, columns)``."""
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
 
 
 def shift_right(model: Any, labels: Tensor) -> Tensor:
-    """Decoder inputs from labels, by the model's own rule."""
+    """Decoder inputs from labels, by the model's own rule. ``(rows, columns)``."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None:
         return prepare(labels=labels)
@@ -123,41 +111,38 @@ def shift_right(model: Any, labels: Tensor) -> Tensor:
     return inputs.masked_fill_(inputs == IGNORE_INDEX, config.pad_token_id)
 
 
-# ---------------------------------------------------------------------------------- the two kinds
+# -------------------------------------------------------------------------- the two kinds of model
 
 
-def _pack_encoder_decoder(model: Any, state: PatchState, given: dict[str, Any]) -> PackedInputs:
-    if "encoder_outputs" in given:
+def _pack_encoder_decoder(model: Any, state: PatchState, inputs: dict[str, Any]) -> PackedInputs:
+    if "encoder_outputs" in inputs:
         raise CannotPackError("encoder_outputs are given")
-    labels = given.pop("labels", None)
-    encoder = _take_side(given, "", state)
-    if labels is not None and given.keys().isdisjoint(
-        {"decoder_input_ids", "decoder_inputs_embeds"}
-    ):
-        labels, own_layout = _labels_in_rows(labels, given.get("decoder_cu_seqlens"))
-        ids = shift_right(model, labels)
-        if own_layout is None:
-            given["decoder_input_ids"] = ids
-        else:  # back into the stream, which _take_side lays out again
-            given["decoder_input_ids"] = unpad(ids, own_layout)[None]
-    elif labels is not None:
-        labels, _ = _labels_in_rows(labels, given.get("decoder_cu_seqlens"))
-    if given.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"}):
+    labels = inputs.pop("labels", None)
+    encoder = _pop_side(inputs, "", state)
+    no_decoder_inputs = inputs.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"})
+    if labels is not None:
+        labels, label_layout = _padded_labels(labels, inputs.get("decoder_cu_seqlens"))
+        if no_decoder_inputs:
+            ids = shift_right(model, labels)
+            if label_layout is not None:
+                ids = unpad(ids, label_layout)[None]
+            inputs["decoder_input_ids"] = ids
+    elif no_decoder_inputs:
         raise CannotPackError("neither decoder inputs nor labels are given")
-    decoder = _take_side(given, "decoder_", state, labels)
+    decoder = _pop_side(inputs, "decoder_", state, labels)
     if decoder.layout.num_seqs != encoder.layout.num_seqs:
         raise ValueError(
-            f"input_ids hold {encoder.layout.num_seqs} sequences, "
-            f"the decoder's inputs or labels {decoder.layout.num_seqs}"
+            "decoder inputs or labels must have as many sequences as input_ids, "
+            f"{encoder.layout.num_seqs}, got {decoder.layout.num_seqs}"
         )
     if bool(((encoder.layout.lengths == 0) & (decoder.layout.lengths > 0)).any()):
-        raise CannotPackError("a row of padding alone on the encoder's side, and labels for it")
-    if decoder.came_packed != encoder.came_packed:
+        raise CannotPackError("an encoder row is all padding, but its decoder row is not")
+    if decoder.is_packed != encoder.is_packed:
         raise ValueError("cu_seqlens and decoder_cu_seqlens must be given together or not at all")
     targets = None if labels is None else _targets(labels, decoder)
 
     call = PackedCall(state, {"enc": encoder.layout, "dec": decoder.layout})
-    if state.family.swaps and not state.family.biased_by_distance:
+    if state.family.swaps and not state.family.has_relative_bias:
         for name, side in (("enc", encoder), ("dec", decoder)):
             call.positions[name] = _positions(model, state, name, side)
     marker = marker_mask(encoder.padded.device)
@@ -170,73 +155,73 @@ def _pack_encoder_decoder(model: Any, state: PatchState, given: dict[str, Any]) 
             "decoder_attention_mask": marker,
         },
         targets,
-        encoder.came_packed,
+        encoder.is_packed,
         encoder.slots + decoder.slots,
     )
 
 
 def _pack_single(
-    model: Any, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
+    model: Any, state: PatchState, inputs: dict[str, Any], parameters: frozenset[str]
 ) -> PackedInputs:
-    labels = given.pop("labels", None) if state.heads_tokens else None
-    cu_seqlens = given.get("cu_seqlens")
-    masked = "attention_mask" in given or cu_seqlens is not None
-    side = _take_side(given, "", state)
+    labels = inputs.pop("labels", None) if state.has_token_head else None
+    cu_seqlens = inputs.get("cu_seqlens")
+    masked = "attention_mask" in inputs or cu_seqlens is not None
+    side = _pop_side(inputs, "", state)
     name = "enc" if state.family.kind == "encoder_decoder" else "self"
-    if side.came_packed and state.reads_rows:
-        raise CannotPackError("cu_seqlens, and a head that reads rows")
+    if side.is_packed and state.has_row_head:
+        raise CannotPackError("cu_seqlens is given, but the head reads padded rows")
     call = PackedCall(state, {name: side.layout})
-    _refuse_pooling_over_padding(state, side.layout)
+    _check_pooling(state, side.layout)
 
     arguments = {
         _input_name("", side): unpad(side.padded, side.layout)[None],
         "attention_mask": marker_mask(side.padded.device),
     }
     if "position_ids" in parameters:
-        own = _in_rows("position_ids", given.pop("position_ids", None), side)
+        own = _to_padded("position_ids", inputs.pop("position_ids", None), side)
         if own is not None and not masked and bool((own.diff(dim=1) != 1).any()):
             raise CannotPackError(
-                "position_ids that do not count up and no mask: transformers takes sequences out "
-                "of them (give cu_seqlens instead)"
+                "position_ids do not count up and no mask is given, so transformers infers "
+                "sequence boundaries from them (pass cu_seqlens instead)"
             )
         positions = _positions(model, state, name, side) if own is None else unpad(own, side.layout)
         arguments["position_ids"] = positions.long()[None]
-    elif name in ("enc", "dec") and state.family.swaps and not state.family.biased_by_distance:
+    elif name == "enc" and state.family.swaps and not state.family.has_relative_bias:
         call.positions[name] = _positions(model, state, name, side)
     if state.family.kind == "encoder" and "token_type_ids" in parameters:
-        types = _in_rows("token_type_ids", given.pop("token_type_ids", None), side)
+        types = _to_padded("token_type_ids", inputs.pop("token_type_ids", None), side)
         if types is not None:
             arguments["token_type_ids"] = unpad(types, side.layout)[None]
     targets = None
     if labels is not None:
-        labels, _ = _labels_in_rows(labels, cu_seqlens)
-        targets = _targets(shifted(labels) if state.shifts_labels else labels, side)
-    if isinstance(given.get("logits_to_keep"), int) and given["logits_to_keep"] == 0:
-        del given["logits_to_keep"]
-    return PackedInputs(call, arguments, targets, side.came_packed, side.slots)
+        labels, _ = _padded_labels(labels, cu_seqlens)
+        targets = _targets(shift_left(labels) if state.shifts_labels else labels, side)
+    if isinstance(inputs.get("logits_to_keep"), int) and inputs["logits_to_keep"] == 0:
+        del inputs["logits_to_keep"]
+    return PackedInputs(call, arguments, targets, side.is_packed, side.slots)
 
 
 # --------------------------------------------------------------------------------------- one side
 
 
-def _take_side(
-    given: dict[str, Any], prefix: str, state: PatchState, labels: Tensor | None = None
+def _pop_side(
+    inputs: dict[str, Any], prefix: str, state: PatchState, labels: Tensor | None = None
 ) -> _Side:
-    """Take the ids or embeddings of one side out of ``given``, with what lays them out."""
+    """Remove the ids or embeddings of one side from ``inputs``, with their mask and boundaries."""
     ids_name = f"{prefix}input_ids"
     embeds_name = f"{prefix}inputs_embeds"
-    if (ids_name in given) == (embeds_name in given):
-        raise CannotPackError(f"{ids_name} and {embeds_name}: both or neither are given")
-    name = ids_name if ids_name in given else embeds_name
-    tokens: Tensor = given.pop(name)
+    if (ids_name in inputs) == (embeds_name in inputs):
+        raise CannotPackError(f"both or neither of {ids_name} and {embeds_name} are given")
+    name = ids_name if ids_name in inputs else embeds_name
+    tokens: Tensor = inputs.pop(name)
     if tokens.dim() != (2 if name == ids_name else 3) or 0 in tokens.shape[:2]:
         raise ValueError(
             f"{name} must be (rows, columns{'' if name == ids_name else ', hidden'}) and not "
             f"empty, got shape {tuple(tokens.shape)}"
         )
-    mask = given.pop(f"{prefix}attention_mask", None)
-    cu_seqlens = given.pop(f"{prefix}cu_seqlens", None)
-    given.pop(f"{prefix}max_seqlen", None)  # collators pass it along; the layout knows it
+    mask = inputs.pop(f"{prefix}attention_mask", None)
+    cu_seqlens = inputs.pop(f"{prefix}cu_seqlens", None)
+    inputs.pop(f"{prefix}max_seqlen", None)  # collators pass it; the layout computes it
     if cu_seqlens is not None:
         if tokens.shape[0] != 1:
             raise ValueError(
@@ -244,54 +229,56 @@ def _take_side(
                 f"got shape {tuple(tokens.shape)}"
             )
         if mask is not None and not bool((mask != 0).all()):
-            raise ValueError(f"{prefix}attention_mask must be all ones beside {prefix}cu_seqlens")
+            raise ValueError(
+                f"{prefix}attention_mask must be all ones when {prefix}cu_seqlens is given, got "
+                "zeros: leave the mask out"
+            )
         layout = layout_from_cu_seqlens(cu_seqlens, tokens.shape[1], device=tokens.device)
         return _Side(layout, repad(tokens.squeeze(0), layout), True, layout.total_tokens)
-    layout = _layout(f"{prefix}attention_mask", mask, name, tokens, state, labels)
-    return _Side(layout, tokens, False, tokens.shape[0] * tokens.shape[1])
-
-
-def _layout(
-    mask_name: str,
-    mask: Tensor | None,
-    name: str,
-    tokens: Tensor,
-    state: PatchState,
-    labels: Tensor | None,
-) -> PackedLayout:
     rows, columns = tokens.shape[:2]
     if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise CannotPackError(f"{mask_name} is a {type(mask).__name__}")
-        if mask.dim() != 2:
-            raise CannotPackError(f"{mask_name} is {mask.dim()}-dimensional")
-        if mask.shape != (rows, columns):
-            raise ValueError(
-                f"{mask_name} must have the shape of {name}, "
-                f"got {tuple(mask.shape)} for {(rows, columns)}"
-            )
-        mask = mask.to(tokens.device)
-        layout = layout_from_mask(mask)
-        if layout.total_tokens == 0:
-            raise ValueError(f"{mask_name} must mark at least one real token, got none")
-        if state.counts_columns and _has_holes(layout):
-            raise CannotPackError(
-                f"{mask_name} has holes, and this model's attention counts the columns between "
-                "tokens"
-            )
-        return layout
-    if labels is None:
-        return layout_from_lengths([columns] * rows, device=tokens.device)
-    # Behind a row's last label nothing is asked of a causal decoder, so those slots are padding.
-    if labels.shape != (rows, columns):
+        layout = _layout_from_mask(f"{prefix}attention_mask", mask, name, tokens, state)
+    elif labels is not None:
+        layout = _layout_from_labels(labels, name, (rows, columns))
+    else:
+        layout = layout_from_lengths([columns] * rows, device=tokens.device)
+    return _Side(layout, tokens, False, rows * columns)
+
+
+def _layout_from_mask(
+    mask_name: str, mask: Any, name: str, tokens: Tensor, state: PatchState
+) -> PackedLayout:
+    if not isinstance(mask, Tensor):
+        raise CannotPackError(f"{mask_name} is a {type(mask).__name__}")
+    if mask.dim() != 2:
+        raise CannotPackError(f"{mask_name} is {mask.dim()}-dimensional")
+    if mask.shape != tokens.shape[:2]:
         raise ValueError(
-            f"labels must have the shape of {name}, got {tuple(labels.shape)} for {(rows, columns)}"
+            f"{mask_name} must have the shape of {name}, {tuple(tokens.shape[:2])}, "
+            f"got {tuple(mask.shape)}"
         )
-    column = torch.arange(1, columns + 1, device=labels.device)
+    layout = layout_from_mask(mask.to(tokens.device))
+    if layout.total_tokens == 0:
+        raise ValueError(f"{mask_name} must mark at least one real token, got none")
+    if state.counts_columns and _has_holes(layout):
+        raise CannotPackError(
+            f"{mask_name} has holes, and this model's attention depends on the number of columns "
+            "between tokens"
+        )
+    return layout
+
+
+def _layout_from_labels(labels: Tensor, name: str, shape: tuple[int, int]) -> PackedLayout:
+    """Treat the slots after a row's last label as padding. A causal decoder's loss ignores them."""
+    if labels.shape != shape:
+        raise ValueError(
+            f"labels must have the shape of {name}, {shape}, got {tuple(labels.shape)}"
+        )
+    column = torch.arange(1, shape[1] + 1, device=labels.device)
     last = ((labels != IGNORE_INDEX) * column).amax(dim=1, keepdim=True)
     layout = layout_from_mask(column <= last)
     if layout.total_tokens == 0:
-        raise CannotPackError("labels ask for nothing")
+        raise CannotPackError("all labels are -100")
     return layout
 
 
@@ -302,22 +289,22 @@ def _has_holes(layout: PackedLayout) -> bool:
     return bool((gap[layout.position_ids[1:] > 0] != 0).any())
 
 
-def _in_rows(name: str, values: Tensor | None, side: _Side) -> Tensor | None:
-    """Values that come one a token, in the padded rows of ``side``."""
+def _to_padded(name: str, values: Tensor | None, side: _Side) -> Tensor | None:
+    """Values per token, in the padded rows of ``side``."""
     if values is None:
         return None
-    expected = (1, side.layout.total_tokens) if side.came_packed else side.layout.padded_shape
+    expected = (1, side.layout.total_tokens) if side.is_packed else side.layout.padded_shape
     if values.dim() == 1:
         values = values[None]
     if values.shape != expected and values.shape != (1, expected[1]):
-        raise ValueError(f"{name} must be {expected}, got {tuple(values.shape)}")
-    if side.came_packed:
+        raise ValueError(f"{name} must be {expected}, got shape {tuple(values.shape)}")
+    if side.is_packed:
         return repad(values[0], side.layout)
     return values.expand(expected)
 
 
-def _labels_in_rows(labels: Tensor, cu_seqlens: Any) -> tuple[Tensor, PackedLayout | None]:
-    """Labels in padded rows, and the layout that they came packed in, if they did."""
+def _padded_labels(labels: Tensor, cu_seqlens: Any) -> tuple[Tensor, PackedLayout | None]:
+    """Labels in padded rows, and their layout if they were packed."""
     if labels.dim() != 2:
         raise ValueError(f"labels must be (rows, columns), got shape {tuple(labels.shape)}")
     if cu_seqlens is None:
@@ -327,19 +314,17 @@ def _labels_in_rows(labels: Tensor, cu_seqlens: Any) -> tuple[Tensor, PackedLayo
 
 
 def _positions(model: Any, state: PatchState, name: str, side: _Side) -> Tensor:
-    """``(total_tokens,)`` int64: where the model would see each token in the padded batch."""
+    """``(total_tokens,)`` int64, the position that the model gives each token when padded."""
     rule = state.family.positions
-    if rule is None or side.padded.dim() == 3:
-        if rule is not None:
-            raise CannotPackError(
-                "positions that follow from ids, and inputs_embeds instead of ids"
-            )
+    if rule is None:
         return side.layout.columns.long()
+    if side.padded.dim() == 3:
+        raise CannotPackError("positions are computed from ids, but inputs_embeds is given")
     return unpad(rule(model, name, side.padded), side.layout)
 
 
 def _targets(labels: Tensor, side: _Side) -> Targets:
-    """The labels of the real tokens, once no other slot is asked for one."""
+    """The labels of the real tokens. Labels at padded positions must be -100."""
     if labels.shape != side.layout.padded_shape:
         raise ValueError(
             f"labels must have the shape of their inputs, {side.layout.padded_shape}, "
@@ -348,11 +333,11 @@ def _targets(labels: Tensor, side: _Side) -> Targets:
     labels = labels.to(side.layout.device)
     targets = unpad(labels, side.layout)
     counts = [(values != IGNORE_INDEX).sum() for values in (labels, targets)]
-    asked, num_valid = torch.stack(counts).tolist()
-    if asked != num_valid:
+    num_labels, num_valid = torch.stack(counts).tolist()
+    if num_labels != num_valid:
         raise CannotPackError(
-            "labels ask something of padding (set labels to -100 there and, for a causal model, "
-            "at the first token behind padding)"
+            "labels at padded positions must be -100 (and, for a causal model, the label of the "
+            "first token after left padding)"
         )
     return Targets(targets, num_valid)
 
@@ -361,45 +346,46 @@ def _input_name(prefix: str, side: _Side) -> str:
     return f"{prefix}input_ids" if side.padded.dim() == 2 else f"{prefix}inputs_embeds"
 
 
-# -------------------------------------------------------------------- what takes the model's path
+# -------------------------------------------------------------------- calls that cannot be packed
 
 
-def _refuse_what_only_the_model_can_do(
-    model: Any, state: PatchState, given: dict[str, Any], parameters: frozenset[str]
+def _check_call(
+    model: Any, state: PatchState, inputs: dict[str, Any], parameters: frozenset[str]
 ) -> None:
+    """Raise CannotPackError if an argument or the config requires the model's original forward."""
     config = model.config
-    if "labels" in given and state.heads_tokens and "_loss_function" in vars(model):
-        raise CannotPackError("a loss_function of its own")
-    if given.get("past_key_values") is not None or given.get("use_cache"):
+    if "labels" in inputs and state.has_token_head and "_loss_function" in vars(model):
+        raise CannotPackError("the model has a custom loss_function")
+    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
         raise CannotPackError("a cache is in use")
     if (
-        "use_cache" not in given
+        "use_cache" not in inputs
         and "use_cache" in parameters
         and getattr(config, "use_cache", False)
-        and not (model.training or "labels" in given or state.reads_rows)
+        and not (model.training or "labels" in inputs or state.has_row_head)
         and state.family.kind != "encoder"
     ):
         raise CannotPackError("a cache would be returned (pass use_cache=False)")
-    given.pop("use_cache", None)
+    inputs.pop("use_cache", None)
     for name in ("output_attentions", "output_router_logits"):
-        asked = given.pop(name, None)
-        if asked or (asked is None and getattr(config, name, False)):
+        value = inputs.pop(name, None)
+        if value or (value is None and getattr(config, name, False)):
             raise CannotPackError(f"{name} is set")
     rope = getattr(config, "rope_parameters", None)
-    kinds = rope.values() if isinstance(rope, dict) else ()  # one dict, or one for each layer type
+    kinds = rope.values() if isinstance(rope, dict) else ()  # one dict, or one per layer type
     if any(
         kind in ("dynamic", "longrope")
         or (isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"))
         for kind in kinds
     ):
-        raise CannotPackError("rotary embeddings that change with the length of the padded batch")
+        raise CannotPackError("rotary embeddings depend on the length of the padded batch")
     if getattr(config, "sparse_prediction", False):
         raise CannotPackError("sparse_prediction is set")
 
 
-def _refuse_pooling_over_padding(state: PatchState, layout: PackedLayout) -> None:
+def _check_pooling(state: PatchState, layout: PackedLayout) -> None:
     if not state.pools_first_token:
         return
     starts = layout.cu_seqlens[:-1].clamp(max=layout.total_tokens - 1)
     if bool((layout.lengths == 0).any()) or bool((layout.columns[starts] != 0).any()):
-        raise CannotPackError("a pooler that reads the first column, and padding there")
+        raise CannotPackError("a pooler reads the first column, where a row has padding")

@@ -1,4 +1,4 @@
-"""BERT's pooler: it reads column 0 of the padded batch, which packed is each sequence's start."""
+"""BERT's pooler: reads column 0 of the padded batch, which is the first token of each sequence."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .swap import Replacement
 
 
 def first_token_forward(original: Replacement, module: Any, hidden_states: Tensor) -> Tensor:
-    """``(1, total_tokens, hidden)`` to ``(num_seqs, hidden)`` while packing."""
-    call = module._tokenpack_state.current()
+    """``(1, total_tokens, hidden)`` to ``(num_seqs, hidden)`` in a packed forward."""
+    call = module._tokenpack_state.active_call()
     if call is not None:
         starts = call.layouts["self"].cu_seqlens[:-1]
         hidden_states = hidden_states.squeeze(0).index_select(0, starts)[:, None]

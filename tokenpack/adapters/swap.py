@@ -1,9 +1,9 @@
-"""Change what one module does by giving that instance another class.
+"""Replace the forward of one module by changing the class of that instance.
 
-The new class subclasses the old, keeps its name and module, and overrides ``forward`` alone.
-Compared with setting ``module.forward``: `copy.deepcopy` and `DataParallel` replicas keep working,
-and transformers still reads the original signature. Pickling names classes by where they are
-defined, where a dynamic one is not to be found, so it rebuilds the class from its two parts.
+The new class is a subclass with the same name and module, and overrides only ``forward``. In
+contrast to setting ``module.forward``, `copy.deepcopy` and `DataParallel` replicas work, and
+transformers still reads the original signature. pickle finds classes by name, and cannot find a
+dynamic class, so pickling stores the original class and the replacement to rebuild it from.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import nn
 
-# forward(original, module, *args, **kwargs), where original(module, *args, **kwargs) is the old one
+# replacement(original, module, *args, **kwargs), where original is the class's own forward.
 Replacement = Callable[..., Any]
 
 
 def swap_forward(module: Any, replacement: Replacement) -> None:
     """Make ``module(...)`` run ``replacement(original_forward, module, ...)``.
 
-    ``replacement`` must be a module-level function, so that a pickle can name it.
+    ``replacement`` must be a module-level function, because pickle stores it by name.
     """
     original: Any = type(module)
     module.__class__ = _swapped_class(original, replacement)
@@ -31,18 +31,18 @@ def restore_forward(module: Any) -> None:
     """Undo `swap_forward`.
 
     Raises:
-        ValueError: if the class was changed once more since, as ``fully_shard`` does.
+        ValueError: if the class has been changed again since then, as ``fully_shard`` does.
     """
     if "_tokenpack_swap" not in vars(type(module)):
         raise ValueError(
-            f"{type(module).__name__} was given another class after patch_model "
-            "(fully_shard does that): unpatch the model before"
+            f"{type(module).__name__} changed its class after patch_model (fully_shard does this): "
+            "call unpatch_model before that"
         )
     module.__class__ = type(module)._tokenpack_swap[0]
 
 
 def is_swapped(module: nn.Module, replacement: Replacement | None = None) -> bool:
-    """Whether ``module`` runs a replacement (this one, if one is named)."""
+    """Whether ``module`` runs ``replacement``, or any replacement if it is None."""
     swap = getattr(type(module), "_tokenpack_swap", None)
     return swap is not None and replacement in (None, swap[1])
 
@@ -55,7 +55,7 @@ def _swapped_class(original: Any, replacement: Replacement) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(original_forward, self, *args, **kwargs)
 
-    # torch.compile keeps what it compiled by code object, up to a limit: one for each class.
+    # torch.compile caches by code object and limits entries, so each class gets its own.
     forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
 
     def __reduce_ex__(self: Any, protocol: int) -> tuple:

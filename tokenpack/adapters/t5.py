@@ -1,8 +1,8 @@
-"""T5 and mT5: a learned bias of the distance, in the first layer's attention, shared by the rest.
+"""T5 and mT5: a learned relative bias that the first layer computes and all layers share.
 
-The model builds that bias as ``(1, heads, queries, keys)``, and for cross-attention the same size
-in zeros: on packed input, quadratic in the whole batch. Here layers hand each other the table of
-distances instead, ``(heads, 2 * reach + 1)``, and no tensor for none.
+The model builds the bias as ``(1, heads, queries, keys)``, and a tensor of zeros of that shape for
+cross-attention. On packed input both are quadratic in the whole batch. Here, layers pass on the
+table of biases by distance, ``(heads, 2 * max_distance + 1)``, or an empty tensor for no bias.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .swap import Replacement
 
 
 def attention_forward(original: Replacement, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """T5Attention: take the table for ``position_bias``, or make it where the layer has one."""
+    """T5Attention: use the bias table as ``position_bias``, and compute it in the first layer."""
     if kwargs.get(KEYWORD) is not None and kwargs.get("position_bias") is None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         kwargs["position_bias"] = bias_table(module, hidden_states.device)
@@ -25,20 +25,20 @@ def attention_forward(original: Replacement, module: Any, *args: Any, **kwargs: 
 
 
 def bias_table(module: Any, device: torch.device) -> Tensor:
-    """``(heads, 2 * max_distance + 1)`` of a layer that has a table; an empty tensor of others.
+    """``(heads, 2 * max_distance + 1)`` if the layer has a bias, otherwise an empty tensor.
 
-    Made anew in every forward, and by calling the embedding: gradient checkpointing recomputes it
-    with gradients, and sharded parameters are only whole while their module is being called.
+    Every forward computes the table, so that gradient checkpointing recomputes it with gradients.
+    It calls the embedding, because FSDP gathers sharded parameters only while their module runs.
     """
     if not module.has_relative_attention_bias:
         return torch.empty(0, device=device)
     embedding = module.relative_attention_bias
-    reach = module.relative_attention_max_distance
-    distance = torch.arange(-reach, reach + 1, device=device)
+    max_distance = module.relative_attention_max_distance
+    distance = torch.arange(-max_distance, max_distance + 1, device=device)
     buckets = module._relative_position_bucket(
         distance,
         bidirectional=not module.is_decoder,
         num_buckets=module.relative_attention_num_buckets,
-        max_distance=reach,
+        max_distance=max_distance,
     )
     return embedding(buckets).t().contiguous()

@@ -1,7 +1,7 @@
-"""UMT5: T5 with a table of distances in every layer, and none handed on.
+"""UMT5: T5 with a separate relative bias in every layer.
 
-Its attention takes no ``position_bias``, and builds one of all queries by all keys in every layer,
-so while packing its forward is written here again, around the table.
+Its attention does not accept ``position_bias``, and builds a bias of all queries by all keys in
+every layer. In a packed forward, `attention_forward` replaces it and uses a table by distance.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def attention_forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """UMT5Attention, ``(1, tokens, d_model)`` in and out while packing."""
+    """UMT5Attention: ``(1, tokens, d_model)`` to ``(1, tokens, d_model)`` in a packed forward."""
     if kwargs.get(KEYWORD) is None:
         return original(
             module,
@@ -35,7 +35,7 @@ def attention_forward(
             attention_mask=attention_mask,
             **kwargs,
         )
-    keys_from = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    key_states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
     def per_head(projected: Tensor) -> Tensor:  # [1, heads, tokens, head_dim]
         return projected.unflatten(-1, (module.n_heads, module.key_value_proj_dim)).transpose(1, 2)
@@ -44,8 +44,8 @@ def attention_forward(
     out, weights = attend(
         module,
         per_head(module.q(hidden_states)),
-        per_head(module.k(keys_from)),
-        per_head(module.v(keys_from)),
+        per_head(module.k(key_states)),
+        per_head(module.v(key_states)),
         attention_mask,
         dropout=module.dropout if module.training else 0.0,
         scaling=module.scaling,
@@ -56,10 +56,10 @@ def attention_forward(
 
 
 def bias_table(module: Any) -> Tensor | None:
-    """``(heads, 2 * max_distance + 1)``, or None in cross-attention, which has no table."""
+    """``(heads, 2 * max_distance + 1)``, or None in cross-attention, which has no bias."""
     if not module.has_relative_attention_bias:
         return None
-    reach = module.relative_attention_max_distance
+    max_distance = module.relative_attention_max_distance
     embedding = module.relative_attention_bias
-    distance = torch.arange(-reach, reach + 1, device=embedding.weight.device)
+    distance = torch.arange(-max_distance, max_distance + 1, device=embedding.weight.device)
     return embedding(module._relative_position_bucket(distance)).t().contiguous()

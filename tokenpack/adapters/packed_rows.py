@@ -1,0 +1,85 @@
+"""Packed rows: several sequences in each row of a batch, with padding after them.
+
+    sequence s occupies slots  cu_seqlens_padded[s] ... + cu_seqlens[s + 1] - cu_seqlens[s]
+
+of the flattened rows (the names are Transformer Engine's). Only its tokens go through the model, as
+a stream with ``cu_seqlens``. The outputs go back to the slots of the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import PackedLayout, layout_from_mask, unpad
+
+# The same boundaries under the names of transformers' flash attention.
+_FLASH_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_PER_TOKEN = ("input_ids", "inputs_embeds", "labels", "position_ids")
+
+
+def rows_to_stream(inputs: dict[str, Any]) -> PackedLayout | None:
+    """Replace packed rows in the arguments of a call by the stream of their tokens.
+
+    Args:
+        inputs: the arguments by name, changed in place if ``cu_seqlens_padded`` is one of them.
+
+    Returns:
+        The layout that puts a stream back into the rows: each row is one of its sequences. None if
+        the arguments are not packed rows.
+
+    Raises:
+        ValueError: if the boundaries contradict each other or the rows.
+    """
+    if "cu_seqlens" not in inputs:
+        return None
+    for name in _FLASH_NAMES:
+        inputs.pop(name, None)
+    if "cu_seqlens_padded" not in inputs:
+        return None
+    padded = inputs.pop("cu_seqlens_padded")
+    tokens = {name: inputs[name] for name in _PER_TOKEN if name in inputs}
+    name, first = next(iter(tokens.items()), ("input_ids", torch.empty(0)))
+    if first.dim() < 2 or 0 in first.shape[:2]:
+        raise ValueError(
+            f"{name} must be (rows, columns) and not empty, got shape {tuple(first.shape)}"
+        )
+    shape = first.shape[:2]
+    for other, values in tokens.items():
+        if values.shape[:2] != shape:
+            raise ValueError(
+                f"{other} must begin with the rows and columns of {name}, {tuple(shape)}, "
+                f"got shape {tuple(values.shape)}"
+            )
+    layout = layout_from_mask(_token_mask(inputs["cu_seqlens"], padded, shape, first.device))
+    inputs.update(zip(tokens, (stream[None] for stream in unpad(list(tokens.values()), layout))))
+    return layout
+
+
+def _token_mask(cu_seqlens: Any, padded: Any, shape: torch.Size, device: torch.device) -> Tensor:
+    """``(rows, columns)``, 1 in the slots of the sequences and 0 in padding."""
+    rows, columns = shape
+    cu_seqlens = torch.as_tensor(cu_seqlens, dtype=torch.int64, device=device)
+    padded = torch.as_tensor(padded, dtype=torch.int64, device=device)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape != padded.shape or len(padded) < 2:
+        raise ValueError(
+            "cu_seqlens and cu_seqlens_padded must both be (num_seqs + 1,), "
+            f"got shapes {tuple(cu_seqlens.shape)} and {tuple(padded.shape)}"
+        )
+    lengths = cu_seqlens.diff()
+    starts, ends = padded[:-1], padded[:-1] + lengths
+    fits = (starts >= 0) & (lengths >= 0) & (ends <= padded[1:]) & (ends <= rows * columns)
+    fits &= (lengths == 0) | (starts // columns == (ends - 1) // columns)
+    if not bool(fits.all()):
+        at = int((~fits).nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens_padded must give each sequence its own slots in one row of {columns}, "
+            f"got sequence {at} with {int(lengths[at])} tokens from slot {int(starts[at])}, "
+            f"and slot {int(padded[at + 1])} of {rows * columns} after it"
+        )
+    steps = torch.zeros(rows * columns + 1, dtype=torch.int64, device=device)
+    one = torch.ones_like(starts)
+    steps.index_add_(0, starts, one).index_add_(0, ends, -one)
+    return steps[:-1].cumsum(0).view(rows, columns)

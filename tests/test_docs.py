@@ -25,11 +25,13 @@ ROOT = README.parent
 DOCS = ROOT / "docs"
 API = (
     "tokenpack",
+    "tokenpack.attention",
     "tokenpack.kernels",
     "tokenpack.kernels.attention",
     "tokenpack.packing",
     "tokenpack.data",
     "tokenpack.cost",
+    "tokenpack.metrics",
     "tokenpack.trainer",
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import IGNORE_INDEX
 from ..kernels import packed_linear_cross_entropy
 from .call import AfterHead, PackedCall
 from .swap import Replacement
@@ -77,9 +78,9 @@ def loss_from_logits(logits: Tensor, targets: Tensor, num_items: Any) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.to(logits.device)
-    total = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    total = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (
-        (targets != -100).sum() if num_items is None else on_device(num_items, total.device)
+        (targets != IGNORE_INDEX).sum() if num_items is None else on_device(num_items, total.device)
     )
 
 

@@ -348,12 +348,12 @@ def test_bad_files_and_options(tokens, tokenizer, tmp_path, capsys):
     write_lines(tmp_path / "null.jsonl", [{"text": "a"}, {"text": None}])
     text = ["--tokenizer", tokenizer]
     for name, options, message in [
-        ("missing.jsonl", [], "IN: there is no file"),
+        ("missing.jsonl", [], "IN must be an existing file"),
         ("missing.npy", [], "missing.npy: No such file"),
-        ("*.parquet", [], "IN: no file matches"),
+        ("*.parquet", [], "IN must match at least one file"),
         ("broken.npy", [], "IN must be one .npy array"),
         ("empty.npy", [], "IN must be one .npy array"),
-        ("empty.jsonl", [], "empty.jsonl is empty"),
+        ("empty.jsonl", [], "IN must not be an empty file"),
         ("x.bin", [], "must end in one of"),
         ("shares.npy", [], "must be a one-dimensional array of integers, a length per sequence"),
         ("square.npy", [], "square.npy with int64 of shape (2, 2)"),

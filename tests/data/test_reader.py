@@ -202,7 +202,7 @@ def test_jsonl_is_what_json_reads(write, rows, batch_size):
     rows=st.lists(
         st.tuples(
             st.integers(-(2**63), 2**63 - 1),
-            # Text that is no number, and fits a block.
+            # Text that is not a number, and fits into a block.
             st.lists(st.sampled_from([*'ab ,"\n\té', "\r\n"]), max_size=12).map(
                 lambda parts: "x" + "".join(parts)
             ),
@@ -252,7 +252,7 @@ def test_skipping_more_than_there_is_is_an_error(write):
 
 
 def test_skipped_row_groups_are_not_read(write):
-    """Group 0 is overwritten: whoever reads it fails."""
+    """Group 0 is overwritten, so reading it fails."""
     path = write("a.parquet", to_bytes(".parquet", ROWS))
     end = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
     content = bytearray(path.read_bytes())
@@ -571,9 +571,21 @@ def test_integers_of_json_are_exact_or_an_error(write, value):
         ({"path": 3}, TypeError, "path must be a path or a list of paths, got 3"),
         ({"path": [3]}, TypeError, r"path must be a path or a list of paths, got \[3\]"),
         ({"path": []}, ValueError, "path must name at least one file, got an empty list"),
-        ({"path": "missing.jsonl"}, FileNotFoundError, r"no file missing\.jsonl"),
-        ({"path": ["missing.csv"]}, FileNotFoundError, r"no file missing\.csv"),
-        ({"path": "missing-*.jsonl"}, FileNotFoundError, "no file matches missing"),
+        (
+            {"path": "missing.jsonl"},
+            FileNotFoundError,
+            r"must be an existing file, got missing\.jsonl",
+        ),
+        (
+            {"path": ["missing.csv"]},
+            FileNotFoundError,
+            r"must be an existing file, got missing\.csv",
+        ),
+        (
+            {"path": "missing-*.jsonl"},
+            FileNotFoundError,
+            "must match at least one file, got .*missing",
+        ),
     ],
 )
 def test_bad_arguments_are_errors_at_the_call(write, options, error, message):
@@ -583,16 +595,16 @@ def test_bad_arguments_are_errors_at_the_call(write, options, error, message):
 
 
 def test_bad_paths_are_errors_at_the_call(write, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"folder .* has no file that ends in \.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"folder with a file that ends in \.parquet"):
         streaming_dataset_reader(tmp_path)
     for suffix in [".parquet", ".arrow", *TEXTUAL]:
-        with pytest.raises(ValueError, match=rf"path: \S*empty\{suffix} is empty"):
+        with pytest.raises(ValueError, match=rf"must not be an empty file, got \S*empty\{suffix}"):
             streaming_dataset_reader(write("empty" + suffix, b""))
     with pytest.raises(
         ValueError, match=r"must end in one of \.parquet .*, got \S*a\.xml; .*format="
     ):
         streaming_dataset_reader(write("a.xml", "<a/>"))
-    with pytest.raises(ValueError, match=r"a\.parquet\.gz: parquet within gzip"):
+    with pytest.raises(ValueError, match=r"must not be parquet within gzip, got \S*a\.parquet\.gz"):
         streaming_dataset_reader(write("a.parquet.gz", gzip.compress(b"PAR1")))
 
 
@@ -719,7 +731,7 @@ def test_a_quote_within_a_cell_is_a_character(write, monkeypatch):
     ],
 )
 def test_unusable_files(write, name, content, message):
-    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*{name}).*{message}"):
         read(write(name, content))
 
 
@@ -746,14 +758,14 @@ def test_a_column_that_is_not_there(write, suffix, skip_rows):
     path = write("a" + suffix, to_bytes(suffix, FLAT_ROWS))
     there = "text" if suffix == ".txt" else "id, name"
     with pytest.raises(
-        ValueError, match=rf"columns: \S*a\{suffix} has no column x; it has {there}"
+        ValueError, match=rf"columns must be .* \S*a\{suffix} has no column x; it has {there}"
     ):
         read(path, columns=["x"], skip_rows=skip_rows)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".stream.arrow"])
 def test_damage_is_an_error_or_other_rows_but_no_abort(write, suffix, tmp_path):
-    """Bytes overwritten one by one, in a process of its own, which must live to the end."""
+    """Bytes are overwritten one by one in a child process, which must not crash."""
     path = write("whole" + suffix, to_bytes(suffix, ROWS))
     program = """
 import sys

@@ -188,7 +188,7 @@ def test_lengths_that_differ_are_named():
 
 
 def test_importing_it_imports_neither_torch_nor_arrow():
-    """Of the module itself: whatever the package beside it imports."""
+    """Only the module itself counts, not what the package imports."""
     code = (
         "import sys; import tokenpack.packing; before = set(sys.modules);"
         "import tokenpack.data.tokens; new = set(sys.modules) - before;"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
 import shutil
 from array import array
 from collections.abc import Callable, Iterator
@@ -208,8 +207,8 @@ def _batches(path: str, names: list[str]) -> Iterator[pa.Table]:
         yield from streaming_dataset_reader(path, columns=names, output="arrow")
     except (ValueError, OSError) as error:
         # Name the command's argument in place of the reader's.
-        why = re.sub(r"^(path|columns)(?=[ :])", "IN", str(error))
-        why = why if why.startswith("IN") else f"IN: {why}"
+        why = str(error).removeprefix("columns must be in every file, but ")
+        why = f"IN{why[4:]}" if why.startswith("path must") else f"IN: {why}"
         if "no column" in why:
             why += " (--column must hold token lists; for text, use --tokenizer and --text-column)"
         raise ValueError(why) from None

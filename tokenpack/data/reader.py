@@ -181,7 +181,8 @@ def _tables(reading: Reading) -> Iterator[pa.Table]:
                 f"{file.path}: truncated, damaged or not {file.format}: {error}"
             ) from error
     if not reading.rows:
-        raise ValueError(f"path: {', '.join(file.path for file in reading.files)}: no rows")
+        files = ", ".join(file.path for file in reading.files)
+        raise ValueError(f"path must contain rows, got no rows in {files}")
     if reading.to_skip:
         raise ValueError(
             f"skip_rows must be at most {reading.rows}, the rows of all files, got {skip_rows}"

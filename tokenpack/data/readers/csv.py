@@ -204,7 +204,7 @@ def _typed(text: pa.ChunkedArray, before: pa.DataType) -> pa.ChunkedArray | pa.A
 
 
 def _cast(text: pa.ChunkedArray, type: pa.DataType) -> pa.ChunkedArray | None:
-    """``text`` as another type, or None if some cell does not say that."""
+    """``text`` as another type, or None if a cell is not a valid value of that type."""
     if pa.types.is_string(type):
         return text
     trimmed = pc.utf8_trim_whitespace(text)

@@ -88,7 +88,7 @@ def _expand(path: str, format: str | None) -> list[str]:
     if glob.has_magic(path) and not os.path.exists(path):
         found = sorted(one for one in glob.glob(path, recursive=True) if os.path.isfile(one))
         if not found:
-            raise FileNotFoundError(f"path: no file matches {path}")
+            raise FileNotFoundError(f"path must match at least one file, got {path}")
         return found
     return [path]
 
@@ -105,7 +105,9 @@ def _files_in_folder(folder: str, format: str | None) -> list[str]:
             found.append(str(entry))
     if not found:
         known = " ".join(s for s, f in SUFFIXES.items() if format in (None, f))
-        raise FileNotFoundError(f"path: the folder {folder} has no file that ends in {known}")
+        raise FileNotFoundError(
+            f"path must be a folder with a file that ends in {known}, got {folder}"
+        )
     return found
 
 
@@ -120,11 +122,11 @@ def _by_suffix(name: str) -> tuple[str | None, str | None]:
 
 def _describe(path: str, format: str | None) -> DataFile:
     if not os.path.exists(path):
-        raise FileNotFoundError(f"path: there is no file {path}")
+        raise FileNotFoundError(f"path must be an existing file, got {path}")
     if not os.path.isfile(path):
-        raise ValueError(f"path: {path} is not a file")
+        raise ValueError(f"path must be a regular file, got {path}")
     if os.path.getsize(path) == 0:
-        raise ValueError(f"path: {path} is empty")
+        raise ValueError(f"path must not be an empty file, got {path}")
     by_suffix, compression = _by_suffix(path)
     if format is None and by_suffix is None:
         raise ValueError(
@@ -133,7 +135,9 @@ def _describe(path: str, format: str | None) -> DataFile:
         )
     chosen = format or by_suffix or ""
     if chosen in _BINARY and compression:
-        raise ValueError(f"path: cannot read {path}: {chosen} within {compression}; decompress it")
+        raise ValueError(
+            f"path must not be {chosen} within {compression}, got {path}; decompress it first"
+        )
     return DataFile(path, chosen, compression)
 
 
@@ -145,8 +149,8 @@ def check_content(file: DataFile) -> None:
     expected = file.compression or (file.format if file.format in _BINARY else None)
     if found != expected:
         raise ValueError(
-            f"{file.path}: must be {expected or file.format}, but its first bytes are "
-            f"{f'those of {found}' if found else 'not'}"
+            f"{file.path}: must be {expected or file.format}, but its first bytes are those of "
+            f"{found or 'another format'}"
         )
     if file.format not in _BINARY:
         _check_textual_content(file)

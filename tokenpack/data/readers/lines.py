@@ -1,8 +1,8 @@
 """Lines of text, and lines of JSON objects.
 
-pyarrow parses a block of JSON. If pyarrow rejects the block, or would read something else than what
-is written (dates in strings, large integers), ``json`` parses that block again: slowly, line by
-line, and exactly.
+pyarrow parses a block of JSON. If pyarrow rejects the block, or would read something other than
+what is written (dates in strings, large integers), ``json`` parses that block again: slowly, line
+by line, and exactly.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
-        raise ValueError(f"{where}: JSON nested too deep") from None
+        raise ValueError(f"{where}: JSON nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, got a JSON {type(record).__name__}")
     return record

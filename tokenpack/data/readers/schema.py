@@ -118,7 +118,8 @@ def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
 def raise_missing(missing: Sequence[str], present: Sequence[str], where: str) -> NoReturn:
     """Raise the error for requested columns that do not exist."""
     raise ValueError(
-        f"columns: {where} has no column {', '.join(missing)}; it has {', '.join(present)}"
+        f"columns must be in every file, but {where} has no column {', '.join(missing)}; "
+        f"it has {', '.join(present)}"
     )
 
 

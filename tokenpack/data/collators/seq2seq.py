@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ...checks import IGNORE_INDEX, as_integer, optional_at_least_one
 from ...segments import offsets_of
+from ..packed.base import pad_rows
 from ..packed.batch import take_apart
-from ..packed.pairs import PackedPairs, pack_pairs_to_tensors, pad_rows
+from ..packed.pairs import PackedPairs, pack_pairs_to_tensors
 from ..tokens import Tokens, flatten_tokens
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...checks import IGNORE_INDEX, as_integer
 from ...packing import Packer, PackResult
 from ..tokens import Rows, Tokens, flatten_tokens, require_fits, require_same_lengths
-from .pairs import pad_rows
+from .base import pad_rows
 
 _BY_TOKEN = ("input_ids", "labels", "position_ids")
 

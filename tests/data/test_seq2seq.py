@@ -259,7 +259,7 @@ def test_workers_collate_and_count_for_themselves():
         (
             [{"input_ids": [1], "attention_mask": [0]}],
             ValueError,
-            r"attention_mask of samples\[0\] must leave one token",
+            r"attention_mask of samples\[0\] must be 1 at one token or more",
         ),
         ([{"input_ids": [1.5]}], TypeError, r"input_ids of samples\[0\]\[0\] must be an integer"),
         ([{"input_ids": [1], "labels": 3}], TypeError, r"labels of samples\[0\] must be a list"),

@@ -219,13 +219,13 @@ def test_masks_and_labels_of_some_samples():
     assert next(iter(pack_stream(masked, 4)))["seq_lengths"].tolist() == [3]
     some = [{"input_ids": [1, 2]}, {"input_ids": [3, 4], "labels": [-100, 4]}]
     for samples in (some, some[::-1]):
-        with pytest.raises(ValueError, match="every sample must have 'labels' or none"):
+        with pytest.raises(ValueError, match="must have 'labels', got only"):
             list(pack_stream(samples, 4))
     rows = [{**some[0], "seq_lengths": [2]}, {**some[1], "seq_lengths": [2]}]
     for wrong in (rows, rows[::-1]):
         with pytest.raises(ValueError, match="'labels'"):
             collate_packed_rows(wrong)
-    with pytest.raises(ValueError, match="at most 2 in all, got"):
+    with pytest.raises(ValueError, match="at most 2 in total, got"):
         collate_packed_rows([{"input_ids": [1, 2], "seq_lengths": [3]}])
     with pytest.raises(ValueError, match="at least one row"):
         collate_packed_rows([])

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .collators.seq2seq import CappedSeq2SeqCollator
     from .collators.span_corruption import Denoiser, T5SpanCorruptionCollatorFast
-    from .packed.batch import PackedBatch, pack_result_to_tensors, packed_collate_fn
+    from .packed.batch import PackedBatch, pack_result_to_tensors
+    from .packed.collate import collate_packed_rows, packed_collate_fn
     from .packed.dataset import pack_dataset, pack_dataset_from_result
     from .packed.pairs import PackedPairs, pack_pairs_to_tensors
     from .packed.rows import concatenate_and_pack, pack_sequences
-    from .packed.stream import PackedStream, PackedStreamLoader, collate_packed_rows, pack_stream
+    from .packed.stream import PackedStream, PackedStreamLoader, pack_stream
     from .reader import streaming_dataset_reader
 
 # Resolved on first use: not all of it needs torch, and only some of it datasets.
@@ -24,7 +25,7 @@ _HOMES = {
     "PackedStream": ".packed.stream",
     "PackedStreamLoader": ".packed.stream",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
-    "collate_packed_rows": ".packed.stream",
+    "collate_packed_rows": ".packed.collate",
     "concatenate_and_pack": ".packed.rows",
     "pack_dataset": ".packed.dataset",
     "pack_dataset_from_result": ".packed.dataset",
@@ -32,7 +33,7 @@ _HOMES = {
     "pack_result_to_tensors": ".packed.batch",
     "pack_sequences": ".packed.rows",
     "pack_stream": ".packed.stream",
-    "packed_collate_fn": ".packed.batch",
+    "packed_collate_fn": ".packed.collate",
     "streaming_dataset_reader": ".reader",
 }
 

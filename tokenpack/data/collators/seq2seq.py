@@ -19,7 +19,7 @@ from torch import Tensor
 from ...checks import IGNORE_INDEX, as_integer, optional_at_least_one
 from ...segments import offsets_of
 from ..packed.base import pad_rows
-from ..packed.batch import take_apart
+from ..packed.collate import flatten_samples
 from ..packed.pairs import PackedPairs, pack_pairs_to_tensors
 from ..tokens import Tokens, flatten_tokens
 
@@ -198,7 +198,7 @@ def take_pairs(samples: Sequence[Mapping[str, Any]]) -> tuple[Tokens, Tokens | N
     if "attention_mask" in names:
         of_sources = ("input_ids", "attention_mask")
         masked = [{name: each[name] for name in of_sources if name in each} for each in samples]
-        sources, _, _ = take_apart(masked)
+        sources, _, _ = flatten_samples(masked)
     else:
         sources = flatten_tokens(ids, "input_ids of samples")
     if "labels" not in names:

@@ -13,20 +13,19 @@ read one window again. It costs one bin per window that is not full.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ...checks import IGNORE_INDEX, as_integer
-from ...packing import Packer, PackResult
-from ...segments import offsets_of
-from ..tokens import Rows, Tokens
-from .batch import PackedBatch, pack_result_to_tensors, take_apart
+from ...packing import Packer
+from ..tokens import Rows
+from .batch import PackedBatch
+from .collate import collate_packed_rows, flatten_samples
 
 Row = dict[str, Any]
 """``input_ids``, ``labels`` and ``position_ids``, ``(capacity,)`` int64, and ``seq_lengths``."""
@@ -203,7 +202,7 @@ class PackedStream(IterableDataset):
         self._blanks = dict(blanks)
 
     def _rows(self, samples: list[Any]) -> Iterator[Row]:
-        ids, own_labels, _ = take_apart(samples, empty=True)
+        ids, own_labels, _ = flatten_samples(samples, empty=True)
         labels = ids if own_labels is None else own_labels
         if self.packer.drops(ids.lengths).all():
             return
@@ -338,63 +337,6 @@ class _WithPosition:
             return state["part"], state["position"], batch
         batch.stream_position = (state["part"], state["position"])
         return batch
-
-
-def collate_packed_rows(rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
-    """Packed rows, of `pack_dataset` or `pack_stream`, as a batch that keeps their sequences apart.
-
-    Args:
-        rows: mappings with ``input_ids``, ``labels`` if there are any, and ``seq_lengths``.
-
-    Returns:
-        The batch, of as many rows and slots.
-
-    Raises:
-        ValueError: if there is no row, one lacks a field that another has, rows differ in their
-            number of slots, or lengths do not fit into a row.
-    """
-    if not isinstance(rows, Sequence) or not rows:
-        raise ValueError(f"rows must be a list of at least one row, got {rows!r:.80}")
-    names = ["input_ids", "seq_lengths", *(["labels"] if "labels" in rows[0] else [])]
-    for at, row in enumerate(rows):
-        missing = [name for name in names if name not in row]
-        if missing:
-            raise ValueError(
-                f"rows[{at}] must have {missing[0]!r}, it has only {sorted(row)} "
-                "(a Trainer drops columns unless remove_unused_columns=False)"
-            )
-        if "labels" in row and len(names) == 2:
-            raise ValueError(f"rows[{at}] has 'labels' and rows[0] has none")
-    slots = {len(row[name]) for row in rows for name in names if name != "seq_lengths"}
-    if len(slots) != 1:
-        raise ValueError(f"rows must have as many slots as one another, got {sorted(slots)}")
-    lengths = [np.asarray(row["seq_lengths"]) for row in rows]
-    for at, each in enumerate(lengths):
-        if not len(each) or each.min() < 1 or each.sum() > max(slots):
-            raise ValueError(
-                f"rows[{at}]['seq_lengths'] must be 1 or more each and at most {max(slots)} in "
-                f"all, got {each.tolist()}"
-            )
-    item_lengths = np.concatenate(lengths)
-    plan = PackResult(
-        items=np.arange(len(item_lengths)),
-        offsets=offsets_of([len(each) for each in lengths]),
-        item_lengths=item_lengths,
-        capacity=slots.pop(),
-        strategy="rows",
-        num_sequences=len(item_lengths),
-    )
-    offsets = offsets_of(item_lengths)
-
-    def tokens(name: str) -> Tokens:
-        parts = [np.asarray(row[name])[: int(each.sum())] for row, each in zip(rows, lengths)]
-        return Tokens(np.concatenate(parts), offsets)
-
-    batch = pack_result_to_tensors(plan, tokens("input_ids"))
-    for name in ("input_ids", "labels"):  # as they are, with what they have at padding
-        if name in rows[0]:
-            batch[name] = torch.from_numpy(np.stack([np.asarray(row[name]) for row in rows])).long()
-    return batch
 
 
 # ------------------------------------------------------------------------------- parts of a source

@@ -1,4 +1,4 @@
-"""Texts, and the batches made of them; sequences packed into rows, and those as batches."""
+"""Data for training: file readers, packed batches, datasets and streams, and collators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .packed.stream import PackedStream, PackedStreamLoader, pack_stream
     from .reader import streaming_dataset_reader
 
-# Resolved on first use: not all of it needs torch, and only some of it datasets.
+# Imported on first use, because some of these modules need torch or datasets and others do not.
 _HOMES = {
     "CappedSeq2SeqCollator": ".collators.seq2seq",
     "Denoiser": ".collators.span_corruption",
@@ -37,6 +37,7 @@ _HOMES = {
     "streaming_dataset_reader": ".reader",
 }
 
+# A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
 __all__ = [
     "CappedSeq2SeqCollator",
     "Denoiser",

@@ -50,7 +50,7 @@ from ..packed.pairs import PackedPairs
 from .denoisers import DENSITY, MEAN, Denoiser, Mixture, Shape, sentinel_ids_of
 from .random_parts import random_part_starts, text_keys, words
 from .scratch import scratch
-from .seq2seq import padding_side, raw_lengths_of, required_id, take_pairs
+from .seq2seq import flatten_pairs, padding_side, raw_lengths_of, required_id
 
 __all__ = ["Denoiser", "T5SpanCorruptionCollatorFast"]
 
@@ -239,7 +239,7 @@ class T5SpanCorruptionCollatorFast:
 
     def _take(self, samples: Sequence[Mapping[str, Any]]) -> _Texts:
         """The texts of samples, without the EOS that they end in."""
-        (values, offsets), labels = take_pairs(samples)
+        (values, offsets), labels = flatten_pairs(samples)
         if labels is not None and not (
             np.array_equal(labels.values, values) and np.array_equal(labels.offsets, offsets)
         ):

@@ -172,13 +172,13 @@ def test_flash_attention_gets_the_boundaries(stream, monkeypatch):
         return calls, process  # older releases
 
     sequences, model = samples(), llama()
-    alone = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", functions)
     model.config._attn_implementation = "flash_attention_2"
     batch = packed_collate_fn(CAPACITY, stream=stream)(sequences)
     with torch.no_grad():
         out = model(**batch)
-    assert largest_error(batch, out.logits, alone, sequences) <= 1e-5
+    assert largest_error(batch, out.logits, reference, sequences) <= 1e-5
 
 
 @pytest.mark.parametrize("change", [{"use_cache": True}, {"attention_mask": None}])

@@ -215,7 +215,7 @@ def test_a_batch_cut_by_rows_is_refused(batch):
         ([[1], []], None, ValueError, r"sources\[1\] must hold at least one token"),
         ([[1.5]], None, TypeError, r"sources\[0\]\[0\] must be an integer"),
         ([[1]], [["a"]], TypeError, r"targets\[0\]\[0\] must be an integer"),
-        ([[1]], [[1], [2]], ValueError, "targets must be as many as sources, 1, got 2"),
+        ([[1]], [[1], [2]], ValueError, "targets must have one sequence per source, 1, got 2"),
         ([], None, ValueError, "sources must hold at least one sequence"),
     ],
 )

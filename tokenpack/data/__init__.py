@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .collators.denoisers import Denoiser
     from .collators.seq2seq import CappedSeq2SeqCollator
-    from .collators.span_corruption import Denoiser, T5SpanCorruptionCollatorFast
+    from .collators.span_corruption import T5SpanCorruptionCollatorFast
     from .packed.batch import PackedBatch, pack_result_to_tensors
     from .packed.collate import collate_packed_rows, packed_collate_fn
     from .packed.dataset import pack_dataset, pack_dataset_from_result
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 # Imported on first use, because some of these modules need torch or datasets and others do not.
 _HOMES = {
     "CappedSeq2SeqCollator": ".collators.seq2seq",
-    "Denoiser": ".collators.span_corruption",
+    "Denoiser": ".collators.denoisers",
     "PackedBatch": ".packed.batch",
     "PackedPairs": ".packed.pairs",
     "PackedStream": ".packed.stream",

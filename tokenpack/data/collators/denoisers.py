@@ -65,7 +65,7 @@ class CorruptionCounts(NamedTuple):
         prefix: prefix tokens at the front of the source.
         kept: tokens of the text that stay in the source.
         noise: tokens of the text that move to the target.
-        spans: spans of noise, and as many spans of kept tokens.
+        spans: spans of noise. There is the same number of spans of kept tokens.
         sentinels: sentinels in the target. The source has the same number, but no sentinel if the
             text has no noise.
     """

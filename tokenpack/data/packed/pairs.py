@@ -165,7 +165,7 @@ def pack_pairs_to_tensors(sources: Any, targets: Any = None) -> PackedPairs:
         target_tokens = flatten_tokens(targets, "targets", empty=True)
         if len(target_tokens.offsets) != len(source_tokens.offsets):
             raise ValueError(
-                f"targets must be as many as sources, {len(source_tokens.offsets) - 1}, "
+                f"targets must have one sequence per source, {len(source_tokens.offsets) - 1}, "
                 f"got {len(target_tokens.offsets) - 1}"
             )
         fields |= _side("decoder_", "labels", target_tokens)

@@ -324,7 +324,7 @@ class PackedStreamLoader(DataLoader):
 class _WithPosition:
     """A collate function that runs where rows are made and adds the stream's position to a batch.
 
-    On a `PackedBatch` the position is an attribute, so that code that takes the loader apart, such
+    On a `PackedBatch` the position is an attribute, so that code that wraps the inner loader, such
     as accelerate, still gets batches from it. Other batches become ``(part, position, batch)``.
     """
 

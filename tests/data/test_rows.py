@@ -49,7 +49,7 @@ def test_padding_has_the_given_value():
 
 def test_overlong_sequences():
     with pytest.raises(
-        ValueError, match=r"sequences\[2\] must be at most max_length = 3 tokens, got 4 \(overlong="
+        ValueError, match=r"sequences\[2\] must be at most max_length = 3 tokens, got 4; pass overl"
     ):
         pack_sequences(FOUR, 3)
     assert pack_sequences(FOUR, 3, overlong="truncate")[2].tolist() == [6, 7, 8]

@@ -90,7 +90,7 @@ class PackedCollator:
         """
         ids, labels, name = flatten_samples(samples)
         if self.packer.overlong == "error":
-            instead = " (overlong= truncate, split or drop)"
+            instead = "; pass overlong='truncate', 'split' or 'drop'"
             require_fits(ids, name, self.packer.capacity, "capacity", instead)
         return build_batch(
             self.packer.pack(ids.lengths),

@@ -129,6 +129,6 @@ def _plan(tokens: Tokens, name: str, max_length: int, strategy: str, overlong: s
     capacity = at_least_one("max_length", max_length)
     packer = Packer(capacity, strategy, overlong=overlong)
     if overlong == "error":
-        instead = " (overlong= truncate, split or drop)" if name == "sequences" else ""
+        instead = "; pass overlong='truncate', 'split' or 'drop'" if name == "sequences" else ""
         require_fits(tokens, name, capacity, "max_length", instead)
     return Rows(packer.pack(tokens.lengths), tokens.offsets, name)

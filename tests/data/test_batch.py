@@ -1,4 +1,4 @@
-"""Packed batches: each sequence's own logits and the padded batch's loss, however they are run."""
+"""Packed batches: each sequence gets its own logits, and the loss is that of the padded batch."""
 
 import copy
 import pickle
@@ -52,7 +52,7 @@ def padded(sequences, labels=None):
 
 
 def by_sample(batch, values):
-    """``{sample: (length, ...)}`` of values in the shape of the batch's slots."""
+    """Split ``(rows, capacity, ...)`` values into ``{sample: (length, ...)}``."""
     flat = values.flatten(0, 1)
     bounds = [pair for row in enumerate_boundaries(batch) for pair in row]
     return {int(item): flat[begin:end] for item, (begin, end) in zip(batch.plan.items, bounds)}
@@ -67,8 +67,8 @@ def largest_error(batch, logits, model, sequences):
     found = by_sample(batch, logits)
     assert sorted(found) == [*range(len(sequences))]
     with torch.no_grad():
-        alone = [model(each[None], use_cache=False).logits[0] for each in sequences]
-    return max(float((found[at] - alone[at]).abs().max()) for at in found)
+        separate = [model(each[None], use_cache=False).logits[0] for each in sequences]
+    return max(float((found[at] - separate[at]).abs().max()) for at in found)
 
 
 # --------------------------------------------------------------------------- isolation and the loss
@@ -117,10 +117,10 @@ def test_gradients_are_those_of_the_padded_batch(patched):
     assert all((one - other).abs().max() <= 1e-6 * largest for one, other in pairs)
 
 
-def test_the_loss_of_labels_of_their_own():
+def test_samples_with_their_own_labels_give_the_padded_loss():
     sequences = samples()
     labels = [each.where(each % 3 > 0, -100) for each in sequences]
-    rows = [{"input_ids": ids, "labels": asked} for ids, asked in zip(sequences, labels)]
+    rows = [{"input_ids": ids, "labels": own} for ids, own in zip(sequences, labels)]
     expected = llama()(**padded(sequences, labels)).loss
     batch = packed_collate_fn(CAPACITY)(rows)
     assert abs(llama()(**batch).loss - expected) <= 1e-6
@@ -131,7 +131,7 @@ def test_the_loss_of_labels_of_their_own():
 def test_shifted_labels_are_for_a_loss_that_does_not_shift(stream):
     sequences, model = samples(), llama()
     batch = packed_collate_fn(CAPACITY, labels_shifted=True, stream=stream)(sequences)
-    assert "labels" not in batch  # a model would shift them once more
+    assert "labels" not in batch  # a model would shift them again
     with torch.no_grad():
         out, expected = model(**batch), model(**padded(sequences)).loss
     assert "loss" not in out
@@ -143,7 +143,7 @@ def test_shifted_labels_are_for_a_loss_that_does_not_shift(stream):
 
 
 def reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
-    """What flash attention computes, and the checks that its kernels do not make."""
+    """Compute what flash attention computes, with checks that its kernels do not make."""
     assert cu_seqlens_q[-1] == len(q)
     assert options["max_seqlen_q"] >= cu_seqlens_q.diff().max() > 0
     assert options["causal"]
@@ -156,8 +156,8 @@ def reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
-def test_flash_attention_is_told_the_boundaries(stream, monkeypatch):
-    """Its kernels need a GPU; what transformers calls them with does not."""
+def test_flash_attention_gets_the_boundaries(stream, monkeypatch):
+    """The kernels need a GPU, but the arguments that transformers passes to them do not."""
 
     def no_boundaries(*args, **kwargs):
         raise AssertionError("flash attention was called without boundaries")
@@ -172,18 +172,18 @@ def test_flash_attention_is_told_the_boundaries(stream, monkeypatch):
         return calls, process  # older releases
 
     sequences, model = samples(), llama()
-    alone = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     monkeypatch.setattr(flash, "lazy_import_flash_attention", functions)
     model.config._attn_implementation = "flash_attention_2"
     batch = packed_collate_fn(CAPACITY, stream=stream)(sequences)
     with torch.no_grad():
         out = model(**batch)
-    assert largest_error(batch, out.logits, alone, sequences) <= 1e-5
+    assert largest_error(batch, out.logits, reference, sequences) <= 1e-5
 
 
 @pytest.mark.parametrize("change", [{"use_cache": True}, {"attention_mask": None}])
-def test_what_the_batch_leaves_out_would_leak(change):
-    """Why it hands over no mask and no cache, and that these tests would see it."""
+def test_a_cache_or_a_mask_would_leak_between_sequences(change):
+    """This is why the batch passes neither, and it shows that these tests detect a leak."""
     sequences, model = samples(), llama()
     batch = packed_collate_fn(CAPACITY)(sequences)
     change = {
@@ -194,7 +194,7 @@ def test_what_the_batch_leaves_out_would_leak(change):
     assert largest_error(batch, out.logits, model, sequences) > 1e-2
 
 
-def test_models_that_cannot_tell_sequences_apart_are_found_out():
+def test_isolated_by_finds_models_that_mix_sequences():
     options = {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -215,7 +215,7 @@ def test_models_that_cannot_tell_sequences_apart_are_found_out():
     assert PackedBatch.isolated_by(llama().model)
 
 
-# ------------------------------------------------------------------------------------ what it holds
+# ------------------------------------------------------------------------------- fields and methods
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def batch():
 
 def test_fields(batch):
     lists = {name: value.tolist() for name, value in batch.items() if torch.is_tensor(value)}
-    pieces = [0, 3, 5, 8, 12, 15, 16]  # padding among them
+    pieces = [0, 3, 5, 8, 12, 15, 16]  # includes the padding
     assert lists == {
         "input_ids": [[1, 2, 3, 4, 5, 0, 0, 0], [6, 7, 8, 9, 10, 11, 12, 0]],
         "labels": [
@@ -250,7 +250,7 @@ def test_fields(batch):
     assert batch.plan.items.tolist() == [0, 1, 2, 3]
 
 
-def test_the_stream_is_the_rows_without_padding(batch):
+def test_the_stream_equals_the_rows_without_padding(batch):
     made = packed_collate_fn(8, "nf", stream=True)(FOUR)
     for stream in (batch.stream, made, made.stream):
         lists = {n: v.tolist() if torch.is_tensor(v) else v for n, v in stream.items()}
@@ -273,7 +273,7 @@ def test_the_stream_is_the_rows_without_padding(batch):
     assert shifted.stream.labels.tolist() == [[2, 3, -100, 5, -100, 7, 8, 9, -100, 11, 12, -100]]
 
 
-def test_attributes_and_fields_are_one(batch):
+def test_setting_an_attribute_sets_the_field(batch):
     batch.labels = batch.input_ids
     assert batch["labels"] is batch.input_ids
     assert batch.pop("labels") is batch.input_ids
@@ -284,7 +284,7 @@ def test_attributes_and_fields_are_one(batch):
     assert not hasattr(batch, "logits")
 
 
-def test_it_moves_copies_and_pickles(batch, monkeypatch):
+def test_batches_can_be_moved_copied_and_pickled(batch, monkeypatch):
     moved = batch.to("meta", non_blocking=True)
     assert isinstance(moved, PackedBatch)
     assert all(value.is_meta for value in moved.values() if torch.is_tensor(value))
@@ -307,7 +307,7 @@ def test_it_moves_copies_and_pickles(batch, monkeypatch):
     assert rebuilt.attention_mask.equal(batch.attention_mask)
 
 
-def test_workers_collate():
+def test_dataloader_workers_can_collate():
     collate = packed_collate_fn(CAPACITY, "ffs", seed=3)
     again = pickle.loads(pickle.dumps(collate))
     assert again(samples()).input_ids.equal(collate(samples()).input_ids)
@@ -318,7 +318,7 @@ def test_workers_collate():
     assert isinstance(batches[0], PackedBatch)
 
 
-def test_trainer_trains_on_packed_batches_as_on_padded_ones(tmp_path):
+def test_trainer_has_the_same_losses_on_packed_and_padded_batches(tmp_path):
     pytest.importorskip("accelerate")
     sequences = [{"input_ids": each.tolist(), "labels": each.tolist()} for each in samples()]
 
@@ -382,7 +382,7 @@ def test_samples_of_every_kind(batch, hold):
         assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
 
 
-def test_a_plan_is_carried_out(batch):
+def test_a_plan_becomes_tensors(batch):
     plan = pack_lengths([3, 2, 4, 3], 8, "nf")
     made = pack_result_to_tensors(plan, FOUR)
     assert made.input_ids.equal(batch.input_ids)
@@ -440,14 +440,18 @@ def ids(*sequences):
         ([[1], []], ValueError, r"samples\[1\] must hold at least one token"),
         ([[1], [2.5]], TypeError, r"samples\[1\]\[0\] must be an integer"),
         ([[1], [2] * 9], ValueError, r"samples\[1\] must be at most capacity = 8 tokens, got 9"),
-        ([*ids([1]), [2]], TypeError, r"samples\[1\] is a list, samples\[0\] a mapping"),
+        ([*ids([1]), [2]], TypeError, r"mapping at samples\[0\] and a list at samples\[1\]"),
         (ids([1], []), ValueError, r"input_ids of samples\[1\] must hold at least one token"),
         (ids([1] * 9), ValueError, r"input_ids of samples\[0\] must be at most capacity = 8"),
-        ([*ids([1]), {"ids": [1]}], ValueError, r"'input_ids' .* samples\[1\] has only 'ids'"),
+        (
+            [*ids([1]), {"ids": [1]}],
+            ValueError,
+            r"samples\[1\] must have 'input_ids', got only 'ids'",
+        ),
         (
             [{"input_ids": [1], "labels": [1]}, *ids([2])],
             ValueError,
-            r"every sample must have 'labels' or none, samples\[1\] has only 'input_ids'",
+            r"samples\[1\] must have 'labels', got only 'input_ids'; .* in every sample or in none",
         ),
         (
             [{"input_ids": [1, 2], "labels": [1]}],
@@ -462,12 +466,12 @@ def ids(*sequences):
         (
             [{"input_ids": [1], "attention_mask": [1]}, {"input_ids": [1], "attention_mask": [2]}],
             ValueError,
-            r"attention_mask of samples\[1\] must be 0 and 1 alone, got 2",
+            r"attention_mask of samples\[1\] must contain only 0 and 1, got 2",
         ),
         (
             [{"input_ids": [1], "attention_mask": [1]}, {"input_ids": [1], "attention_mask": [0]}],
             ValueError,
-            r"attention_mask of samples\[1\] must leave one token at least",
+            r"attention_mask of samples\[1\] must be 1 at one token or more, got 0",
         ),
     ],
 )
@@ -487,12 +491,12 @@ def test_bad_samples_are_named(given, error, message):
         ({"max_sequences": 0}, ValueError, "max_sequences must be"),
     ],
 )
-def test_bad_options_are_named_at_once(options, error, message):
+def test_bad_options_are_named_before_the_first_batch(options, error, message):
     with pytest.raises(error, match=message):
         packed_collate_fn(**{"capacity": 8, **options})
 
 
-def test_plans_and_labels_that_do_not_belong_to_the_ids():
+def test_plans_and_labels_must_match_the_ids():
     plan = pack_lengths([3, 2, 4, 3], 8)
     with pytest.raises(ValueError, match="token_ids must hold the 4 sequences that were planned"):
         pack_result_to_tensors(plan, FOUR[:3])

@@ -1,4 +1,4 @@
-"""Plans as datasets: rows, columns, caching, and rows that train as their sequences would alone."""
+"""Packing into datasets: rows, columns, the cache, threads and errors."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -71,7 +71,7 @@ def test_tokens_past_32_bits_are_kept():
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
-def test_what_is_over_capacity(overlong):
+def test_overlong_sequences(overlong):
     rows = pack_dataset(
         [[1, 2, 3, 4, 5], [], [6]], 3, "nf", overlong=overlong, drop_empty=True, progress=False
     )
@@ -85,7 +85,7 @@ def test_what_is_over_capacity(overlong):
     )
 
 
-def test_a_plan_that_was_looked_at_first():
+def test_a_plan_made_beforehand_and_plans_that_do_not_match():
     result = pack_lengths([3, 2, 4, 3], 8, "bfd")
     rows = pack_dataset_from_result(result, TOKENS, progress=False)
     assert rows["seq_lengths"][:] == [[len(TOKENS[i]) for i in members] for members in result]
@@ -93,7 +93,7 @@ def test_a_plan_that_was_looked_at_first():
         pack_dataset_from_result(result, TOKENS[:3])
     with pytest.raises(ValueError, match=r"token_ids\[\d\] must be of the planned length"):
         pack_dataset_from_result(result, TOKENS[::-1])
-    # One that was cut does not excuse the others.
+    # A truncated or split sequence does not hide a wrong length elsewhere.
     for overlong in ("truncate", "split"):
         result = pack_lengths([2, 3, 9], 8, "nf", overlong=overlong)
         for wrong in ([8, 3, 9], [2, 3, 7], [2, 3, 20][: 3 if overlong == "split" else 0]):
@@ -101,7 +101,7 @@ def test_a_plan_that_was_looked_at_first():
                 pack_dataset_from_result(result, [[1] * length for length in wrong] or [[1]])
 
 
-def test_more_blocks_than_one(monkeypatch):
+def test_several_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     tokens = [rng.integers(1, 99, n) for n in rng.integers(1, 30, 300)]
     whole = pack_dataset(tokens, 32, progress=False)
@@ -110,7 +110,7 @@ def test_more_blocks_than_one(monkeypatch):
         assert pack_dataset(tokens, 32, num_proc=num_proc, progress=False)[:] == whole[:]
 
 
-def test_rows_on_disk_are_made_once(tmp_path, monkeypatch):
+def test_rows_on_disk_are_reused(tmp_path, monkeypatch):
     want = pack_dataset(TOKENS, 8, "nf", progress=False)
     first = pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)
     assert first[:] == want[:]
@@ -124,7 +124,7 @@ def test_rows_on_disk_are_made_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("tokenpack.data.packed.dataset._RowMaker.__call__", never)
         assert pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)[:] == want[:]
-    # Anything that changes a row makes another file.
+    # A change that affects a row makes another file.
     others = (
         {"padding_value": 1},
         {"label_padding_value": -1},
@@ -149,7 +149,7 @@ def test_a_damaged_file_is_made_again(tmp_path):
         assert pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)[:] == want
 
 
-def test_writers_do_not_meet(tmp_path):
+def test_concurrent_writers_do_not_collide(tmp_path):
     def pack(_):
         return pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)[:]
 
@@ -159,7 +159,7 @@ def test_writers_do_not_meet(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_run_that_failed_leaves_no_file(tmp_path, monkeypatch):
+def test_a_failed_run_leaves_no_file(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("stopped")
 
@@ -176,16 +176,16 @@ def test_the_bar_counts_rows(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_collated_rows_name_each_sequence():
+def test_collated_rows_have_the_boundaries_of_each_sequence():
     batch = collate_packed_rows(list(pack_dataset(TOKENS, 8, "nf", progress=False)))
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 9, 12]
     assert batch.input_ids.shape == (2, 8)
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="columns must be some of input_ids"):
+    with pytest.raises(ValueError, match="columns must be one or more of input_ids"):
         pack_dataset(TOKENS, 8, columns=("ids",))
-    with pytest.raises(ValueError, match="columns must be some of"):
+    with pytest.raises(ValueError, match="columns must be one or more of"):
         pack_dataset(TOKENS, 8, columns=())
     with pytest.raises(ValueError, match="num_proc must be from 1"):
         pack_dataset(TOKENS, 8, num_proc=0)
@@ -195,7 +195,7 @@ def test_bad_input():
         pack_dataset(TOKENS, 3)
     with pytest.raises(ValueError, match=r"token_ids\[1\] must hold at least one token"):
         pack_dataset([[1], []], 3)
-    with pytest.raises(TypeError, match="padding must be an integer"):
+    with pytest.raises(TypeError, match="padding_value must be an integer"):
         pack_dataset(TOKENS, 8, padding_value=None)
     with pytest.raises(ValueError, match="below 2\\*\\*63"):
         pack_dataset([np.array([2**63 + 5], np.uint64)], 8)

@@ -1,4 +1,4 @@
-"""Packed pairs: the loss and gradients of the same pairs padded, whole and in part."""
+"""Packed pairs give the loss and gradients of the padded pairs, for a batch and for parts of it."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import torch
 
 from tokenpack import packing_stats, patch_model
 from tokenpack.data import PackedPairs, pack_pairs_to_tensors
-from tokenpack.data.packed.pairs import pad_rows
+from tokenpack.data.packed.base import pad_rows
 from tokenpack.data.tokens import flatten_tokens
 
 from ..adapters.models import EOS, NLLB, PAD, T5, VOCABULARY, gradient_distance
@@ -70,7 +70,7 @@ def test_micro_batches_add_up_to_the_batch():
     assert gradient_distance(model, reference) <= 1e-6
 
 
-# ------------------------------------------------------------------------------------ what it holds
+# ------------------------------------------------------------------------------- fields and methods
 
 
 def test_fields(batch):
@@ -100,15 +100,15 @@ def test_sequences_of_every_kind(batch, hold):
     assert lists(pack_pairs_to_tensors(hold(SOURCES), hold(TARGETS))) == lists(batch)
 
 
-def test_memory_is_its_own():
-    given = flatten_tokens([[1, 2, 3]])  # which is not copied on the way in
+def test_the_batch_does_not_share_memory_with_its_input():
+    given = flatten_tokens([[1, 2, 3]])  # flatten_tokens does not copy Tokens
     made = pack_pairs_to_tensors(given, given)
     made.input_ids.fill_(9)
     made.labels.fill_(8)
     assert given.values.tolist() == [1, 2, 3]
 
 
-def test_sources_alone():
+def test_a_batch_without_targets():
     batch = pack_pairs_to_tensors(SOURCES)
     assert batch.keys() == {"input_ids", "cu_seqlens", "max_seqlen"}
     assert batch.lengths[:, 1].tolist() == [0] * 4
@@ -116,7 +116,7 @@ def test_sources_alone():
     assert batch.padded(0).keys() == {"input_ids", "attention_mask"}
 
 
-def test_select_is_packing_those_pairs_alone(batch):
+def test_select_equals_packing_only_those_pairs(batch):
     for chosen in ([2, 0], [1], [0, 1, 2, 3], [3, 3, 1]):
         expected = pack_pairs_to_tensors([SOURCES[i] for i in chosen], [TARGETS[i] for i in chosen])
         for given in (chosen, np.array(chosen), torch.tensor(chosen), tuple(chosen)):
@@ -141,21 +141,21 @@ def test_padded(batch):
 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("multiple", [None, 1, 3])
-def test_rows_padded_on_a_device_are_those_of_the_cpu(left, multiple, monkeypatch):
-    """By torch's scatter, which the CPU has as well: only a GPU would take it otherwise."""
+def test_pad_rows_gives_the_same_rows_on_a_device_as_on_the_cpu(left, multiple, monkeypatch):
+    """The device path runs on the CPU here, because is_cpu is patched to be False."""
     lengths = torch.tensor([3, 0, 5])
     rows, mask = pad_rows(torch.arange(8), lengths, -1, multiple, left)
     full = {None: 5, 1: 5, 3: 6}[multiple]
     expected = [[0, 1, 2], [], [3, 4, 5, 6, 7]]
-    for row, kept, tokens in zip(rows.tolist(), mask.tolist(), expected):
+    for row, row_mask, tokens in zip(rows.tolist(), mask.tolist(), expected):
         padding = [-1] * (full - len(tokens))
         assert row == (padding + tokens if left else tokens + padding)
-        assert kept == [token != -1 for token in row]
+        assert row_mask == [token != -1 for token in row]
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     assert pad_rows(torch.arange(8), lengths, -1, multiple, left)[0].equal(rows)
 
 
-def test_boundaries_stay_where_the_host_reads_them(batch, monkeypatch):
+def test_boundaries_stay_on_the_cpu(batch, monkeypatch):
     moved = batch.to("meta", non_blocking=True)
     assert isinstance(moved, PackedPairs)
     assert moved.input_ids.is_meta
@@ -171,7 +171,7 @@ def test_boundaries_stay_where_the_host_reads_them(batch, monkeypatch):
     assert pinned.decoder_cu_seqlens.is_cpu
 
 
-def test_attributes_and_fields_are_one(batch):
+def test_setting_an_attribute_sets_the_field(batch):
     batch.labels = batch.labels + 1
     assert batch["labels"][0, 0] == 21
     batch.decoder_input_ids = batch.labels
@@ -182,7 +182,7 @@ def test_attributes_and_fields_are_one(batch):
         _ = batch.logits
 
 
-def test_it_copies_and_pickles(batch):
+def test_batches_can_be_copied_and_pickled(batch):
     for other in (pickle.loads(pickle.dumps(batch)), copy.copy(batch), copy.deepcopy(batch)):
         assert isinstance(other, PackedPairs)
         assert lists(other) == lists(batch)
@@ -196,14 +196,14 @@ def test_a_batch_cut_by_rows_is_refused(batch):
     by_rows = {name: v[:1] if torch.is_tensor(v) else v for name, v in batch.items()}
     with pytest.raises(ValueError, match=r"input_ids must be \(1, 0\).*cannot be cut by rows"):
         PackedPairs(by_rows)
-    with pytest.raises(ValueError, match=r"labels must be \(1, 6\), as decoder_cu_seqlens"):
+    with pytest.raises(ValueError, match=r"labels must be \(1, 6\), because decoder_cu_seqlens"):
         PackedPairs({**batch, "labels": batch.labels[:, :-1]})
     twice = {name: torch.cat([v, v]) if v.dim() == 2 else v for name, v in batch.items()
              if torch.is_tensor(v)}  # fmt: skip
     with pytest.raises(ValueError, match="input_ids must be"):
         PackedPairs(twice)
     other = pack_pairs_to_tensors(SOURCES[:2], TARGETS[:2])
-    with pytest.raises(ValueError, match="both sides must hold as many sequences"):
+    with pytest.raises(ValueError, match="both sides must have the same number of sequences"):
         PackedPairs(
             {**batch, **{k: v for k, v in other.items() if "decoder" in k or k == "labels"}}
         )
@@ -215,11 +215,11 @@ def test_a_batch_cut_by_rows_is_refused(batch):
         ([[1], []], None, ValueError, r"sources\[1\] must hold at least one token"),
         ([[1.5]], None, TypeError, r"sources\[0\]\[0\] must be an integer"),
         ([[1]], [["a"]], TypeError, r"targets\[0\]\[0\] must be an integer"),
-        ([[1]], [[1], [2]], ValueError, "targets must be as many as sources, 1, got 2"),
+        ([[1]], [[1], [2]], ValueError, "targets must have one sequence per source, 1, got 2"),
         ([], None, ValueError, "sources must hold at least one sequence"),
     ],
 )
-def test_what_cannot_be_packed(sources, targets, error, message):
+def test_bad_sequences_are_named(sources, targets, error, message):
     with pytest.raises(error, match=message):
         pack_pairs_to_tensors(sources, targets)
 
@@ -235,12 +235,12 @@ def test_what_cannot_be_packed(sources, targets, error, message):
         (2, TypeError, "sequences must be"),
     ],
 )
-def test_what_cannot_be_selected(batch, chosen, error, message):
+def test_bad_indices_are_named(batch, chosen, error, message):
     with pytest.raises(error, match=message):
         batch.select(chosen)
 
 
-def test_numbers_for_padding(batch):
+def test_bad_padding_options_are_named(batch):
     with pytest.raises(TypeError, match="pad_token_id must be an integer, got None"):
         batch.padded(None)
     with pytest.raises(ValueError, match="pad_to_multiple_of must be from 1"):

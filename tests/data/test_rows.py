@@ -1,4 +1,4 @@
-"""Sequences to rows of tensors, as they are."""
+"""Sequences are packed unchanged into the rows of plain tensors."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_rows_are_in_order_and_int64(hold):
     assert packed.tolist() == ROWS
 
 
-def test_boundaries_cut_the_sequences_out_again():
+def test_boundaries_locate_the_sequences():
     packed, boundaries = pack_sequences(FOUR, 8, return_boundaries=True)
     assert packed.tolist() == ROWS
     assert [each.tolist() for each in boundaries] == [[[0, 3], [3, 5]], [[0, 4], [4, 7]]]
@@ -42,14 +42,14 @@ def test_boundaries_cut_the_sequences_out_again():
         assert (packed == -1).sum() == packed.numel() - 12
 
 
-def test_what_pads_is_what_was_asked_for():
+def test_padding_has_the_given_value():
     assert pack_sequences([[1]], 3, pad_token_id=7).tolist() == [[1, 7, 7]]
     assert pack_sequences([[1]], 3, -100).tolist() == [[1, -100, -100]]
 
 
 def test_overlong_sequences():
     with pytest.raises(
-        ValueError, match=r"sequences\[2\] must be at most max_length = 3 tokens, got 4 \(overlong="
+        ValueError, match=r"sequences\[2\] must be at most max_length = 3 tokens, got 4; pass overl"
     ):
         pack_sequences(FOUR, 3)
     assert pack_sequences(FOUR, 3, overlong="truncate")[2].tolist() == [6, 7, 8]
@@ -104,7 +104,7 @@ def test_three_tensors_in_order(hold):
     assert {each.dtype for each in (ids, labels, masks)} == {torch.int64}
 
 
-def test_rows_of_all_three_are_the_same():
+def test_ids_labels_and_masks_share_a_layout():
     ids, labels, masks = concatenate_and_pack(IDS, LABELS, MASKS, 5, 0, label_pad_id=-1)
     assert ids.tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 7, 0]]
     assert labels.tolist() == [[-100, 2, 3, -1, -1], [-100, -100, 6, 7, -1]]
@@ -146,7 +146,7 @@ def test_masks_may_be_booleans():
         ({"pad_token_id": None}, TypeError, "pad_token_id must be an integer, got None"),
     ],
 )
-def test_bad_triples_are_named(change, error, message):
+def test_bad_ids_labels_and_masks_are_named(change, error, message):
     given = {
         "input_sequences": IDS,
         "label_sequences": LABELS,

@@ -1,4 +1,4 @@
-"""Capped pairs: what is cut, what is padded, and that packing them changes nothing else."""
+"""CappedSeq2SeqCollator: truncation, padding, packing, lengths and errors."""
 
 import pickle
 import types
@@ -19,7 +19,7 @@ PAD, EOS, FIRST = 0, 1, 6  # the id of the first word
 
 
 def make_tokenizer(words=80, sentinels=100, mark="", **options):
-    """Specials, words, sentinels in descending order: the vocabulary's layout in T5."""
+    """Make a tokenizer with T5's vocabulary layout: specials, words, descending sentinels."""
     names = ["<pad>", "</s>", "<unk>", "[R]", "[S]", "[X]", *(f"w{i}" for i in range(words))]
     names += [f"{mark}<extra_id_{i}>" for i in reversed(range(sentinels))]
     vocabulary = {name: at for at, name in enumerate(names)}
@@ -60,14 +60,14 @@ def test_padded():
     assert type(batch) is dict
 
 
-def test_left_padding_pads_sources_alone():
+def test_left_padding_applies_only_to_sources():
     batch = lists(collate(padding_side="left"))
     assert batch["input_ids"][1] == [0, 0, 0, 0, 6, 1]
     assert batch["attention_mask"][1] == [0, 0, 0, 0, 1, 1]
     assert batch["labels"] == collate()["labels"].tolist()
 
 
-def test_both_sides_are_a_multiple():
+def test_both_sides_are_padded_to_a_multiple():
     batch = collate(pad_to_multiple_of=4)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 8)
     assert batch["labels"].shape == (3, 8)
@@ -92,7 +92,7 @@ def test_without_labels(packed):
 
 
 @pytest.mark.parametrize("limits", [(512, 256), (3, 2)])
-def test_packed_is_the_padded_batch(limits):
+def test_packed_and_padded_batches_are_equal(limits):
     options = {"max_encoder_len": limits[0], "max_decoder_len": limits[1]}
     packed, padded = collate(packed=True, **options), collate(**options)
     assert isinstance(packed, PackedPairs)
@@ -103,7 +103,7 @@ def test_packed_is_the_padded_batch(limits):
 
 @pytest.mark.parametrize("case", [T5, NLLB], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_model_sees_the_same_packed_and_padded(case, side):
+def test_packed_and_padded_batches_give_the_same_loss(case, side):
     model = patch_model(case.build(torch.float64).eval(), strict=True)
     samples = [*SAMPLES, {"input_ids": [30], "labels": [31]}]
     with torch.no_grad():
@@ -112,10 +112,10 @@ def test_the_model_sees_the_same_packed_and_padded(case, side):
     assert abs(packed - padded) <= 1e-9
 
 
-# ------------------------------------------------------------------------------------------- caps
+# ----------------------------------------------------------------------------------------- limits
 
 
-def test_what_is_too_long_keeps_its_final_eos():
+def test_truncated_sequences_keep_their_final_eos():
     tokenizer = make_tokenizer()
     collator = CappedSeq2SeqCollator(tokenizer, 4, 3, pad_to_multiple_of=None)
     batch = lists(collator(SAMPLES))
@@ -127,9 +127,9 @@ def test_what_is_too_long_keeps_its_final_eos():
     assert collate(max_encoder_len=1)["input_ids"].tolist() == [[1], [1], [6]]
 
 
-def test_an_empty_target_takes_no_eos_from_its_neighbours():
-    asked = [[], [EOS, 20, 21, 22], [], [20, 21, 22, 23], []]
-    batch = collate([{"input_ids": [6], "labels": each} for each in asked], max_decoder_len=3)
+def test_an_empty_target_does_not_take_an_eos_from_its_neighbors():
+    labels = [[], [EOS, 20, 21, 22], [], [20, 21, 22, 23], []]
+    batch = collate([{"input_ids": [6], "labels": each} for each in labels], max_decoder_len=3)
     assert batch["labels"].tolist() == [
         [-100] * 3,
         [EOS, 20, 21],
@@ -139,7 +139,7 @@ def test_an_empty_target_takes_no_eos_from_its_neighbours():
     ]
 
 
-def test_no_eos_no_care():
+def test_truncation_without_an_eos_token():
     tokenizer = types.SimpleNamespace(pad_token_id=0, eos_token_id=None, padding_side="right")
     batch = CappedSeq2SeqCollator(tokenizer, 4, None, pad_to_multiple_of=None)(SAMPLES)
     assert batch["input_ids"][0].tolist() == [6, 7, 8, 9]
@@ -153,7 +153,7 @@ def test_no_limit():
     assert collator.truncated_sources == collator.truncated_targets == 0
 
 
-def test_what_was_given_is_not_written_to():
+def test_the_input_is_not_modified():
     ids = np.array([6, 7, 8, 9, EOS])
     sample = {"input_ids": ids, "labels": ids}
     batch = collate([sample], max_encoder_len=3, max_decoder_len=3)
@@ -166,7 +166,7 @@ def test_what_was_given_is_not_written_to():
     assert ids.tolist() == [6, 7, 8, 9, EOS]
 
 
-def test_overlong_is_an_error_if_asked():
+def test_overlong_error():
     with pytest.raises(
         ValueError, match=r"input_ids of samples\[0\] must be at most max_encoder_len = 5 .* got 6"
     ):
@@ -179,7 +179,7 @@ def test_overlong_is_an_error_if_asked():
 
 
 @pytest.mark.parametrize("limits", [(4, 3), (None, 3), (4, None), (512, 256)], ids=str)
-def test_lengths_are_known_beforehand(limits):
+def test_lengths_are_exact(limits):
     collator = CappedSeq2SeqCollator(make_tokenizer(), *limits, packed=True)
     raw = np.array([[len(each["input_ids"]), len(each["labels"])] for each in SAMPLES])
     before = raw.copy()
@@ -192,7 +192,7 @@ def test_lengths_are_known_beforehand(limits):
     assert collator.lengths([]).shape == (0, 2)
 
 
-def test_lengths_that_are_an_error_or_none():
+def test_lengths_with_overlong_error_and_bad_lengths():
     strict = CappedSeq2SeqCollator(make_tokenizer(), 4, 3, overlong="error")
     assert strict.lengths([[9, 9]]).tolist() == [[9, 9]]
     with pytest.raises(ValueError, match=r"raw_lengths\[1, 1\] must be at least 0, got -1"):
@@ -228,20 +228,20 @@ def test_samples_of_every_kind(hold, packed):
     )
 
 
-def test_labels_that_ask_nothing_inside_are_kept():
-    asked = [[-100, 20, -100, 21, -100], [-100] * 3, [22, -100], [23]]
-    batch = collate([{"input_ids": [6], "labels": each} for each in asked], packed=True)
+def test_only_trailing_ignored_labels_are_removed():
+    labels = [[-100, 20, -100, 21, -100], [-100] * 3, [22, -100], [23]]
+    batch = collate([{"input_ids": [6], "labels": each} for each in labels], packed=True)
     assert batch.lengths[:, 1].tolist() == [4, 0, 1, 1]
     assert batch.labels.tolist() == [[-100, 20, -100, 21, 22, 23]]
 
 
-def test_workers_collate_and_count_for_themselves():
+def test_dataloader_workers_collate_with_counts_of_their_own():
     collator = CappedSeq2SeqCollator(make_tokenizer(), 4, 3)
     assert lists(pickle.loads(pickle.dumps(collator))(SAMPLES)) == lists(collator(SAMPLES))
     before = collator.truncated_sources
     loader = DataLoader(SAMPLES * 2, batch_size=3, collate_fn=collator, num_workers=1)
     assert [lists(each) for each in loader] == [lists(collator(SAMPLES))] * 2
-    assert collator.truncated_sources == before + 2  # of the comparison alone
+    assert collator.truncated_sources == before + 2  # only from the comparison
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -253,19 +253,23 @@ def test_workers_collate_and_count_for_themselves():
         ([], TypeError, "samples must be a list of at least one"),
         (SAMPLES[0], TypeError, "samples must be a list"),
         ([[1, 2]], TypeError, r"samples\[0\] must be a mapping with input_ids, got a list"),
-        ([SAMPLES[0], {"text": 1}], ValueError, r"samples\[1\] must have input_ids, it has 'text'"),
-        ([SAMPLES[0], {"input_ids": [1]}], ValueError, "every sample must have labels or none"),
+        (
+            [SAMPLES[0], {"text": 1}],
+            ValueError,
+            r"samples\[1\] must have input_ids, got only 'text'",
+        ),
+        ([SAMPLES[0], {"input_ids": [1]}], ValueError, r"samples\[1\] must have labels"),
         ([{"input_ids": []}], ValueError, r"input_ids of samples\[0\] must hold at least one"),
         (
             [{"input_ids": [1], "attention_mask": [0]}],
             ValueError,
-            r"attention_mask of samples\[0\] must leave one token",
+            r"attention_mask of samples\[0\] must be 1 at one token or more",
         ),
         ([{"input_ids": [1.5]}], TypeError, r"input_ids of samples\[0\]\[0\] must be an integer"),
         ([{"input_ids": [1], "labels": 3}], TypeError, r"labels of samples\[0\] must be a list"),
     ],
 )
-def test_what_cannot_be_collated(samples, error, message):
+def test_bad_samples_are_named(samples, error, message):
     with pytest.raises(error, match=message):
         collate(samples)
 
@@ -280,7 +284,7 @@ def test_what_cannot_be_collated(samples, error, message):
         ({"padding_side": "up"}, ValueError, "padding_side must be 'left' or 'right', got 'up'"),
     ],
 )
-def test_what_it_cannot_be_made_with(options, error, message):
+def test_bad_options_are_named(options, error, message):
     tokenizer = types.SimpleNamespace(
         pad_token_id=0, eos_token_id=1, padding_side=options.pop("padding_side", "right")
     )
@@ -288,6 +292,8 @@ def test_what_it_cannot_be_made_with(options, error, message):
         CappedSeq2SeqCollator(tokenizer, **options)
 
 
-def test_a_tokenizer_without_padding():
-    with pytest.raises(ValueError, match=r"tokenizer must have a pad_token_id.*\.pad_token"):
+def test_a_tokenizer_without_a_pad_token():
+    with pytest.raises(
+        ValueError, match=r"tokenizer must have a pad_token_id.*set tokenizer\.pad_token"
+    ):
         CappedSeq2SeqCollator(make_tokenizer(pad_token=None))

@@ -1,4 +1,4 @@
-"""Span corruption: the original code's law and layout, and nothing but the text decides on it."""
+"""Span corruption: the distribution and layout of the original code, determined by the text."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ def lists(batch):
 
 
 def by_sentinels(ids):
-    """What stands before the first of its sentinels and behind each, which must be in order."""
+    """Split ids at their sentinels, which must be in order."""
     assert ids[-1] == EOS
     at = np.flatnonzero(ids >= FIRST + WORDS)
     assert ids[at].tolist() == SENTINELS[: len(at)]
@@ -65,7 +65,7 @@ def by_sentinels(ids):
 
 
 def recover(source, target):
-    """``(text, True at its noise)``."""
+    """Rebuild ``(text, mask)`` from a pair; the mask is True at noise."""
     kept, noise = by_sentinels(source), by_sentinels(target)
     assert not len(noise[0])  # a target begins with a sentinel
     if len(kept) == 1:  # a text of one token
@@ -80,7 +80,7 @@ def recover(source, target):
 
 
 def original(ids, masked):
-    """Each masked run becomes the next sentinel: both sides of T5's code, token by token."""
+    """Replace each masked run with the next sentinel, as T5's code does for both sides."""
     out, sentinels, before = [], iter(SENTINELS), False
     for token, mask in zip(ids, masked):
         if not mask:
@@ -92,7 +92,7 @@ def original(ids, masked):
 
 
 def original_counts(length, density, mean):
-    """Noise tokens and spans by T5's code, with our bound on the second."""
+    """Compute noise tokens and spans as in T5's code, with our bound on the spans."""
     noise = min(max(round(length * density), 1), length - 1)
     return noise, min(max(round(noise / mean), 1), length - noise)
 
@@ -101,7 +101,7 @@ def original_counts(length, density, mean):
 
 
 @pytest.mark.parametrize("density, mean", [(0.15, 3.0), (0.5, 3.0), (0.15, 8.0)])
-def test_ten_thousand_texts_have_the_density_and_spans_asked_for_and_come_back(density, mean):
+def test_ten_thousand_texts_have_the_given_density_and_spans_and_can_be_recovered(density, mean):
     texts = make_texts(np.random.default_rng(1).integers(64, 513, 10_000))
     found = pairs(collator(density, mean)(samples(texts)))
     tokens = noise = spans = 0
@@ -114,12 +114,12 @@ def test_ten_thousand_texts_have_the_density_and_spans_asked_for_and_come_back(d
         assert (is_noise.sum(), len(by_sentinels(target)) - 1) == original_counts(
             len(text), density, mean
         )
-    # What is left of 1 % is rounding, a noise token and half a span for each text at the most.
+    # The tolerance covers rounding: at most one noise token and half a span per text.
     assert noise / tokens == pytest.approx(density, rel=0.01)
     assert noise / spans == pytest.approx(mean, rel=0.01)
 
 
-def test_by_a_mask_both_sides_are_those_of_the_original_code():
+def test_both_sides_equal_the_original_code_for_the_same_mask():
     texts = make_texts([*range(1, 60), 511, 512])
     for text, (source, target) in zip(texts, pairs(collator()(samples(texts)))):
         _, is_noise = recover(source, target)
@@ -147,7 +147,7 @@ def test_the_shortest_texts():
     st.floats(1.0, 9.0),
     st.integers(-(2**63), 2**63 - 1),
 )
-def test_texts_of_any_length_come_back(lengths, density, mean, seed):
+def test_texts_of_any_length_can_be_recovered(lengths, density, mean, seed):
     texts = make_texts(lengths)
     collate = collator(density, mean, seed=seed)
     batch = collate(samples(texts))
@@ -162,11 +162,11 @@ def test_texts_of_any_length_come_back(lengths, density, mean, seed):
             assert len(target) == noise + spans + 1
 
 
-# --------------------------------------------------------------------------------------- the law
+# -------------------------------------------------------------------------- the distribution
 
 
 def random_compositions(keys, totals, parts):
-    """The parts, totals side by side."""
+    """Return the parts of all totals, one total after another."""
     return np.diff(random_part_starts(keys, totals, parts), append=totals.sum())
 
 
@@ -176,7 +176,7 @@ def chi_square(counts, expected):
 
 @pytest.mark.parametrize("mean, spans", [(2.0, 3), (1.5, 4), (6.0, 1), (1.0, 6)])
 def test_every_mask_of_the_original_code_is_equally_likely(mean, spans):
-    """12 tokens, 6 of them noise: C(5, spans - 1) ways for them, as many for the kept ones."""
+    """With 12 tokens and 6 noise tokens, noise and kept tokens each have C(5, spans - 1) splits."""
     texts = make_texts([12] * 20_000)
     masks = Counter()
     for source, target in pairs(collator(0.5, mean)(samples(texts))):
@@ -186,7 +186,7 @@ def test_every_mask_of_the_original_code_is_equally_likely(mean, spans):
         masks[tuple(is_noise.tolist())] += 1
     ways = math.comb(5, spans - 1) ** 2
     assert len(masks) == ways
-    # df = ways - 1: mean df, variance 2 df; five of its deviations.
+    # Chi-square with df = ways - 1 has mean df and variance 2 df. Allow five standard deviations.
     limit = ways - 1 + 5 * math.sqrt(2 * ways)
     assert chi_square(masks.values(), 20_000 / ways) <= limit
 
@@ -200,9 +200,9 @@ def test_compositions_of_many_totals_at_once():
     assert lengths.min() >= 1
     offsets = offsets_of(parts)
     assert np.array_equal(np.add.reduceat(lengths, offsets[:-1]), totals)
-    for at in (0, 17, 499):  # each by itself, whatever stands beside it
-        alone = random_compositions(keys[at : at + 1], totals[at : at + 1], parts[at : at + 1])
-        assert np.array_equal(alone, lengths[offsets[at] : offsets[at + 1]])
+    for at in (0, 17, 499):  # each total gives the same parts separately
+        separate = random_compositions(keys[at : at + 1], totals[at : at + 1], parts[at : at + 1])
+        assert np.array_equal(separate, lengths[offsets[at] : offsets[at + 1]])
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_compositions_are_equally_likely(total, parts):
     assert chi_square(counts.values(), count / ways) <= ways - 1 + 5 * math.sqrt(2 * ways)
 
 
-# ---------------------------------------------------------------------- what the randomness is of
+# ----------------------------------------------------------- what the corruption depends on
 
 
 LENGTHS = (40, 1, 7, 300, 2, 64, 40, 3)
 
 
 @pytest.mark.parametrize("denoisers", [None, UL2], ids=["T5", "UL2"])
-def test_a_text_is_corrupted_alike_in_any_batch(denoisers):
+def test_a_text_is_corrupted_the_same_in_any_batch(denoisers):
     texts = make_texts(LENGTHS)
     collate = collator(denoisers=denoisers)
     together = pairs(collate(samples(texts)))
@@ -245,7 +245,7 @@ def test_a_text_is_corrupted_alike_in_any_batch(denoisers):
         lambda text: [*text.tolist(), EOS],
     ],
 )
-def test_a_text_is_corrupted_alike_in_any_form(hold):
+def test_a_text_is_corrupted_the_same_in_any_form(hold):
     texts = make_texts(LENGTHS)
     expected = lists(collator(denoisers=UL2)(samples(texts)))
     assert lists(collator(denoisers=UL2)(samples(map(hold, texts)))) == expected
@@ -275,8 +275,8 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert masks(collate, texts) == first
 
 
-def test_other_texts_are_corrupted_otherwise():
-    """One token more or less, another one somewhere, two exchanged, zeros behind."""
+def test_similar_texts_are_corrupted_differently():
+    """One token more or less, one token changed, two exchanged, zeros at either end."""
     text = make_texts([64])[0]
     one, swapped = text.copy(), text.copy()
     one[-1] += 1
@@ -284,12 +284,12 @@ def test_other_texts_are_corrupted_otherwise():
     others = [one, swapped, text[:-1], np.append(text, 0), np.append(0, text)]
     first, *found = masks(collator(), [text, *others])
     for mask in found:
-        # All but surely elsewhere: one of some hundred thousand ways.
+        # An equal mask is very unlikely: there are several hundred thousand.
         assert mask[:60] != first[:60]
 
 
-def test_a_seed_and_an_epoch_give_what_they_always_gave():
-    """On any machine and in any version: a run that is taken up again sees the same data."""
+def test_the_corruption_of_a_seed_and_an_epoch_is_fixed():
+    """A resumed run sees the same data, also on another machine and in another version."""
     collate = collator(0.5, 2.0, seed=3)
     collate.set_epoch(2)
     text = np.arange(FIRST, FIRST + 40)
@@ -300,7 +300,7 @@ def test_a_seed_and_an_epoch_give_what_they_always_gave():
     assert noise[1].tolist() == [9, 12, 13, 15, 16, 17]
 
 
-def test_no_generator_of_the_process_is_drawn_from():
+def test_global_random_generators_are_not_used():
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     collator(denoisers=UL2)(samples(make_texts(LENGTHS)))
     assert torch.get_rng_state().equal(states[0])
@@ -309,7 +309,7 @@ def test_no_generator_of_the_process_is_drawn_from():
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_corrupt_as_the_process_does_and_hear_of_the_epoch(context):
+def test_workers_corrupt_like_the_main_process_and_follow_its_epoch(context):
     rows = samples(make_texts(LENGTHS * 2))
     plain = types.SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS, padding_side="right")
     denoisers = [Denoiser(prefix=R), Denoiser(0.25, None), Denoiser(0.5)]
@@ -331,7 +331,7 @@ def test_workers_corrupt_as_the_process_does_and_hear_of_the_epoch(context):
     assert seen[0] != seen[1] != seen[2]
 
 
-def test_a_pickle_has_an_epoch_of_its_own_to_share():
+def test_a_pickle_has_its_own_shared_epoch():
     collate = collator()
     collate.set_epoch(3)
     texts = make_texts([64] * 4)
@@ -347,7 +347,7 @@ def test_a_pickle_has_an_epoch_of_its_own_to_share():
 
 @pytest.mark.parametrize("denoisers", [None, UL2], ids=["T5", "UL2"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_packed_is_the_padded_batch(denoisers, side):
+def test_packed_and_padded_batches_are_equal(denoisers, side):
     rows = samples(make_texts(LENGTHS))
     packed = collator(denoisers=denoisers)(rows)
     tokenizer = make_tokenizer(WORDS, padding_side=side)
@@ -374,7 +374,7 @@ def test_names_and_multiples():
     assert "input_length" not in collator(packed=False, length_column_name=None)(rows)
 
 
-def test_what_was_given_is_not_written_to():
+def test_the_input_is_not_modified():
     text = np.append(make_texts([40])[0], EOS)
     before = text.copy()
     for options in ({}, {"denoisers": UL2}, {"max_encoder_len": 10}):
@@ -384,7 +384,7 @@ def test_what_was_given_is_not_written_to():
     assert np.array_equal(text, before)
 
 
-def test_masks_and_labels_that_samples_come_with():
+def test_samples_with_masks_or_labels():
     texts = make_texts([30, 12])
     expected = lists(collator()(samples(texts)))
     rows = [
@@ -411,7 +411,7 @@ def test_masks_and_labels_that_samples_come_with():
 
 @pytest.mark.parametrize("density, mean", [(0.15, 3.0), (0.5, 3.0), (0.15, 1.0), (0.9, 4.0)])
 @pytest.mark.parametrize("limits", [(None, None), (64, None), (None, 20), (40, 30)], ids=str)
-def test_lengths_are_known_beforehand_and_texts_are_cut_as_little_as_fits(density, mean, limits):
+def test_lengths_are_exact_and_texts_are_truncated_as_little_as_possible(density, mean, limits):
     texts = make_texts([*range(1, 340)])
     options = {"sentinel_ids": range(1000, 1300)}
     collate = collator(
@@ -429,7 +429,7 @@ def test_lengths_are_known_beforehand_and_texts_are_cut_as_little_as_fits(densit
     else:
         assert not fits.all()
     assert np.array_equal(lengths[fits], free[fits])
-    longest = int(fits.nonzero()[0].max())  # fits: all before it, none behind
+    longest = int(fits.nonzero()[0].max())  # all shorter texts fit, no longer one does
     assert fits[: longest + 1].all()
     assert (lengths[longest:] == free[longest]).all()
     assert collate.truncated_sources == int((~fits).sum())
@@ -448,11 +448,11 @@ def test_lengths_of_ids_with_an_eos_and_of_pairs(denoisers):
     assert (found <= expected).all()
     if denoisers is None:
         assert np.array_equal(found, expected)
-    # A length of 1 is that of a text without EOS: EOS alone is refused.
+    # A length of 1 means a text without EOS, because EOS without a text raises an error.
     assert collate.lengths([1]).tolist() == collate.lengths([1], with_eos=False).tolist()
 
 
-def test_a_cut_text_keeps_its_beginning():
+def test_a_truncated_text_keeps_its_beginning():
     text = make_texts([100])[0]
     collate = collator(max_encoder_len=40)
     whole, _ = recover(*pairs(collate(samples([np.append(text, EOS)])))[0])
@@ -468,15 +468,15 @@ def test_lengths_of_a_mixture_are_bounds():
     bounds = collate.lengths(lengths, with_eos=False)
     assert (found <= bounds).all()
     assert (found == bounds).any(axis=0).all()
-    alone = [collator(denoisers=[d], max_encoder_len=100).lengths(lengths, False) for d in UL2]
-    assert np.array_equal(bounds, np.max(alone, axis=0))
+    separate = [collator(denoisers=[d], max_encoder_len=100).lengths(lengths, False) for d in UL2]
+    assert np.array_equal(bounds, np.max(separate, axis=0))
     assert collate.lengths([]).shape == (0, 2)
 
 
 # --------------------------------------------------------------------------------------- mixtures
 
 
-def test_a_sequential_denoiser_cuts_in_two():
+def test_a_sequential_denoiser_splits_the_text_in_two():
     texts = make_texts([1, 2, 3, 40, 41])
     collate = collator(denoisers=[Denoiser(0.25, None)])
     batch = collate(samples(texts))
@@ -486,12 +486,12 @@ def test_a_sequential_denoiser_cuts_in_two():
         assert source.tolist() == [*text[: len(text) - cut], EOS]
 
 
-def test_a_mixture_draws_by_weight_and_says_which_at_the_front():
+def test_a_mixture_draws_by_weight_and_adds_the_prefix():
     texts = make_texts(np.random.default_rng(3).integers(1, 80, 8000))
     batch = collator(denoisers=UL2)(samples(texts))
     drawn = Counter()
-    shapes = [collator(denoisers=[each]) for each in UL2]
-    expected = [each.lengths(list(map(len, texts)), with_eos=False) for each in shapes]
+    collators = [collator(denoisers=[each]) for each in UL2]
+    expected = [each.lengths(list(map(len, texts)), with_eos=False) for each in collators]
     for at, (text, (source, target)) in enumerate(zip(texts, pairs(batch))):
         front = int(source[0])
         drawn[front] += 1
@@ -504,16 +504,16 @@ def test_a_mixture_draws_by_weight_and_says_which_at_the_front():
         else:
             assert np.array_equal(recover(body, target)[0], text)
     counts = [drawn[front] for front in (R, S, X)]
-    # Two degrees of freedom: beyond 20 once in twenty thousand times.
+    # Two degrees of freedom: the value exceeds 20 with probability 1 / 20,000.
     assert sum((c - e) ** 2 / e for c, e in zip(counts, (2000, 4000, 2000))) < 20
 
 
-def test_one_denoiser_is_the_two_numbers():
+def test_one_denoiser_equals_the_two_numbers():
     rows = samples(make_texts(LENGTHS))
     assert lists(collator(denoisers=[Denoiser(0.3, 2.0)])(rows)) == lists(collator(0.3, 2.0)(rows))
 
 
-def test_a_prefix_of_several_tokens_and_of_a_string_the_vocabulary_lacks():
+def test_prefixes_of_several_tokens_and_of_a_string_outside_the_vocabulary():
     class Splitting(types.SimpleNamespace):
         def encode(self, text, add_special_tokens):
             assert not add_special_tokens
@@ -533,7 +533,7 @@ def test_a_prefix_of_several_tokens_and_of_a_string_the_vocabulary_lacks():
     assert front([7, 6, 5]) == [7, 6, 5, 20, 1]
     assert front(7) == [7, 20, 1]
     assert front(None) == [20, 1]
-    with pytest.raises(ValueError, match="prefix must be a string that the tokenizer knows"):
+    with pytest.raises(ValueError, match="prefix must have no unknown tokens, got 'unknown'"):
         front("unknown")
 
 
@@ -550,13 +550,13 @@ def test_sentinels_descend_from_the_end_of_the_vocabulary(mark):
         assert side[side >= FIRST + WORDS].tolist() == [last, last - 1, last - 2, last - 3]
 
 
-def test_sentinels_of_your_own():
+def test_custom_sentinels():
     collate = collator(0.5, 1.0, sentinel_ids=[900, 950, 901])
     source, target = pairs(collate(samples(make_texts([6]))))[0]
     assert source[source >= 900].tolist() == target[target >= 900].tolist() == [900, 950, 901]
 
 
-def test_sentinels_do_not_have_to_fit_the_texts_own_type():
+def test_sentinels_may_exceed_the_dtype_of_the_text():
     text = make_texts([40])[0]
     packed, wide = [
         collator(sentinel_ids=range(70_000, 70_100))(samples([text.astype(dtype)]))
@@ -571,8 +571,8 @@ def test_more_spans_than_sentinels():
     texts = samples(make_texts([30, 200]))
     with pytest.raises(
         ValueError,
-        match=r"input_ids of samples\[1\] must fall into at most 4 spans, .* got 200 tokens and 10 "
-        r"spans by Denoiser\(.*\(max_encoder_len=(\d+) cuts",
+        match=r"input_ids of samples\[1\] must have at most 4 spans, .* got 200 tokens and 10 "
+        r"spans with Denoiser\(.*; max_encoder_len=(\d+) truncates",
     ) as caught:
         T5SpanCorruptionCollatorFast(tokenizer)(texts)
     limit = int(str(caught.value).split("max_encoder_len=")[1].split()[0])
@@ -607,19 +607,19 @@ def by_marks(batch, first):
         (
             {"denoisers": UL2, "noise_density": 0.5},
             ValueError,
-            "must be given in denoisers .* got 0.5 and 3.0 beside them",
+            "must be set in each Denoiser .* got 0.5 and 3.0",
         ),
         ({"sentinel_ids": []}, ValueError, "sentinel_ids must hold at least one id"),
         ({"sentinel_ids": [1, "a"]}, TypeError, r"sentinel_ids\[1\] must be an integer, got 'a'"),
         ({"denoisers": [Denoiser(prefix=1.5)]}, TypeError, "prefix must be an integer, got 1.5"),
     ],
 )
-def test_what_it_cannot_be_made_with(options, error, message):
+def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         collator(**options)
 
 
-def test_a_tokenizer_must_have_what_is_needed():
+def test_a_tokenizer_must_have_eos_and_sentinels():
     with pytest.raises(ValueError, match="tokenizer must have a eos_token_id"):
         T5SpanCorruptionCollatorFast(make_tokenizer(eos_token=None))
     with pytest.raises(
@@ -638,12 +638,12 @@ def test_a_tokenizer_must_have_what_is_needed():
         ([[7, 8]], TypeError, r"samples\[0\] must be a mapping"),
     ],
 )
-def test_what_cannot_be_corrupted(rows, error, message):
+def test_bad_samples_are_named(rows, error, message):
     with pytest.raises(error, match=message):
         collator()(rows)
 
 
-def test_lengths_and_epochs_that_are_none():
+def test_bad_lengths_and_epochs_are_named():
     with pytest.raises(ValueError, match=r"raw_lengths\[1\] must be at least 1, got 0"):
         collator().lengths([3, 0])
     with pytest.raises(TypeError, match="raw_lengths must be"):

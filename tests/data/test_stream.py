@@ -1,4 +1,4 @@
-"""Streams of packed rows: each sample once among ranks and workers, and going on anywhere."""
+"""Streams of packed rows give each sample once over ranks and workers, and can resume anywhere."""
 
 import json
 
@@ -14,7 +14,7 @@ CAPACITY = 32
 
 
 def make_samples(count=150, seed=0):
-    """Each token tells its sample and its place, so that rows say what they hold."""
+    """Each token identifies its sample and its position, so that rows can be checked."""
     lengths = np.random.default_rng(seed).integers(1, CAPACITY + 1, count)
     return [[1000 * (i + 1) + k for k in range(length)] for i, length in enumerate(lengths)]
 
@@ -23,7 +23,7 @@ SAMPLES = make_samples()
 
 
 class Plain:
-    """Neither a sequence nor a dataset: it can only be iterated."""
+    """An iterable that is neither a sequence nor a dataset."""
 
     def __iter__(self):
         return iter(SAMPLES)
@@ -47,7 +47,7 @@ SOURCES = {
 
 
 def sequences_of(rows):
-    """The samples in rows, told apart by their boundaries."""
+    """Split rows into their samples at the boundaries."""
     found = []
     for row in rows:
         ids, start = list(map(int, row["input_ids"])), 0
@@ -97,7 +97,7 @@ def test_ranks_and_workers_share_the_samples_without_loss_or_repetition(
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
-def test_a_loader_goes_on_from_anywhere(source, num_workers):
+def test_a_loader_resumes_from_any_batch(source, num_workers):
     def loader():
         stream = pack_stream(SOURCES[source](), CAPACITY, "obfd", lookahead=16)
         return PackedStreamLoader(stream, batch_size=4, num_workers=num_workers)
@@ -110,18 +110,18 @@ def test_a_loader_goes_on_from_anywhere(source, num_workers):
         states.append(json.loads(json.dumps(first.state_dict())))
     assert len(whole) > 12
     whole = as_lists(whole)
-    assert first.state_dict() == states[0]  # an epoch is over: the next begins anew
-    # Workers take a while to start: with them, not at every batch.
+    assert first.state_dict() == states[0]  # the epoch is over; the next one starts anew
+    # Workers start slowly, so with workers only some batches are tested.
     stops = range(len(states)) if num_workers == 0 else (0, 1, 2, 5, len(whole) - 1, len(whole))
     for stop in stops:
         again = loader()
         again.load_state_dict(states[stop])
         assert as_lists(again) == whole[stop:], stop
     if num_workers == 0:
-        assert as_lists(again) == whole  # and the epoch after that one is whole
+        assert as_lists(again) == whole  # the next epoch is complete
 
 
-def test_a_stream_by_itself_goes_on_from_its_state():
+def test_a_stream_resumes_without_a_loader():
     whole = [row["input_ids"].tolist() for row in pack_stream(SAMPLES, CAPACITY, lookahead=16)]
     for stop in (1, 7, 30, len(whole)):
         stream, rows = pack_stream(SAMPLES, CAPACITY, lookahead=16), []
@@ -134,7 +134,7 @@ def test_a_stream_by_itself_goes_on_from_its_state():
         assert rows + [row["input_ids"].tolist() for row in other] == whole
 
 
-def test_going_on_reads_no_sample_before_the_window():
+def test_resuming_reads_no_sample_before_the_window():
     class Watched(list):
         read = ()
 
@@ -153,14 +153,14 @@ def test_going_on_reads_no_sample_before_the_window():
 
 
 def shuffled():
-    """Shards in another order in each epoch, and samples through a buffer."""
+    """Shards in a different order in each epoch, and samples through a shuffle buffer."""
     source = datasets.IterableDataset.from_generator(generate, gen_kwargs={"shards": [0, 1, 2, 3]})
     return source.shuffle(seed=3, buffer_size=20)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("source", ["shuffled", "iterable dataset"])
-def test_going_on_in_a_later_epoch_of_a_source_that_shuffles(source, num_workers):
+def test_resuming_in_a_later_epoch_of_a_source_that_shuffles(source, num_workers):
     def loader(epoch=None):
         made = shuffled() if source == "shuffled" else SOURCES[source]()
         stream = pack_stream(made, CAPACITY, "obfd", lookahead=16)
@@ -182,15 +182,15 @@ def test_going_on_in_a_later_epoch_of_a_source_that_shuffles(source, num_workers
     if source == "shuffled":
         assert as_lists(loader(epoch=0)) != whole
     for stop in (1, 7, len(whole) - 1):
-        again = loader()  # of a fresh process, which is told of no epoch
+        again = loader()  # as in a new process, where no epoch is set
         again.load_state_dict(states[stop - 1])
         assert as_lists(again) == whole[stop:], stop
 
 
-def test_only_sources_of_datasets_deal_samples_out_to_workers():
+def test_only_iterable_datasets_split_samples_over_workers_themselves():
     class Stateful(Plain):
         def state_dict(self):
-            raise AssertionError("asked")
+            raise AssertionError("state_dict was called")
 
         load_state_dict = state_dict
 
@@ -198,34 +198,34 @@ def test_only_sources_of_datasets_deal_samples_out_to_workers():
     assert sorted(sequences_of(loader)) == sorted(SAMPLES)
 
 
-def test_a_state_of_other_options_is_refused():
+def test_a_state_of_a_stream_with_other_options_raises():
     state = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY)).state_dict()
     for options, message in (
-        ({"lookahead": 16}, "lookahead=8192, and this one has lookahead=16"),
-        ({"rank": 1, "world_size": 2}, "rank=0, and this one has rank=1"),
-        ({"strategy": "nf"}, "strategy='auto', and this one has strategy='nf'"),
+        ({"lookahead": 16}, "with lookahead=16, got lookahead=8192"),
+        ({"rank": 1, "world_size": 2}, "with rank=1, got rank=0"),
+        ({"strategy": "nf"}, "with strategy='nf', got strategy='auto'"),
     ):
         other = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY, **options))
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
-    with pytest.raises(ValueError, match="state has no 'num_workers'"):
+    with pytest.raises(ValueError, match="state must have 'num_workers'"):
         PackedStreamLoader(pack_stream(SAMPLES, CAPACITY)).load_state_dict({})
-    with pytest.raises(ValueError, match="state has no 'part'"):
+    with pytest.raises(ValueError, match="state must have 'part'"):
         pack_stream(SAMPLES, CAPACITY).load_state_dict(state)
 
 
-def test_masks_and_labels_of_some_samples():
+def test_masks_and_labels_in_only_some_samples():
     masked = [{"input_ids": [1, 2, 3, 0], "attention_mask": [1, 1, 1, 0]}]
     assert next(iter(pack_stream(masked, 4)))["seq_lengths"].tolist() == [3]
     some = [{"input_ids": [1, 2]}, {"input_ids": [3, 4], "labels": [-100, 4]}]
     for samples in (some, some[::-1]):
-        with pytest.raises(ValueError, match="every sample must have 'labels' or none"):
+        with pytest.raises(ValueError, match="must have 'labels', got only"):
             list(pack_stream(samples, 4))
     rows = [{**some[0], "seq_lengths": [2]}, {**some[1], "seq_lengths": [2]}]
     for wrong in (rows, rows[::-1]):
         with pytest.raises(ValueError, match="'labels'"):
             collate_packed_rows(wrong)
-    with pytest.raises(ValueError, match="at most 2 in all, got"):
+    with pytest.raises(ValueError, match="at most 2 in total, got"):
         collate_packed_rows([{"input_ids": [1, 2], "seq_lengths": [3]}])
     with pytest.raises(ValueError, match="at least one row"):
         collate_packed_rows([])
@@ -238,12 +238,12 @@ def test_accelerate_finds_batches_in_the_loader():
     config = accelerate.DataLoaderConfiguration(dispatch_batches=False)
     accelerator = accelerate.Accelerator(cpu=True, dataloader_config=config)
     assert as_lists(accelerator.prepare(loader)) == want
-    # By default it cuts each tensor to the number of rows.
+    # By default, accelerate cuts each tensor to the number of rows.
     with pytest.raises(ValueError, match="set dispatch_batches=False"):
         list(accelerate.Accelerator(cpu=True).prepare(loader))
 
 
-def test_an_iteration_that_was_left_begins_anew():
+def test_an_iteration_after_an_unfinished_one_starts_at_the_beginning():
     loader = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY, lookahead=16), batch_size=4)
     whole = as_lists(loader)
     for _ in zip(range(3), loader):
@@ -251,7 +251,7 @@ def test_an_iteration_that_was_left_begins_anew():
     assert as_lists(loader) == whole
 
 
-def test_batches_of_rows_are_those_of_the_dataset():
+def test_stream_and_dataset_give_the_same_rows():
     rows = pack_dataset(SAMPLES, CAPACITY, "obfd", padding_value=7, progress=False)
     stream = pack_stream(SAMPLES, CAPACITY, "obfd", padding_value=7, lookahead=1000)
     from_stream = collate_packed_rows(list(stream))
@@ -263,7 +263,7 @@ def test_batches_of_rows_are_those_of_the_dataset():
     assert from_stream.attention_mask.tolist() == rows[:]["attention_mask"]
 
 
-def test_what_cannot_be_packed_is_dealt_with_as_told():
+def test_overlong_and_empty_samples():
     stream = pack_stream([[], [1] * 9, [2, 3]], 4, overlong="drop", drop_empty=True, lookahead=2)
     assert [row["input_ids"].tolist() for row in stream] == [[2, 3, 0, 0]]
     with pytest.raises(ValueError, match="at most capacity = 4"):
@@ -283,7 +283,7 @@ def test_bad_arguments():
         pack_stream(SAMPLES, CAPACITY, rank=2, world_size=2)
     loader = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY), num_workers=2)
     state = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY)).state_dict()
-    with pytest.raises(ValueError, match="num_workers=0, and this loader has num_workers=2"):
+    with pytest.raises(ValueError, match="with num_workers=2, got num_workers=0"):
         loader.load_state_dict(state)
     with pytest.raises(ValueError, match=r"rows\[0\] must have 'seq_lengths'"):
         collate_packed_rows([{"input_ids": [1]}])

@@ -1,4 +1,4 @@
-"""Packed rows in the trainers that people have: the losses are those of the sequences padded."""
+"""Packed rows in other libraries' trainers give the same losses as padded sequences."""
 
 import importlib.util
 from pathlib import Path
@@ -35,7 +35,7 @@ def make_model(attention="sdpa"):
 
 
 def padded(sequences):
-    """The batch as it was before anyone packed."""
+    """Pad the sequences into an ordinary batch."""
     longest = max(map(len, sequences))
     rows = [each + [0] * (longest - len(each)) for each in sequences]
     mask = [[1] * len(each) + [0] * (longest - len(each)) for each in sequences]
@@ -52,7 +52,7 @@ def sequences_in(rows):
 
 
 def expected_losses(rows, learning_rate):
-    """Of four steps of SGD on padded batches: the sequences of two rows each."""
+    """Run four steps of SGD on padded batches of the sequences of two rows each."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), learning_rate)
     losses = []
@@ -93,7 +93,7 @@ def losses_of(trainer):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
 @pytest.mark.parametrize("which", ["Trainer", "SFTTrainer"])
-def test_losses_are_those_of_the_sequences_padded(tmp_path, which, patched, attention):
+def test_packed_and_padded_losses_are_equal(tmp_path, which, patched, attention):
     rows = pack_dataset(SEQUENCES, CAPACITY, progress=False)
     model = make_model(attention)
     if patched:
@@ -115,7 +115,7 @@ def test_losses_are_those_of_the_sequences_padded(tmp_path, which, patched, atte
     got = losses_of(trainer)
     want = expected_losses(rows, learning_rate=1.0)
     assert got == pytest.approx(want, abs=2e-6)
-    # Steps change them, so that the gradients count too.
+    # The steps change the losses, so the comparison covers the gradients.
     assert abs(expected_losses(rows, learning_rate=0.0)[-1] - want[-1]) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Texts, and the batches made of them; sequences packed into rows, and those as batches."""
+"""Data for training: file readers, packed batches, datasets and streams, and collators."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .collators.denoisers import Denoiser
     from .collators.seq2seq import CappedSeq2SeqCollator
-    from .collators.span_corruption import Denoiser, T5SpanCorruptionCollatorFast
-    from .packed.batch import PackedBatch, pack_result_to_tensors, packed_collate_fn
+    from .collators.span_corruption import T5SpanCorruptionCollatorFast
+    from .packed.batch import PackedBatch, pack_result_to_tensors
+    from .packed.collate import collate_packed_rows, packed_collate_fn
     from .packed.dataset import pack_dataset, pack_dataset_from_result
     from .packed.pairs import PackedPairs, pack_pairs_to_tensors
     from .packed.rows import concatenate_and_pack, pack_sequences
-    from .packed.stream import PackedStream, PackedStreamLoader, collate_packed_rows, pack_stream
+    from .packed.stream import PackedStream, PackedStreamLoader, pack_stream
     from .reader import streaming_dataset_reader
 
-# Resolved on first use: not all of it needs torch, and only some of it datasets.
+# Imported on first use, because some of these modules need torch or datasets and others do not.
 _HOMES = {
     "CappedSeq2SeqCollator": ".collators.seq2seq",
-    "Denoiser": ".collators.span_corruption",
+    "Denoiser": ".collators.denoisers",
     "PackedBatch": ".packed.batch",
     "PackedPairs": ".packed.pairs",
     "PackedStream": ".packed.stream",
     "PackedStreamLoader": ".packed.stream",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
-    "collate_packed_rows": ".packed.stream",
+    "collate_packed_rows": ".packed.collate",
     "concatenate_and_pack": ".packed.rows",
     "pack_dataset": ".packed.dataset",
     "pack_dataset_from_result": ".packed.dataset",
@@ -32,10 +34,11 @@ _HOMES = {
     "pack_result_to_tensors": ".packed.batch",
     "pack_sequences": ".packed.rows",
     "pack_stream": ".packed.stream",
-    "packed_collate_fn": ".packed.batch",
+    "packed_collate_fn": ".packed.collate",
     "streaming_dataset_reader": ".reader",
 }
 
+# A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
 __all__ = [
     "CappedSeq2SeqCollator",
     "Denoiser",

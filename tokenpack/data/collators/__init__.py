@@ -1,1 +1,1 @@
-"""Collators for encoder-decoder models: pairs of texts, and T5's span corruption."""
+"""Collators for encoder-decoder models: pairs of sequences, and T5's span corruption."""

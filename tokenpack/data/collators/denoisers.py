@@ -1,10 +1,12 @@
-"""Denoisers: how much of a text becomes noise, in how many spans, behind which prefix.
+"""Denoisers: how much of a text becomes noise, in how many spans, and with which prefix.
+
+For a text of L tokens, with halves rounded to even:
 
     noise tokens  N = round(L * noise_density), from 1 to L - 1
     spans         k = round(N / mean_noise_span_length), at least 1, and at most L - N
 
-of a text of L tokens, halves rounded to even: arithmetic on lengths, without the tokens. So the
-lengths of a batch are known before it is made, and so is where a text must be cut to fit a limit.
+This depends only on lengths, not on tokens. So the lengths of a batch, and the longest text that
+fits a limit, are known before the batch is made.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ DENSITY, MEAN = 0.15, 3.0
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """One way to corrupt a text; see `span_corruption`, and UL2's table 1 for a mixture.
+    """One way to corrupt a text, for `T5SpanCorruptionCollatorFast`.
+
+    Table 1 of UL2 (Tay et al. 2022) lists a mixture of denoisers.
 
     Attributes:
-        noise_density: share of the tokens that become noise, above 0 and below 1.
-        mean_noise_span_length: tokens of a span on average, 1 at least; None for one span that
-            reaches the end of the text and leaves no sentinel (sequential, or prefix-LM).
-        weight: how often it is drawn, relative to the others.
-        prefix: what stands at the front of the source: a token id, several, or a string for the
+        noise_density: the fraction of the tokens that become noise, above 0 and below 1.
+        mean_noise_span_length: the mean number of tokens per span, at least 1. None means one span
+            at the end of the text, without a sentinel (sequential denoising, or prefix-LM).
+        weight: the relative probability of this denoiser in a mixture.
+        prefix: the tokens at the front of the source: one id, several ids, or a string for the
             tokenizer (UL2's "[NLU]", "[S2S]", "[NLG]").
     """
 
@@ -54,50 +58,49 @@ class Denoiser:
             raise ValueError(f"weight must be above 0 and finite, got {self.weight!r}")
 
 
-class Shape(NamedTuple):
-    """What becomes of each text, ``(num_texts,)`` int64 each.
+class CorruptionCounts(NamedTuple):
+    """Numbers of tokens and spans of each corrupted text, ``(num_texts,)`` int64 each.
 
     Attributes:
-        prefix: tokens before the source.
+        prefix: prefix tokens at the front of the source.
         kept: tokens of the text that stay in the source.
-        noise: tokens of the text that go to the target.
-        spans: parts that each of these falls into.
-        marks: sentinels in the target; in the source, as many where there is noise.
+        noise: tokens of the text that move to the target.
+        spans: spans of noise. There is the same number of spans of kept tokens.
+        sentinels: sentinels in the target. The source has the same number, but no sentinel if the
+            text has no noise.
     """
 
     prefix: NDArray[np.int64]
     kept: NDArray[np.int64]
     noise: NDArray[np.int64]
     spans: NDArray[np.int64]
-    marks: NDArray[np.int64]
-
-    @property
-    def source_marks(self) -> NDArray[np.int64]:
-        return np.minimum(self.marks, self.noise)
+    sentinels: NDArray[np.int64]
 
     @property
     def source_lengths(self) -> NDArray[np.int64]:
-        return self.prefix + self.kept + self.source_marks + 1
+        """Tokens of each source, including EOS."""
+        return self.prefix + self.kept + np.minimum(self.sentinels, self.noise) + 1
 
     @property
     def target_lengths(self) -> NDArray[np.int64]:
-        return self.noise + self.marks + 1
+        """Tokens of each target, including EOS."""
+        return self.noise + self.sentinels + 1
 
 
 class Mixture:
-    """Denoisers of which each text draws one by weight.
+    """Several denoisers. Each text draws one, with probability proportional to its weight.
 
     Attributes:
-        denoisers: as given.
-        prefixes: the tokens before the source of each.
+        denoisers: the denoisers.
+        prefixes: the prefix tokens of each denoiser.
     """
 
     def __init__(self, denoisers: Sequence[Denoiser], tokenizer: Any) -> None:
-        """Take the prefixes from a tokenizer, where they are strings.
+        """Create a mixture. The tokenizer converts prefixes that are strings.
 
         Raises:
-            TypeError: if a prefix is no token id, several, nor a string.
-            ValueError: if the tokenizer does not know one.
+            TypeError: if a prefix is not a token id, a list of ids or a string.
+            ValueError: if the tokenizer cannot encode a prefix without unknown tokens.
         """
         self.denoisers = tuple(denoisers)
         prefixes = [_prefix(tokenizer, each.prefix) for each in denoisers]
@@ -106,50 +109,50 @@ class Mixture:
         weights = np.array([each.weight for each in denoisers], float)
         self._shares = np.cumsum(weights / weights.sum())[:-1]
         self._densities = np.array([each.noise_density for each in denoisers], float)
-        # A sequential denoiser is one span of any mean that is long enough, without its sentinel.
+        # A sequential denoiser is one span, as for an infinite mean length, without a sentinel.
         means = [each.mean_noise_span_length for each in denoisers]
         self._means = np.array([np.inf if mean is None else mean for mean in means], float)
 
     def draw(self, keys: NDArray[np.uint64], number: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``(num_texts,)``, the denoiser of each text, by word ``number`` of its key."""
+        """Draw the denoiser of each text from word ``number`` of its key, ``(num_texts,)``."""
         if len(self.denoisers) == 1:
             return np.zeros(len(keys), np.int64)
         uniform = (words(keys, number) >> np.uint64(11)) * 2.0**-53
         return np.searchsorted(self._shares, uniform, side="right")
 
-    def shape(self, lengths: NDArray[np.int64], drawn: NDArray[np.int64]) -> Shape:
-        """Of texts of so many tokens, each with the denoiser drawn for it."""
+    def counts(self, lengths: NDArray[np.int64], drawn: NDArray[np.int64]) -> CorruptionCounts:
+        """Return the counts of texts with these lengths and the denoisers drawn for them."""
         noise = np.rint(lengths * self._densities[drawn]).astype(np.int64)
         noise = np.minimum(np.maximum(noise, 1), lengths - 1)
         kept = lengths - noise
         means = self._means[drawn]
         spans = np.rint(noise / means).astype(np.int64)
         spans = np.minimum(np.maximum(spans, 1), kept)
-        marks = np.where(np.isinf(means), 0, spans)
-        return Shape(self.prefixes.lengths[drawn], kept, noise, spans, marks)
+        sentinels = np.where(np.isinf(means), 0, spans)
+        return CorruptionCounts(self.prefixes.lengths[drawn], kept, noise, spans, sentinels)
 
-    def longest(self, denoiser: int, fits: Callable[[Shape], Any]) -> int:
-        """Tokens of the longest text whose shape ``fits``; 0 if not even one of two does.
+    def longest(self, denoiser: int, fits: Callable[[CorruptionCounts], Any]) -> int:
+        """Return the length of the longest text whose counts fit, or 0 if two tokens do not fit.
 
-        By bisection: longer texts never have fewer tokens on either side, nor fewer spans.
+        It is found by bisection: a longer text never has fewer tokens on a side or fewer spans.
         """
 
-        def good(length: int) -> bool:
-            return bool(fits(self.shape(np.array([length]), np.array([denoiser])))[0])
+        def fits_length(length: int) -> bool:
+            return bool(fits(self.counts(np.array([length]), np.array([denoiser])))[0])
 
-        if not good(2):
+        if not fits_length(2):
             return 0
         low, high = 2, 4
-        while good(high):
+        while fits_length(high):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if good(middle) else (low, middle)
+            low, high = (middle, high) if fits_length(middle) else (low, middle)
         return low
 
 
 def sentinel_ids_of(tokenizer: Any, given: Sequence[int] | None) -> NDArray[np.int64]:
-    """Ids of the sentinels, in the order of their use."""
+    """Return the ids of the sentinels, in the order of their use."""
     if given is not None:
         ids = [as_integer(f"sentinel_ids[{at}]", each) for at, each in enumerate(given)]
         if not ids:
@@ -164,7 +167,7 @@ def sentinel_ids_of(tokenizer: Any, given: Sequence[int] | None) -> NDArray[np.i
             return np.array(ids, np.int64)
     raise ValueError(
         "tokenizer must have sentinels <extra_id_0>, <extra_id_1>, ... in its vocabulary, got a "
-        f"{type(tokenizer).__name__} of {len(vocabulary)} tokens without (give sentinel_ids)"
+        f"{type(tokenizer).__name__} of {len(vocabulary)} tokens without them; pass sentinel_ids"
     )
 
 
@@ -174,10 +177,12 @@ def _prefix(tokenizer: Any, prefix: int | str | Sequence[int] | None) -> list[in
     if not isinstance(prefix, str):
         given = prefix if isinstance(prefix, Sequence) else [prefix]
         return [as_integer("prefix", each) for each in given]
-    known = tokenizer.get_vocab().get(prefix)
-    if known is not None:
-        return [known]
+    token_id = tokenizer.get_vocab().get(prefix)
+    if token_id is not None:
+        return [token_id]
     ids: list[int] = tokenizer.encode(prefix, add_special_tokens=False)
     if not ids or getattr(tokenizer, "unk_token_id", None) in ids:
-        raise ValueError(f"prefix must be a string that the tokenizer knows, got {prefix!r}")
+        raise ValueError(
+            f"prefix must have no unknown tokens, got {prefix!r}; add it to the tokenizer"
+        )
     return ids

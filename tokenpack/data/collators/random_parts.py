@@ -1,15 +1,16 @@
-"""Randomness that follows from texts, and totals cut into parts by it.
+"""Random numbers derived from texts, and random partitions of totals into parts.
 
-    key of a text      splitmix64 of (seed, epoch, tokens, their number)
+    key of a text      splitmix64 of (seed, epoch, tokens, number of tokens)
     word i of a key    splitmix64(key + i)
-    total = part + part + ... + part, each of the C(total - 1, parts - 1) ways equally likely
+    total = part + part + ... + part, each of the C(total - 1, parts - 1) partitions equally likely
 
-Words are 64 bits of splitmix64 (Steele, Lea and Flood 2014). A word is a function of its key and
-its number, so any of them can be had at any time, and what one text draws never depends on another.
+Words are 64-bit outputs of splitmix64 (Steele, Lea and Flood 2014). A word is a function of its key
+and its number. So words can be computed in any order, and the words of a text do not depend on
+other texts.
 
-A way to cut a total is a set of ``parts - 1`` places out of ``total - 1``. Floyd's algorithm
-(Bentley and Floyd 1987) draws it with as many draws as there are places to choose, and no retries.
-It is sequential as published, and is done here for all totals at once: see `_random_subsets`.
+A partition of a total is a set of ``parts - 1`` cuts out of ``total - 1`` places. Floyd's algorithm
+(Bentley and Floyd 1987) draws such a set with one draw per cut and no retries. The published
+algorithm is sequential. `_random_subsets` runs it for all totals at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from ...segments import offsets_of
 from .scratch import scratch
 
-# splitmix64: the odd integer nearest to 2**64 / golden ratio, and the finalizer's numbers.
+# splitmix64: the odd integer nearest to 2**64 / golden ratio, and the constants of the finalizer.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
@@ -38,43 +39,49 @@ def text_keys(
     seed: int,
     epoch: int,
 ) -> NDArray[np.uint64]:
-    """``(num_texts,)``, a word for each text ``values[begin : begin + length]``.
+    """Return a key for each text ``values[begin : begin + length]``, ``(num_texts,)``.
 
-    The text goes in as its tokens times powers of an odd number, one a place, summed modulo 2**64.
-    The powers are counted over the whole batch, and those before each text divided out again.
+    The key depends on the sum of token i times gamma**i modulo 2**64, where gamma is an odd number.
+    The exponents run over the whole batch, so the sum of each text is multiplied by the inverse of
+    gamma**begin.
     """
     bounds = np.stack([begins, begins + lengths], axis=1).ravel()
-    powers, inverses = _powers(_room(int(bounds[-1])))
+    powers, inverses = _powers(_capacity(int(bounds[-1])))
     terms = scratch(int(bounds[-1])).view(np.uint64)
     np.multiply(values[: bounds[-1]].view(np.uint64), powers[: bounds[-1]], out=terms)
     sums = np.add.reduceat(terms, bounds[:-1])[::2] * inverses[begins]
-    sums = words(sums, lengths)  # ids of 0 at the end add nothing
+    sums = words(sums, lengths)  # adds the length, because trailing ids of 0 do not change the sum
     given = np.array([[seed & _64_BITS], [epoch & _64_BITS]], np.uint64)
     return words(sums ^ words(*given), np.zeros(1, np.int64))
 
 
 def words(keys: NDArray[np.uint64], numbers: NDArray[np.integer]) -> NDArray[np.uint64]:
-    """Word ``number`` of each key; arrays that broadcast, as scalars would warn of overflow."""
+    """Return word ``number`` of each key.
+
+    The arguments are arrays that broadcast. NumPy would warn about overflow of scalars.
+    """
     return _mix(keys + (numbers.astype(np.uint64) + _ONE) * _GAMMA)
 
 
 def random_part_starts(
     keys: NDArray[np.uint64], totals: NDArray[np.int64], parts: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Where parts begin, if positive integers are cut into parts, every way equally likely.
+    """Split positive integers into positive parts at random, and return where the parts begin.
+
+    All partitions of a total into the given number of parts are equally likely.
 
     Args:
-        keys: ``(n,)``, what the cuts of each total follow from.
+        keys: ``(n,)``, the keys that determine the cuts of each total.
         totals: ``(n,)``.
-        parts: ``(n,)``, from 1 to the total.
+        parts: ``(n,)``, the number of parts of each total, from 1 to the total.
 
     Returns:
-        ``(parts.sum(),)`` rising, the totals side by side: the parts of the first begin from 0 on,
-        those of the second from ``totals[0]`` on, ...
+        ``(parts.sum(),)``, increasing, with the totals laid out one after another: the parts of the
+        first total begin at 0 or later, those of the second at ``totals[0]`` or later, and so on.
     """
     offsets = offsets_of(totals)
     places, cuts = totals - 1, parts - 1
-    chosen = np.minimum(cuts, places - cuts)  # the cuts, or those left out: whichever are fewer
+    chosen = np.minimum(cuts, places - cuts)  # the cuts or their complement, whichever is smaller
     begins = _random_subsets(keys, offsets, places, chosen)
     if (complement := chosen < cuts).any():
         begins ^= np.repeat(complement, totals)
@@ -88,17 +95,18 @@ def _random_subsets(
     places: NDArray[np.int64],
     sizes: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """``(offsets[-1],)``: ``sizes`` of the ``places`` behind each offset marked, at random.
+    """Mark ``sizes`` of the ``places`` after each offset at random, in ``(offsets[-1],)`` bool.
 
-    Floyd's algorithm, for m places 1 to m and a size of c:
+    Floyd's algorithm, for a subset of size c of the places 1 to m:
 
         for last in m - c + 1, ..., m:  draw one of 1, ..., last; if it is taken, take last instead
 
-    A draw is refused if an earlier one was the same, which one scatter and one gather say of all
-    draws, or if it hit what an earlier refused draw took instead, its `last`. The second is rare
-    but may go on from draw to draw: it is repeated until nothing changes. Draws are put in reverse
-    order, so that of those that hit one place the earliest is written last. A draw is 32 bits
-    times `last` over 2**32, uniform to within last / 2**32.
+    A draw is replaced by its `last` in two cases. First, an earlier draw hit the same place: one
+    scatter and one gather find these for all draws. Second, the draw hit a place that an earlier
+    draw took as its `last`. This is rare but can chain from draw to draw, so it is repeated until
+    nothing changes. The arrays hold the draws in reverse order, so that the scatter writes the
+    earliest draw of a place last. A draw is (32 random bits * `last`) >> 32, which is uniform up to
+    a relative error of last / 2**32.
     """
     draws = offsets_of(sizes)
     numbers = np.arange(draws[-1])
@@ -114,29 +122,30 @@ def _random_subsets(
     last += begin
     last -= 1
 
-    short = numbers.astype(np.int32)
+    draw_ids = numbers.astype(np.int32)
     earliest = np.empty(offsets[-1], np.int32)
-    earliest[place] = short
-    refused = earliest[place] != short
-    # Which hit some draw's `last`, and whose: the draws of a total have consecutive ones.
+    earliest[place] = draw_ids
+    replaced = earliest[place] != draw_ids
+    # The draws that hit the `last` of some draw, and the index of that draw. The draws of one total
+    # have consecutive values of `last`.
     chained = np.flatnonzero(place >= np.repeat(offsets[:-1] + 1 + places - sizes, sizes))
-    whose = last[chained] + chained - place[chained]
-    while (more := refused[whose] & ~refused[chained]).any():
-        refused[chained[more]] = True
+    hit = last[chained] + chained - place[chained]
+    while (more := replaced[hit] & ~replaced[chained]).any():
+        replaced[chained[more]] = True
 
     marked = np.zeros(offsets[-1], bool)
-    marked[np.where(refused, last, place)] = True
+    marked[np.where(replaced, last, place)] = True
     return marked
 
 
-def _room(count: int) -> int:
-    """A power of two above ``count``: few sizes, of which each is kept."""
+def _capacity(count: int) -> int:
+    """Return a power of two above ``count``. Few distinct sizes keep the cache of powers small."""
     return 1 << count.bit_length()
 
 
 @functools.lru_cache(maxsize=4)
 def _powers(count: int) -> NDArray[np.uint64]:
-    """``(2, count)``: 1, gamma, gamma squared, ... modulo 2**64, and their inverses."""
+    """Return 1, gamma, gamma**2, ... modulo 2**64 and their inverses, ``(2, count)``."""
     inverse = pow(int(_GAMMA), -1, 2**64)
     powers = np.repeat(np.array([[_GAMMA], [inverse]], np.uint64), count, axis=1)
     powers[:, 0] = 1
@@ -146,7 +155,7 @@ def _powers(count: int) -> NDArray[np.uint64]:
 
 
 def _mix(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64, in place."""
+    """Apply the finalizer of splitmix64 in place."""
     states ^= states >> _SHIFTS[0]
     states *= _MULTIPLIERS[0]
     states ^= states >> _SHIFTS[1]

@@ -1,7 +1,7 @@
-"""Memory for what lies along a batch's tokens and is done with before the batch is.
+"""Reusable memory for temporary arrays with one value per token of a batch.
 
-Fresh memory of a megabyte is not in the cache, and where the C library has given it back to the
-system in between it comes page by page, which takes longer than what is written to it.
+A newly allocated megabyte is not in the cache. If the C library returned the memory to the system
+in the meantime, page faults take longer than the writes themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _scratch = _Scratch()
 
 
 def scratch(count: int) -> NDArray[np.int64]:
-    """``(count,)`` of anything, this thread's own until it asks again; never to be handed on."""
+    """Return an uninitialized ``(count,)`` array of this thread.
+
+    The next call in the same thread reuses the memory, so the array must not be returned to users.
+    """
     if len(_scratch.words) < count:
         _scratch.words = np.empty(1 << count.bit_length(), np.int64)
     return _scratch.words[:count]

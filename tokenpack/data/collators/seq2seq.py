@@ -1,9 +1,10 @@
-"""Pairs of token lists to batches: capped, then padded to the longest or packed without padding.
+"""Batches of source and target pairs: truncated to limits, then padded or packed.
 
     source, target -> the first tokens that fit, and the final EOS if there was one -> a batch
 
-Nothing is tokenised here and nothing is shifted: a model makes its decoder's inputs of the labels.
-All is done on the flat tokens of the whole batch (`flatten_tokens`), with no loop over samples.
+The samples are already tokenized. Labels are not shifted, because a model derives its decoder
+inputs from them. All work is done on the flat tokens of the whole batch (`flatten_tokens`), without
+a loop over samples.
 """
 
 from __future__ import annotations
@@ -18,36 +19,38 @@ from torch import Tensor
 
 from ...checks import IGNORE_INDEX, as_integer, optional_at_least_one
 from ...segments import offsets_of
-from ..packed.batch import take_apart
-from ..packed.pairs import PackedPairs, pack_pairs_to_tensors, pad_rows
+from ..packed.base import pad_rows
+from ..packed.collate import flatten_samples
+from ..packed.pairs import PackedPairs, pack_pairs_to_tensors
 from ..tokens import Tokens, flatten_tokens
 
 
 class CappedSeq2SeqCollator:
-    """A ``collate_fn`` for sources and targets, with a cap on the length of each.
+    """A ``collate_fn`` for sources and targets, with a limit on the length of each.
 
-    It takes a list of samples: mappings with ``input_ids``, and ``labels`` in all or in none, as
-    lists of ints, one-dimensional NumPy arrays or CPU tensors. Left out are tokens under a 0 of
-    ``attention_mask``, where there is one, and labels of -100 behind the last that asks something:
-    both are padding. Other columns are left alone.
+    It takes a list of samples: mappings with ``input_ids`` and, in all samples or in none,
+    ``labels``. These are lists of ints, one-dimensional NumPy arrays or CPU tensors. Padding is
+    removed: tokens where ``attention_mask`` is 0, and labels of -100 at the end. Other columns are
+    ignored.
 
-    What is too long is cut at its end, but keeps its last token if that is EOS; so what stands at
-    the front (the language code of NLLB) stays as well. Labels are padded on the right on either
-    side of padding: a decoder would take padding before them for what precedes the text.
+    A sequence that is too long loses tokens at its end, but if its last token is EOS, the result
+    also ends in EOS. The tokens at the front, such as NLLB's language code, are kept. Labels are
+    always padded on the right, because a decoder would treat padding on the left as the beginning
+    of the text.
 
-    A batch, padded:
+    A padded batch has these fields:
 
-        input_ids       (rows, columns) int64, pad_token_id at padding
-        attention_mask  (rows, columns) int64, 1 at tokens
-        labels          (rows, columns of their own) int64, -100 at padding; if the samples have any
-        input_length    (rows,) int64 on the CPU, tokens of each source; by `length_column_name`
+        input_ids       (rows, source columns) int64, pad_token_id at padding
+        attention_mask  (rows, source columns) int64, 1 at tokens
+        labels          (rows, target columns) int64, -100 at padding; if the samples have labels
+        input_length    (rows,) int64 on the CPU, tokens of each source; see `length_column_name`
 
-    or, with ``packed=True``, `tokenpack.data.PackedPairs`, which know their lengths.
+    With ``packed=True``, a batch is a `tokenpack.data.PackedPairs`, which contains the lengths.
 
     Attributes:
-        truncated_sources: sources cut so far.
-        truncated_targets: targets cut so far. Both count what this process collated: each worker
-            of a ``DataLoader`` has a copy of the collator, and counts its own.
+        truncated_sources: number of sources truncated so far.
+        truncated_targets: number of targets truncated so far. Each worker of a ``DataLoader`` has
+            its own copy of the collator and its own counts.
     """
 
     def __init__(
@@ -60,22 +63,24 @@ class CappedSeq2SeqCollator:
         packed: bool = False,
         overlong: str = "truncate",
     ) -> None:
-        """Collate for a tokenizer's models.
+        """Create a collator.
 
         Args:
-            tokenizer: a transformers tokenizer, or anything with ``pad_token_id``,
+            tokenizer: a transformers tokenizer, or an object with ``pad_token_id``,
                 ``eos_token_id`` (may be None) and ``padding_side``.
-            max_encoder_len: tokens of a source at most, EOS among them; None is no limit.
-            max_decoder_len: the same of a target.
-            pad_to_multiple_of: columns are a multiple of it; None is no rounding.
-            length_column_name: name of the column of lengths; None is no such column.
-            packed: give `tokenpack.data.PackedPairs` in place of padded rows.
+            max_encoder_len: the maximum number of tokens of a source, including EOS. None means no
+                limit.
+            max_decoder_len: the same for a target.
+            pad_to_multiple_of: round the number of columns up to a multiple of this. None means no
+                rounding.
+            length_column_name: name of the field of source lengths. None omits it.
+            packed: return a `tokenpack.data.PackedPairs` instead of padded rows.
             overlong: what to do with a sequence over its limit: "truncate" it or raise an "error".
 
         Raises:
-            TypeError: if a number is no integer.
-            ValueError: if one is below 1, the tokenizer has no ``pad_token_id``, or ``overlong``
-                is neither.
+            TypeError: if a number is not an integer.
+            ValueError: if a number is below 1, the tokenizer has no ``pad_token_id``, or
+                ``overlong`` has an unknown value.
         """
         if overlong not in ("truncate", "error"):
             raise ValueError(f"overlong must be 'truncate' or 'error', got {overlong!r}")
@@ -88,23 +93,23 @@ class CappedSeq2SeqCollator:
         self.overlong = overlong
         self.truncated_sources = 0
         self.truncated_targets = 0
-        required_id(tokenizer, "pad_token_id")  # now, and not in the first batch
+        required_id(tokenizer, "pad_token_id")  # fail here, not in the first batch
         padding_side(tokenizer)
 
     def lengths(self, raw_lengths: Any) -> NDArray[np.int64]:
-        """What pairs of so many tokens will be in a batch, to plan batches by.
+        """Return the lengths that pairs will have in a batch, to plan batches.
 
         Args:
-            raw_lengths: ``(n, 2)`` integers, tokens of each source, from 1 on, and of its target,
-                from 0 on, with their EOS and without padding; or ``(n,)``, of sources that have no
-                targets.
+            raw_lengths: ``(n, 2)`` integers: the tokens of each source (1 or more) and of its
+                target (0 or more), including EOS and without padding. Or ``(n,)``, for sources
+                without targets.
 
         Returns:
-            ``(n, 2)``, exact: as given, but for what ``overlong="truncate"`` cuts.
+            ``(n, 2)``, exact: the given lengths, limited if ``overlong`` is "truncate".
 
         Raises:
-            TypeError: if they are no integers.
-            ValueError: if one is too small.
+            TypeError: if the lengths are not integers.
+            ValueError: if a length is too small.
         """
         given = raw_lengths_of(raw_lengths)
         if self.overlong != "truncate":
@@ -118,16 +123,15 @@ class CappedSeq2SeqCollator:
         """Collate ``samples``.
 
         Raises:
-            TypeError: if a sample, or a field of it, is nothing that can be collated.
-            ValueError: if there is none, a source is empty, or with ``overlong="error"`` one is too
-                long.
+            TypeError: if a sample or one of its fields has a type that cannot be collated.
+            ValueError: if a source is empty or, with ``overlong="error"``, a sequence is too long.
         """
-        sources, targets = take_pairs(samples)
-        sources, cut = self._cap(sources, self.max_encoder_len, "input_ids", "max_encoder_len")
-        self.truncated_sources += cut
+        sources, targets = flatten_pairs(samples)
+        sources, count = self._limit(sources, self.max_encoder_len, "input_ids", "max_encoder_len")
+        self.truncated_sources += count
         if targets is not None:
-            targets, cut = self._cap(targets, self.max_decoder_len, "labels", "max_decoder_len")
-            self.truncated_targets += cut
+            targets, count = self._limit(targets, self.max_decoder_len, "labels", "max_decoder_len")
+            self.truncated_targets += count
         return collate_pairs(
             sources,
             targets,
@@ -137,23 +141,25 @@ class CappedSeq2SeqCollator:
             self.packed,
         )
 
-    def _cap(self, tokens: Tokens, limit: int | None, name: str, cap: str) -> tuple[Tokens, int]:
-        """``(tokens, how many were cut)``."""
+    def _limit(
+        self, tokens: Tokens, limit: int | None, name: str, limit_name: str
+    ) -> tuple[Tokens, int]:
+        """Return the tokens within the limit, and how many sequences were truncated."""
         if limit is None or not (over := tokens.lengths > limit).any():
             return tokens, 0
         if self.overlong == "error":
             at = int(over.argmax())
             raise ValueError(
-                f"{name} of samples[{at}] must be at most {cap} = {limit} tokens, got "
-                f"{tokens.lengths[at]} (overlong='truncate' cuts it)"
+                f"{name} of samples[{at}] must be at most {limit_name} = {limit} tokens, got "
+                f"{tokens.lengths[at]}; pass overlong='truncate' to shorten it"
             )
         last = tokens.values[np.maximum(tokens.offsets[1:] - 1, 0)]
-        kept = first_tokens(tokens, np.minimum(tokens.lengths, limit))
-        end = self.tokenizer.eos_token_id
-        if end is not None:
-            ended = over & (last == end)
-            kept.values[kept.offsets[1:][ended] - 1] = end
-        return kept, int(over.sum())
+        limited = first_tokens(tokens, np.minimum(tokens.lengths, limit))
+        eos = self.tokenizer.eos_token_id
+        if eos is not None:
+            ended = over & (last == eos)
+            limited.values[limited.offsets[1:][ended] - 1] = eos
+        return limited, int(over.sum())
 
 
 def collate_pairs(
@@ -164,7 +170,7 @@ def collate_pairs(
     length_column_name: str | None,
     packed: bool,
 ) -> dict[str, Tensor] | PackedPairs:
-    """The batch that `CappedSeq2SeqCollator` describes, of pairs that need no change any more."""
+    """Build the batch that `CappedSeq2SeqCollator` describes, from pairs within the limits."""
     if packed:
         return pack_pairs_to_tensors(sources, targets)
     left = padding_side(tokenizer) == "left"
@@ -173,22 +179,26 @@ def collate_pairs(
     ids, mask = pad_rows(_tensor(sources), lengths, pad, pad_to_multiple_of, left)
     batch = {"input_ids": ids, "attention_mask": mask.long()}
     if targets is not None:
-        asked = torch.from_numpy(targets.lengths)
-        batch["labels"], _ = pad_rows(_tensor(targets), asked, IGNORE_INDEX, pad_to_multiple_of)
+        target_lengths = torch.from_numpy(targets.lengths)
+        batch["labels"], _ = pad_rows(
+            _tensor(targets), target_lengths, IGNORE_INDEX, pad_to_multiple_of
+        )
     if length_column_name is not None:
         batch[length_column_name] = lengths
     return batch
 
 
-def take_pairs(samples: Sequence[Mapping[str, Any]]) -> tuple[Tokens, Tokens | None]:
-    """``(sources, targets or None)`` of samples, without padding that they came with.
+def flatten_pairs(samples: Sequence[Mapping[str, Any]]) -> tuple[Tokens, Tokens | None]:
+    """Concatenate the sources and targets of samples, without their padding.
+
+    The targets are None if the samples have no labels.
 
     Raises:
-        TypeError: if they are not a list of mappings, or a field is no list of integers.
-        ValueError: if a field is missing, a source is empty or contradicts its mask.
+        TypeError: if ``samples`` is not a list of mappings, or a field is not a list of integers.
+        ValueError: if a field is missing, a source is empty, or a mask does not fit its source.
     """
     if not isinstance(samples, (list, tuple)) or not samples:
-        raise TypeError(f"samples must be a list of at least one, got {samples!r:.80}")
+        raise TypeError(f"samples must be a list of at least one sample, got {samples!r:.80}")
     try:
         ids = [sample["input_ids"] for sample in samples]
     except (KeyError, TypeError, IndexError):
@@ -197,7 +207,7 @@ def take_pairs(samples: Sequence[Mapping[str, Any]]) -> tuple[Tokens, Tokens | N
     if "attention_mask" in names:
         of_sources = ("input_ids", "attention_mask")
         masked = [{name: each[name] for name in of_sources if name in each} for each in samples]
-        sources, _, _ = take_apart(masked)
+        sources, _, _ = flatten_samples(masked)
     else:
         sources = flatten_tokens(ids, "input_ids of samples")
     if "labels" not in names:
@@ -208,15 +218,14 @@ def take_pairs(samples: Sequence[Mapping[str, Any]]) -> tuple[Tokens, Tokens | N
     if len(having) < len(samples):
         at = next(at for at, sample in enumerate(samples) if sample.get("labels") is None)
         raise ValueError(
-            f"every sample must have labels or none, samples[{having[0]}] has some and "
-            f"samples[{at}] none"
+            f"samples[{at}] must have labels, because samples[{having[0]}] has labels, got none"
         )
     labels = flatten_tokens([each["labels"] for each in samples], "labels of samples", empty=True)
     return sources, _without_trailing_ignored(labels)
 
 
 def _refuse_samples(samples: Sequence[Any]) -> NoReturn:
-    """Say which of the samples has no ``input_ids``."""
+    """Raise the error for the first sample without ``input_ids``."""
     for at, sample in enumerate(samples):
         if not isinstance(sample, Mapping):
             raise TypeError(
@@ -224,25 +233,28 @@ def _refuse_samples(samples: Sequence[Any]) -> NoReturn:
             )
         if "input_ids" not in sample:
             raise ValueError(
-                f"samples[{at}] must have input_ids, it has "
-                f"{', '.join(map(repr, sample)) or 'nothing'}"
+                f"samples[{at}] must have input_ids, got only "
+                f"{', '.join(map(repr, sample)) or 'an empty mapping'}"
             )
-    raise ValueError("every sample must have input_ids")
+    raise ValueError("samples must have input_ids")
 
 
 def first_tokens(tokens: Tokens, lengths: NDArray[np.int64]) -> Tokens:
-    """Each sequence's first ``lengths`` tokens, ``(num_sequences,)`` and at most all: a copy."""
+    """Return a copy of the first tokens of each sequence.
+
+    ``lengths`` is ``(num_sequences,)``, at most the lengths of the sequences.
+    """
     counts = np.stack([lengths, tokens.lengths - lengths], axis=1).ravel()
-    kept = np.repeat(np.tile([True, False], len(lengths)), counts)
-    return Tokens(tokens.values[kept], offsets_of(lengths))
+    mask = np.repeat(np.tile([True, False], len(lengths)), counts)
+    return Tokens(tokens.values[mask], offsets_of(lengths))
 
 
 def raw_lengths_of(given: Any) -> NDArray[np.int64]:
-    """``(n, 2)``, a copy of the ``raw_lengths`` of pairs; where ``(n,)``, targets have none.
+    """Return a copy of ``raw_lengths`` as ``(n, 2)``. Targets of ``(n,)`` lengths have length 0.
 
     Raises:
-        TypeError: if they are no integers.
-        ValueError: if a source has less than one token, or a target less than none.
+        TypeError: if the lengths are not integers.
+        ValueError: if a source is below 1 or a target below 0.
     """
     lengths = np.asarray(given, dtype=None if len(given) else np.int64)
     if lengths.dtype.kind not in "iu" or lengths.shape[1:] not in ((), (2,)):
@@ -259,25 +271,25 @@ def raw_lengths_of(given: Any) -> NDArray[np.int64]:
 
 
 def required_id(tokenizer: Any, name: str) -> int:
-    """A token id that the tokenizer must have.
+    """Return a token id of the tokenizer.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: if the tokenizer has no such id.
     """
     found = getattr(tokenizer, name, None)
     if found is None:
         raise ValueError(
-            f"tokenizer must have a {name}, got None from a {type(tokenizer).__name__} "
-            f"(set tokenizer.{name.removesuffix('_id')})"
+            f"tokenizer must have a {name}, got None from a {type(tokenizer).__name__}; "
+            f"set tokenizer.{name.removesuffix('_id')}"
         )
     return as_integer(f"tokenizer.{name}", found)
 
 
 def padding_side(tokenizer: Any) -> str:
-    """The tokenizer's side of padding; "right" where it has none.
+    """Return the tokenizer's padding side, "left" or "right". The default is "right".
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the tokenizer has another value.
     """
     side = getattr(tokenizer, "padding_side", "right")
     if side not in ("left", "right"):
@@ -286,18 +298,18 @@ def padding_side(tokenizer: Any) -> str:
 
 
 def _without_trailing_ignored(labels: Tokens) -> Tokens:
-    """Labels up to the last of each sequence that asks something."""
-    asking = np.flatnonzero(labels.values != IGNORE_INDEX)
-    if len(asking) == len(labels.values):
+    """Return the labels without the -100s at the end of each sequence."""
+    valid = np.flatnonzero(labels.values != IGNORE_INDEX)
+    if len(valid) == len(labels.values):
         return labels
-    before = np.searchsorted(asking, labels.offsets[1:])  # tokens that ask, up to each end
-    last = np.append(asking, -1)[before - 1]  # -1 where there are none, for before - 1 is -1 then
+    before = np.searchsorted(valid, labels.offsets[1:])  # valid labels before each end
+    last = np.append(valid, -1)[before - 1]  # -1 if there are none, because before - 1 is then -1
     lengths = np.maximum(last + 1 - labels.offsets[:-1], 0)
     return first_tokens(labels, lengths)
 
 
 def _tensor(tokens: Tokens) -> Tensor:
     values = tokens.values
-    if values.dtype != np.int64 or not values.flags.writeable:  # torch warns of what is read-only
+    if values.dtype != np.int64 or not values.flags.writeable:  # torch warns about read-only arrays
         values = values.astype(np.int64)
     return torch.from_numpy(values)

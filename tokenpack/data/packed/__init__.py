@@ -1,1 +1,1 @@
-"""Packed sequences as tensors: one batch, a pair of streams, rows, datasets of rows, streams."""
+"""Packed sequences as tensors: batches, pairs, plain rows, datasets and streams."""

@@ -1,8 +1,8 @@
-"""A plan carried out into a `datasets.Dataset`: each bin a row of ``capacity`` slots.
+"""Packing into a `datasets.Dataset`: each bin of a plan becomes a row of ``capacity`` slots.
 
-Rows are made in blocks by the vectorised gathers of `tokens`, and go to Arrow as they are: no list
-of Python integers exists at any time. Without a cache directory the dataset is in memory, which
-then holds the tokens and the rows; with one it is a file, memory-mapped, and memory holds a block.
+Rows are made in blocks with vectorized gathers, and the arrays go to Arrow directly, without lists
+of Python integers. Without a cache directory, memory holds the tokens and all rows. With one, the
+dataset is a memory-mapped file, and memory holds only a few blocks of rows at a time.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ except ImportError as error:
         "pack_dataset needs datasets and pyarrow: pip install 'tokenpack[data]'"
     ) from error
 
-from ...checks import IGNORE_INDEX, at_least_one
+from ...checks import IGNORE_INDEX, as_integer, at_least_one
 from ...files import written_whole
 from ...packing import Packer, PackResult
 from ..row_layout import RowLayout
 from ..tokens import Tokens, flatten_tokens, require_same_lengths
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "seq_lengths")
-_BLOCK_TOKENS = 1 << 22  # of one column, in a block
+_BLOCK_TOKENS = 1 << 22  # slots per block and column
 
 
 def pack_dataset(
@@ -61,17 +61,17 @@ def pack_dataset(
     Args:
         token_ids: the sequences: lists, NumPy arrays or tensors of integers, an Arrow column of
             lists, or a column of a `datasets.Dataset`, ``ds["input_ids"]``.
-        capacity: slots of a row.
+        capacity: slots per row.
         strategy, seed, max_sequences, window, overlong, drop_empty: as for `pack_lengths`.
         padding_value, label_padding_value, labels, columns, cache_dir, num_proc, progress: as for
             `pack_dataset_from_result`.
 
     Returns:
-        A dataset of one row per bin, as `pack_dataset_from_result` says.
+        A dataset with one row per bin; see `pack_dataset_from_result`.
 
     Raises:
-        ImportError: if the ``data`` extra is missing.
-        TypeError, ValueError: as `pack_lengths` and `pack_dataset_from_result`, for bad input.
+        ImportError: if the ``data`` extra is not installed.
+        TypeError, ValueError: as in `pack_lengths` and `pack_dataset_from_result`.
     """
     packer = Packer(
         capacity,
@@ -108,41 +108,43 @@ def pack_dataset_from_result(
     num_proc: int | None = None,
     progress: bool | None = None,
 ) -> datasets.Dataset:
-    """Carry a plan out: a dataset of one row per bin.
+    """Build the dataset that a plan describes: one row per bin.
 
     Args:
         result: the plan.
-        token_ids: the sequences that it was made for, as in `pack_dataset`.
-        padding_value: what stands in ``input_ids`` where there is no token.
-        label_padding_value: what stands in ``labels`` where nothing is to be predicted.
-        labels: labels of their own for the sequences, as long as those; by default the tokens.
-        columns: which columns to make, of `COLUMNS`.
-        cache_dir: a folder for the rows. They are written there, memory-mapped, and found again by
-            the next call with the same plan, tokens and values. None keeps them in memory.
-        num_proc: blocks of rows made at once. They are made by threads, which share the tokens:
-            NumPy lets go of the interpreter's lock.
-        progress: show a bar; by default as `datasets` is set.
+        token_ids: the sequences of the plan, as in `pack_dataset`.
+        padding_value: the value of ``input_ids`` at padding.
+        label_padding_value: the value of ``labels`` where the loss ignores them.
+        labels: labels of the same lengths as the sequences. By default, the tokens.
+        columns: the columns to make, from `COLUMNS`.
+        cache_dir: a folder for the rows. The rows are written to a file and memory-mapped, and the
+            next call with the same plan, tokens and values reuses the file. By default, the rows
+            stay in memory.
+        num_proc: how many blocks of rows to make in parallel. Threads make them and share the
+            tokens, because NumPy releases the GIL.
+        progress: whether to show a progress bar. By default, the setting of `datasets` decides.
 
     Returns:
-        A dataset with, of these, the columns asked for:
+        A dataset with the requested columns:
 
-        - ``input_ids`` list of int32 (int64 if the tokens need it), ``capacity`` long;
-        - ``attention_mask`` list of int8: 1 at tokens, 0 at padding;
-        - ``labels`` like ``input_ids``, for a loss that shifts, as Hugging Face models' does: the
-          token itself, but ``label_padding_value`` at the first of every sequence, which would
-          else be predicted from the sequence before it, and at padding;
-        - ``position_ids`` list of int32, from 0 in every sequence and in the padding;
-        - ``seq_lengths`` list of int32, tokens of each sequence in the row.
+        - ``input_ids``: list of int32 (int64 if a token needs it), ``capacity`` long.
+        - ``attention_mask``: list of int8, 1 at tokens and 0 at padding.
+        - ``labels``: like ``input_ids``, for a loss that shifts the labels, as in Hugging Face
+          models. The label of a token is the token itself. It is ``label_padding_value`` at padding
+          and at the first token of every sequence, because that token would be predicted from the
+          previous sequence.
+        - ``position_ids``: list of int32, from 0 in every sequence and in the padding.
+        - ``seq_lengths``: list of int32, the number of tokens of each sequence in the row.
 
-        An attention mask of ones and zeros does not tell sequences apart: give rows to a model by
-        `collate_packed_rows`, which does (and to a `Trainer` with ``remove_unused_columns=False``).
-        By hand, a model of transformers finds the boundaries by ``position_ids`` if it is given no
-        mask and ``use_cache=False``, and only then.
+        An attention mask of ones and zeros does not separate the sequences of a row. Use
+        `collate_packed_rows` to make batches from rows (with a `Trainer`, also set
+        ``remove_unused_columns=False``). If you make batches yourself, a transformers model derives
+        the boundaries from ``position_ids`` only if it gets no mask and ``use_cache=False``.
 
     Raises:
-        ImportError: if the ``data`` extra is missing.
-        TypeError: if tokens or labels are no integers.
-        ValueError: if they are not what was planned for, or a column is unknown.
+        ImportError: if the ``data`` extra is not installed.
+        TypeError: if tokens or labels are not integers.
+        ValueError: if tokens or labels do not match the plan, or a column is unknown.
     """
     make = _RowMaker(result, token_ids, labels, padding_value, label_padding_value, columns)
     if num_proc is not None:
@@ -153,7 +155,7 @@ def pack_dataset_from_result(
 
 
 class _RowMaker:
-    """Makes the rows of any bins of a plan, as an Arrow record batch."""
+    """Makes the rows of a block of bins, as an Arrow record batch."""
 
     def __init__(
         self,
@@ -167,7 +169,8 @@ class _RowMaker:
         unknown = [name for name in columns if name not in COLUMNS]
         if unknown or not columns or len(set(columns)) < len(columns):
             raise ValueError(
-                f"columns must be some of {', '.join(COLUMNS)}, each once, got {list(columns)}"
+                f"columns must be one or more of {', '.join(COLUMNS)}, each once, "
+                f"got {list(columns)}"
             )
         self.result = result
         self.columns = tuple(columns)
@@ -176,15 +179,16 @@ class _RowMaker:
         if labels is not None:
             self.label_tokens = flatten_tokens(labels, "labels", empty=True)
             require_same_lengths(self.tokens, "token_ids", self.label_tokens, "labels")
-        self.padding_value, self.label_padding_value = padding_value, label_padding_value
+        self.padding_value = as_integer("padding_value", padding_value)
+        self.label_padding_value = as_integer("label_padding_value", label_padding_value)
         self._dtypes = {
-            "input_ids": _width(self.tokens, padding_value),
-            "labels": _width(self.label_tokens, label_padding_value),
+            "input_ids": _token_dtype(self.tokens, self.padding_value),
+            "labels": _token_dtype(self.label_tokens, self.label_padding_value),
             "attention_mask": np.dtype(np.int8),
             "position_ids": np.dtype(np.int32),
             "seq_lengths": np.dtype(np.int32),
         }
-        RowLayout(result, self.tokens.offsets)  # says whether the plan is of these tokens
+        RowLayout(result, self.tokens.offsets)  # raises if the plan does not match the tokens
 
     @property
     def features(self) -> datasets.Features:
@@ -192,7 +196,7 @@ class _RowMaker:
         return datasets.Features({name: datasets.List(kind) for name, kind in kinds.items()})
 
     def blocks(self) -> list[tuple[int, int]]:
-        """First and last bin of each block."""
+        """Return the first and last bin (exclusive) of each block."""
         rows = max(1, _BLOCK_TOKENS // self.result.capacity)
         total = len(self.result)
         return [(first, min(first + rows, total)) for first in range(0, total, rows)]
@@ -220,7 +224,7 @@ class _RowMaker:
         return pa.ListArray.from_arrays(bounds, make[name]().reshape(-1))
 
     def fingerprint(self) -> str:
-        """The same for the same rows."""
+        """Return a hash of everything that determines the rows."""
         result = self.result
         arrays = [result.items, result.offsets, result.item_lengths]
         arrays += [] if result.item_starts is None else [result.item_starts]
@@ -237,23 +241,20 @@ class _RowMaker:
         return hasher.hexdigest()
 
 
-def _width(tokens: Tokens, padding: int) -> np.dtype[Any]:
-    """int32, or int64 where a value is past it. Narrower integers are not looked at."""
+def _token_dtype(tokens: Tokens, padding: int) -> np.dtype[Any]:
+    """Return int32, or int64 if a token or the padding value does not fit into int32."""
     values = tokens.values
-    narrow = values.dtype.itemsize < 4 or values.dtype == np.int32
-    if isinstance(padding, bool) or not isinstance(padding, (int, np.integer)):
-        raise TypeError(f"padding must be an integer, got {padding!r}")
-    if not -(2**63) <= padding < 2**63:
-        raise ValueError(f"padding must be of at most 64 bits, got {padding}")
-    inside = narrow or not len(values) or (values.min() >= -(2**31) and values.max() < 2**31)
-    return np.dtype(np.int32 if inside and -(2**31) <= padding < 2**31 else np.int64)
+    # Dtypes that fit into int32 need no scan of the values.
+    fits = np.can_cast(values.dtype, np.int32) or not len(values)
+    fits = fits or (values.min() >= -(2**31) and values.max() < 2**31)
+    return np.dtype(np.int32 if fits and -(2**31) <= padding < 2**31 else np.int64)
 
 
 def _in_memory(make: _RowMaker, threads: int, progress: bool | None) -> datasets.Dataset:
     features = make.features
-    batches = list(_made(make, threads, progress))
+    batches = list(_make_blocks(make, threads, progress))
     table = pa.Table.from_batches(batches, schema=features.arrow_schema)
-    # A fingerprint by content would copy the whole table to hash it.
+    # A random fingerprint, because hashing the content would copy the whole table.
     return datasets.Dataset(
         InMemoryTable(table),
         info=datasets.DatasetInfo(features=features),
@@ -273,7 +274,7 @@ def _on_disk(
             written_whole(path) as partial,
             ArrowWriter(path=str(partial), features=make.features) as writer,
         ):
-            for batch in _made(make, threads, progress):
+            for batch in _make_blocks(make, threads, progress):
                 writer.write_table(pa.Table.from_batches([batch]))
             writer.finalize()
         rows = datasets.Dataset.from_file(str(path))
@@ -281,22 +282,20 @@ def _on_disk(
 
 
 def _read(path: Path) -> datasets.Dataset | None:
-    """The rows of an earlier call; None where there are none, or the file was damaged since."""
+    """Return the rows of an earlier call, or None if there is no file or it is damaged."""
     try:
         return datasets.Dataset.from_file(str(path))
     except (pa.ArrowInvalid, OSError):
         return None
 
 
-def _made(make: _RowMaker, threads: int, progress: bool | None) -> Iterator[pa.RecordBatch]:
-    """The blocks in order, a few being made ahead."""
-    blocks = make.blocks()
-    # Rows, not blocks: a block is nothing that a user knows.
-    shown = {} if progress is None else {"disable": not progress}
-    bar = datasets.utils.tqdm(total=len(make.result), desc="Packing", unit=" rows", **shown)
+def _make_blocks(make: _RowMaker, threads: int, progress: bool | None) -> Iterator[pa.RecordBatch]:
+    """Yield the blocks in order. Up to ``threads`` further blocks are made ahead."""
+    options = {} if progress is None else {"disable": not progress}
+    bar = datasets.utils.tqdm(total=len(make.result), desc="Packing", unit=" rows", **options)
     with bar, ThreadPoolExecutor(threads) as pool:
         ahead: deque[tuple[int, Future[pa.RecordBatch]]] = deque()
-        for first, last in blocks:
+        for first, last in make.blocks():
             ahead.append((last - first, pool.submit(make, (first, last))))
             if len(ahead) > threads:
                 count, future = ahead.popleft()

@@ -1,17 +1,18 @@
-"""Packed batches for an encoder-decoder: sources side by side, targets side by side, no padding.
+"""Packed batches for an encoder-decoder: concatenated sources and concatenated targets.
 
     source s = input_ids[0, cu_seqlens[s] : cu_seqlens[s + 1]]
     target s = labels[0, decoder_cu_seqlens[s] : decoder_cu_seqlens[s + 1]]
 
-A padded batch of pairs pads twice, each side to its own longest sequence, and the two are seldom
-in the same pair. Here there is nothing to pad: a model patched by `patch_model` computes each pair
-as it would alone. The host made the batch and knows every length, so the boundaries stay on the
-CPU when the tokens move: nobody ever waits for a device to be told how long its sequences are.
+A padded batch of pairs pads each side to its own longest sequence, and the longest source and the
+longest target are rarely in the same pair. A packed batch has no padding. A model patched by
+`patch_model` computes each pair as if it were the only one.
+
+The boundaries stay on the CPU when the tokens move to a device. They are made on the host, so no
+code ever has to wait for the device to read the lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,43 +20,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...checks import IGNORE_INDEX, as_integer, at_least_one
-from ...segments import ranges
+from ...checks import IGNORE_INDEX, as_integer
+from ...segments import offsets_of, ranges
 from ..tokens import Tokens, flatten_tokens
+from .base import CUT_BY_ROWS, PackedFields, pad_rows
 
-# What lies along each side's tokens, by the prefix of its boundaries' name.
+# The per-token fields of each side, by the prefix of its boundaries.
 _SIDES = {"": ("input_ids",), "decoder_": ("labels", "decoder_input_ids")}
-_BOUNDARIES = tuple(f"{prefix}cu_seqlens" for prefix in _SIDES)
-_FIELDS = frozenset(name for names in _SIDES.values() for name in names)
 
 
-class PackedPairs(dict[str, Any]):
+class PackedPairs(PackedFields):
     """Pairs of a source and a target, for ``model(**batch)`` of a patched encoder-decoder.
 
-    Each field is an attribute as well, to be read and set. An unpatched model takes no such batch:
-    give it `padded`.
+    Each field is also an attribute that can be read and set. ``to(device)`` and ``pin_memory()``
+    return copies of the batch; the boundaries stay on the CPU. An unpatched model does not accept
+    this batch: pass it `padded`.
 
     Attributes:
         input_ids: ``(1, total_source)`` int64.
         cu_seqlens: ``(num_pairs + 1,)`` int32 on the CPU, boundaries of the sources.
         max_seqlen: length of the longest source.
-        labels: ``(1, total_target)`` int64, not shifted; -100 where nothing is asked. Missing, with
-            the boundaries below, in a batch without targets.
-        decoder_input_ids: ``(1, total_target)`` int64, if you put them there; a model makes them
-            of the labels.
+        labels: ``(1, total_target)`` int64, not shifted, -100 at targets that the loss ignores.
+            Absent in a batch without targets, together with the boundaries below.
+        decoder_input_ids: ``(1, total_target)`` int64. Absent unless you set it; by default, a
+            model derives it from the labels.
         decoder_cu_seqlens: ``(num_pairs + 1,)`` int32 on the CPU, boundaries of the targets.
         decoder_max_seqlen: length of the longest target.
     """
 
-    def __init__(self, *fields: Any, **more: Any) -> None:
-        super().__init__(*fields, **more)
-        self._require_whole()
+    _token_fields = frozenset(name for names in _SIDES.values() for name in names)
+    _host_fields = frozenset(f"{prefix}cu_seqlens" for prefix in _SIDES)
 
-    def _require_whole(self) -> None:
-        """Refuse what was cut by rows, as accelerate cuts batches that it deals out to processes.
-
-        Looks at boundaries on the CPU alone: elsewhere it would wait for the device.
-        """
+    def _check_boundaries(self) -> None:
         counts = {}
         for prefix, names in _SIDES.items():
             boundaries = self.get(f"{prefix}cu_seqlens")
@@ -66,26 +62,13 @@ class PackedPairs(dict[str, Any]):
             for name in names:
                 if name in self and self[name].shape != (1, end):
                     raise ValueError(
-                        f"{name} must be (1, {end}), as {prefix}cu_seqlens ends at {end}, got "
-                        f"shape {tuple(self[name].shape)}: packed pairs cannot be cut by rows, use "
-                        "select (with accelerate, set dispatch_batches=False)"
+                        f"{name} must be (1, {end}), because {prefix}cu_seqlens ends at {end}, got "
+                        f"shape {tuple(self[name].shape)}; use select: packed pairs {CUT_BY_ROWS}"
                     )
         if len(set(counts.values())) > 1:
-            raise ValueError(f"both sides must hold as many sequences, got boundaries of {counts}")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(
-                f"PackedPairs has no {name!r}; its fields are {', '.join(self)}"
-            ) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self or name in _FIELDS:
-            self[name] = value  # else the attribute would say one thing and the model get another
-        else:
-            super().__setattr__(name, value)
+            raise ValueError(
+                f"both sides must have the same number of sequences, got boundaries of {counts}"
+            )
 
     @property
     def lengths(self) -> Tensor:
@@ -95,28 +78,20 @@ class PackedPairs(dict[str, Any]):
             return torch.stack([sources, torch.zeros_like(sources)], dim=1)
         return torch.stack([sources, self.decoder_cu_seqlens.cpu().diff().long()], dim=1)
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedPairs:
-        """The same batch with its tokens on ``device``, and its boundaries on the CPU."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PackedPairs:
-        """The same batch in page-locked memory, from which ``to`` can copy without waiting."""
-        return self._map(Tensor.pin_memory)
-
     def select(self, sequences: Any) -> PackedPairs:
-        """Some of the pairs, in the order asked for: a micro-batch of this one.
+        """Return some of the pairs, in the given order, for example as a micro-batch.
 
         Args:
-            sequences: ``(k,)`` integers from 0 to ``num_pairs - 1``, a list, array or CPU tensor.
-                A pair may be asked for twice.
+            sequences: ``(k,)`` integers from 0 to ``num_pairs - 1``, as a list, array or CPU
+                tensor. A pair may occur more than once.
 
         Returns:
-            A batch of those pairs. Fields other than those of the class are left out.
+            A batch of those pairs. It has only the fields that the class documents.
 
         Raises:
-            TypeError: if ``sequences`` are no integers.
-            ValueError: if there are none.
-            IndexError: if there is no such pair.
+            TypeError: if ``sequences`` are not integers.
+            ValueError: if ``sequences`` is empty.
+            IndexError: if an index is out of range.
         """
         chosen = _as_indices(sequences, len(self.cu_seqlens) - 1)
         fields: dict[str, Any] = {}
@@ -131,19 +106,19 @@ class PackedPairs(dict[str, Any]):
         return PackedPairs(fields)
 
     def padded(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
-        """The same pairs as an ordinary batch, padded on the right: what any model takes.
+        """Return the same pairs as a batch padded on the right, which any model accepts.
 
         Args:
-            pad_token_id: what stands in ``input_ids`` (and ``decoder_input_ids``) at padding.
-            pad_to_multiple_of: columns of both sides are a multiple of it.
+            pad_token_id: the value of ``input_ids`` (and ``decoder_input_ids``) at padding.
+            pad_to_multiple_of: round the columns of both sides up to a multiple of this.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``(num_pairs, columns)``, ``labels``
-            ``(num_pairs, columns of their own)`` with -100 at padding, all int64 and on the device
-            of the tokens.
+            ``input_ids`` and ``attention_mask`` of shape ``(num_pairs, source columns)``, and
+            ``labels`` of shape ``(num_pairs, target columns)`` with -100 at padding. All are int64
+            and on the device of the tokens.
 
         Raises:
-            TypeError: if a number is no integer.
+            TypeError: if a number is not an integer.
             ValueError: if ``pad_to_multiple_of`` is below 1.
         """
         fill = as_integer("pad_token_id", pad_token_id)
@@ -159,101 +134,56 @@ class PackedPairs(dict[str, Any]):
         return batch
 
     def _sides(self) -> dict[str, list[str]]:
-        """The fields with a value for each token, by the prefix of their side, where it has any."""
+        """Return the per-token fields of each side that the batch has, by its prefix."""
         return {
             prefix: [name for name in names if name in self]
             for prefix, names in _SIDES.items()
             if f"{prefix}cu_seqlens" in self
         }
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedPairs:
-        return PackedPairs(
-            {
-                name: change(value)
-                if isinstance(value, Tensor) and name not in _BOUNDARIES
-                else value
-                for name, value in self.items()
-            }
-        )
-
 
 def pack_pairs_to_tensors(sources: Any, targets: Any = None) -> PackedPairs:
-    """Put pairs side by side, without ever padding them.
+    """Concatenate pairs into a batch without padding.
 
     Args:
-        sources: token ids of each source, one token at least; lists or tuples of ints,
+        sources: token ids of each source, at least one token each: lists or tuples of ints,
             one-dimensional NumPy arrays or CPU tensors, an Arrow or datasets column of lists, or
             `tokenpack.data.tokens.Tokens`.
-        targets: labels for each, -100 where nothing is asked; a target may be empty. Without them,
-            a batch of sources alone.
+        targets: labels of each target, -100 where the loss ignores them. A target may be empty. By
+            default, the batch has only sources.
 
     Returns:
-        The batch, in the order given, in memory of its own.
+        The batch, in the given order, in newly allocated memory.
 
     Raises:
-        TypeError: if they are no integers.
-        ValueError: if there are none, a source is empty, or there are not as many targets.
+        TypeError: if a token is not an integer.
+        ValueError: if there are no sources, a source is empty, or the number of targets differs.
     """
-    given = flatten_tokens(sources, "sources")
-    fields = _side("", "input_ids", given)
+    source_tokens = flatten_tokens(sources, "sources")
+    fields = _side("", "input_ids", source_tokens)
     if targets is not None:
-        asked = flatten_tokens(targets, "targets", empty=True)
-        if len(asked.offsets) != len(given.offsets):
+        target_tokens = flatten_tokens(targets, "targets", empty=True)
+        if len(target_tokens.offsets) != len(source_tokens.offsets):
             raise ValueError(
-                f"targets must be as many as sources, {len(given.offsets) - 1}, "
-                f"got {len(asked.offsets) - 1}"
+                f"targets must have one sequence per source, {len(source_tokens.offsets) - 1}, "
+                f"got {len(target_tokens.offsets) - 1}"
             )
-        fields |= _side("decoder_", "labels", asked)
+        fields |= _side("decoder_", "labels", target_tokens)
     return PackedPairs(fields)
-
-
-def pad_rows(
-    values: Tensor,
-    lengths: Tensor,
-    fill: int,
-    multiple: int | None = None,
-    left: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Sequences side by side as the rows of a padded tensor.
-
-    Args:
-        values: ``(total,)``, sequence after sequence.
-        lengths: ``(num_sequences,)`` integers on the CPU, which sum up to that.
-        fill: what stands at padding.
-        multiple: columns are a multiple of it; else, as many as the longest sequence has.
-        left: pad on the left.
-
-    Returns:
-        ``(rows, mask)``, both ``(num_sequences, columns)``, one column at least, on the device of
-        ``values``; the mask is bool, True at tokens.
-    """
-    step = 1 if multiple is None else at_least_one("pad_to_multiple_of", multiple)
-    columns = -(-max(int(lengths.max()), 1) // step) * step
-    column = torch.arange(columns)
-    ends = lengths[:, None]
-    mask = (column >= columns - ends) if left else (column < ends)
-    rows = values.new_full(tuple(mask.shape), fill)
-    if values.is_cpu:
-        rows.numpy()[mask.numpy()] = values.numpy()  # takes half the time of torch's
-        return rows, mask
-    mask = mask.to(values.device, non_blocking=True)
-    return rows.masked_scatter_(mask, values), mask
 
 
 def _side(prefix: str, name: str, tokens: Tokens) -> dict[str, Any]:
     if len(tokens.values) >= 2**31:
         raise ValueError(
-            f"a batch may have at most 2**31 - 1 tokens a side, {name} has {len(tokens.values)}"
+            f"{name} must have at most 2**31 - 1 tokens in a batch, got {len(tokens.values)}"
         )
-    values = torch.from_numpy(tokens.values.astype(np.int64))  # a copy: they may be the caller's
+    values = torch.from_numpy(tokens.values.astype(np.int64))  # a copy: the caller may own them
     return {name: values[None], **_boundaries(prefix, tokens.lengths)}
 
 
 def _boundaries(prefix: str, lengths: NDArray[np.int64]) -> dict[str, Any]:
-    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
     return {
-        f"{prefix}cu_seqlens": torch.from_numpy(cu_seqlens),
+        f"{prefix}cu_seqlens": torch.from_numpy(offsets_of(lengths).astype(np.int32)),
         f"{prefix}max_seqlen": int(lengths.max()),
     }
 
@@ -266,10 +196,10 @@ def _as_indices(sequences: Any, count: int) -> NDArray[np.int64]:
         raise TypeError(
             f"sequences must be a list, array or CPU tensor of integers, got {sequences!r:.80}"
         )
-    if ((chosen < 0) | (chosen >= count)).any():
-        at = int(((chosen < 0) | (chosen >= count)).argmax())
+    if (wrong := (chosen < 0) | (chosen >= count)).any():
+        at = int(wrong.argmax())
         raise IndexError(
-            f"sequences[{at}] must be from 0 to {count - 1}, as the batch holds {count} pairs, "
+            f"sequences[{at}] must be from 0 to {count - 1}, because the batch has {count} pairs, "
             f"got {chosen[at]}"
         )
     return chosen.astype(np.int64)

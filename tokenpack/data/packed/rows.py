@@ -1,7 +1,7 @@
-"""Sequences to rows of one tensor, as they are, for loops that make batches of their own.
+"""Sequences packed into the rows of a plain tensor, for training loops with their own batches.
 
-A model sees one sequence in each of these rows unless it is told where each ends: see
-`tokenpack.data.packed_collate_fn` for batches that tell it.
+The tensor does not contain the boundaries, so a model treats each row as one sequence. Use
+`tokenpack.data.packed_collate_fn` for batches that keep the sequences separate.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ def pack_sequences(
     strategy: str = "nf",
     overlong: str = "error",
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
-    """Put sequences side by side into rows of ``max_length``.
+    """Concatenate sequences into rows of ``max_length``.
 
     Args:
         sequences: lists or tuples of ints, one-dimensional NumPy arrays or CPU tensors, or an Arrow
             or datasets column of lists.
-        max_length: tokens of a row.
-        pad_token_id: what stands behind the last sequence of a row.
-        return_boundaries: return where each sequence stands, too.
-        strategy: any of `tokenpack.packing.Packer.strategies()` or "auto". "nf" keeps the order:
-            read row after row, the sequences come as they were given.
-        overlong: what to do with a sequence over ``max_length``: raise an "error", "truncate" it,
-            "split" it into pieces that are packed by themselves, or "drop" it.
+        max_length: tokens per row.
+        pad_token_id: the value after the last sequence of a row.
+        return_boundaries: also return the position of each sequence.
+        strategy: one of `tokenpack.packing.Packer.strategies()`, or "auto". "nf" keeps the order
+            of the sequences, row after row.
+        overlong: what to do with a sequence longer than ``max_length``: raise an "error",
+            "truncate" it, "split" it into pieces that are packed separately, or "drop" it.
 
     Returns:
-        ``(rows, max_length)`` int64; with ``return_boundaries`` also a list with one
-        ``(num_seqs, 2)`` int64 tensor for each row: the columns in which each of its sequences
-        begins and ends (excluded), so that ``rows[r, start:end]`` is the sequence.
+        ``(rows, max_length)`` int64. With ``return_boundaries``, also a list with one
+        ``(num_seqs, 2)`` int64 tensor per row: the first and last column (exclusive) of each
+        sequence, so that ``rows[r, start:end]`` is the sequence.
 
     Raises:
-        TypeError: if something is no integer or holds none.
+        TypeError: if a token or an argument is not an integer, or a sequence is not a list.
         ValueError: if a sequence is empty or too long, or ``max_length`` is below 1.
     """
     fill = as_integer("pad_token_id", pad_token_id)
@@ -86,26 +86,27 @@ def concatenate_and_pack(
     pad_token_id: int,
     label_pad_id: int = IGNORE_INDEX,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put ids, labels and masks of sequences side by side into rows, in order, as they are.
+    """Concatenate ids, labels and masks of sequences into rows, in order and without changes.
 
-    The labels are packed as given. For a model that shifts inside, as those of Hugging Face do, the
-    first label of each sequence must be -100: it would be asked of the sequence before it.
-    `packed_collate_fn` sees to that.
+    If the model shifts the labels, as Hugging Face models do, the first label of each sequence must
+    be -100, because it would be predicted from the previous sequence. `packed_collate_fn` does this
+    for you.
 
     Args:
-        input_sequences: token ids; lists, arrays, tensors or a column, as in `pack_sequences`.
-        label_sequences: as many, of the same lengths.
-        attention_masks: likewise, integers or booleans.
-        max_length: tokens of a row.
-        pad_token_id: what stands behind the last sequence of a row of ids, and
-        label_pad_id: of a row of labels. Masks have 0 there.
+        input_sequences: token ids: lists, arrays, tensors or a column, as in `pack_sequences`.
+        label_sequences: labels of the same lengths.
+        attention_masks: masks of the same lengths, integers or booleans.
+        max_length: tokens per row.
+        pad_token_id: the value after the last sequence of a row of ids.
+        label_pad_id: the value after the last sequence of a row of labels. Masks have 0 there.
 
     Returns:
         Ids, labels and masks, each ``(rows, max_length)`` int64.
 
     Raises:
-        TypeError: if something is no integer or holds none.
-        ValueError: if lengths differ, a sequence is empty or too long, or ``max_length`` below 1.
+        TypeError: if a value is not an integer, or a sequence is not a list.
+        ValueError: if lengths differ, a sequence is empty or too long, or ``max_length`` is below
+            1.
     """
     fills = (
         as_integer("pad_token_id", pad_token_id),
@@ -129,6 +130,6 @@ def _plan(tokens: Tokens, name: str, max_length: int, strategy: str, overlong: s
     capacity = at_least_one("max_length", max_length)
     packer = Packer(capacity, strategy, overlong=overlong)
     if overlong == "error":
-        instead = " (overlong= truncate, split or drop)" if name == "sequences" else ""
+        instead = "; pass overlong='truncate', 'split' or 'drop'" if name == "sequences" else ""
         require_fits(tokens, name, capacity, "max_length", instead)
     return RowLayout(packer.pack(tokens.lengths), tokens.offsets, name)

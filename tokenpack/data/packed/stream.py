@@ -1,9 +1,9 @@
-"""Packing samples that stream by: an `IterableDataset` of packed rows that can stop and go on.
+"""Packing a stream of samples: an `IterableDataset` of packed rows that can stop and resume.
 
-Samples are taken in windows. A window is planned by itself and all its bins are given out, so that
-what a stream is in the middle of is told by two things: where its window began in the source, and
-how many of its rows are out. That is the whole state, whatever the window holds, and to go on is to
-read one window again. It costs one bin per window that is not full.
+The stream reads samples in windows. It plans each window by itself and yields all of its bins. So
+two numbers describe its position: where the window began in the source, and how many of the
+window's rows have been yielded. To resume, the stream reads one window again. The cost is about one
+partly filled bin per window.
 
     stream = pack_stream(samples, 2048)
     loader = PackedStreamLoader(stream, batch_size=8, num_workers=2)
@@ -12,22 +12,19 @@ read one window again. It costs one bin per window that is not full.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ...checks import IGNORE_INDEX, as_integer
-from ...packing import Packer, PackResult
-from ...segments import offsets_of
+from ...packing import Packer
 from ..row_layout import RowLayout
-from ..tokens import Tokens
-from .batch import PackedBatch, pack_result_to_tensors, take_apart
+from .batch import PackedBatch
+from .collate import collate_packed_rows, flatten_samples
+from .sources import read_part
 
 Row = dict[str, Any]
 """``input_ids``, ``labels`` and ``position_ids``, ``(capacity,)`` int64, and ``seq_lengths``."""
@@ -48,31 +45,32 @@ def pack_stream(
     rank: int = 0,
     world_size: int = 1,
 ) -> PackedStream:
-    """Pack samples as they stream by.
+    """Pack a stream of samples.
 
     Args:
-        iterable: of samples: lists, NumPy arrays or tensors of integers, or mappings with such
-            ``input_ids``, and maybe ``labels`` and ``attention_mask``, as for `packed_collate_fn`.
-            It must give the same samples each time it is iterated. A `datasets.IterableDataset` is
-            asked for its own state, so that going on need not read what was read; one that
-            shuffles (give it a seed) is read again up to where it was, as any other iterable is.
-            Of a sequence the samples are taken by index.
-        capacity: slots of a row.
+        iterable: the samples, as in `packed_collate_fn`: lists, NumPy arrays or tensors of
+            integers, or mappings with such ``input_ids`` and, if present, ``labels`` and
+            ``attention_mask``. It must give the same samples each time it is iterated. Samples of a
+            sequence are read by index. A `datasets.IterableDataset` resumes from its own state,
+            without reading earlier samples again. Other iterables, and a
+            `datasets.IterableDataset` with a shuffle buffer (give it a seed), are read again from
+            the start up to the position.
+        capacity: slots per row.
         strategy, seed, max_sequences, overlong, drop_empty: as for `pack_lengths`.
-        padding_value: what stands in ``input_ids`` where there is no token.
-        label_padding_value: what stands in ``labels`` where nothing is to be predicted.
-        lookahead: samples in a window. More of them give fuller rows, and take more memory.
-        rank, world_size: which part of the samples this process takes, of how many. Do not give
-            them where something else deals samples or batches out to ranks, as accelerate and a
-            `Trainer` do; with several processes those need ``dispatch_batches=False``, since
-            packed batches cannot be joined and cut by rows.
+        padding_value: the value of ``input_ids`` at padding.
+        label_padding_value: the value of ``labels`` where the loss ignores them.
+        lookahead: samples per window. A larger window gives fuller rows and uses more memory.
+        rank, world_size: this process's share of the samples. Do not set them if something else
+            distributes samples or batches to ranks, as accelerate and `Trainer` do. With several
+            processes, those need ``dispatch_batches=False``, because packed batches cannot be
+            joined and cut by rows.
 
     Returns:
-        A dataset of rows. Each worker of a `DataLoader` takes its own part of the samples.
+        A dataset of rows. Each worker of a `DataLoader` reads its own share of the samples.
 
     Raises:
-        TypeError: if a number is no integer, or ``iterable`` can be iterated only once.
-        ValueError: as `pack_lengths`, and if ``rank`` is not below ``world_size``.
+        TypeError: if a number is not an integer, or ``iterable`` can be iterated only once.
+        ValueError: as in `pack_lengths`, and if ``rank`` is not below ``world_size``.
     """
     return PackedStream(
         iterable,
@@ -93,9 +91,10 @@ def pack_stream(
 
 
 class PackedStream(IterableDataset):
-    """What `pack_stream` returns: rows, and the state to go on from.
+    """A stream of packed rows that can resume; `pack_stream` returns it.
 
-    Iterating goes on from the state that was loaded, once; the next time it begins anew.
+    After a state is loaded, the next iteration continues from it. The one after that starts at the
+    beginning.
     """
 
     def __init__(
@@ -110,8 +109,8 @@ class PackedStream(IterableDataset):
     ) -> None:
         if iter(source) is source:
             raise TypeError(
-                "iterable must give its samples anew each time it is iterated, "
-                f"got a {type(source).__name__}, which can be iterated once"
+                "iterable must give its samples each time it is iterated, got a "
+                f"{type(source).__name__}, which can be iterated once; pass a list or a dataset"
             )
         for name, value in (("lookahead", lookahead), ("world_size", world_size)):
             if as_integer(name, value) < 1:
@@ -126,12 +125,12 @@ class PackedStream(IterableDataset):
         self._epoch: int | None = None
         self._position: dict[str, Any] | None = None
         self._part = 0
-        self._starts: dict[int, dict[str, Any]] = {}  # by part; what to go on from
-        self._blanks: dict[int, int] = {}  # by part; see `resume`
+        self._starts: dict[int, dict[str, Any]] = {}  # by part: the position to resume from
+        self._blanks: dict[int, int] = {}  # by part: see `resume`
 
     @property
     def options(self) -> dict[str, Any]:
-        """What decides which samples share a row: a state is of a stream with the same."""
+        """The options that decide which samples share a row. A state is valid only with these."""
         return {
             **self.packer.options,
             "lookahead": self.lookahead,
@@ -141,11 +140,14 @@ class PackedStream(IterableDataset):
 
     @property
     def epoch(self) -> int | None:
-        """The epoch that the source was told of, here or by itself; None if it has none."""
+        """The epoch set by `set_epoch`, or the source's own; None if neither exists."""
         return getattr(self.source, "epoch", None) if self._epoch is None else self._epoch
 
     def set_epoch(self, epoch: int | None) -> None:
-        """Tell the source, if it shuffles by epochs; workers that persist do not hear of it."""
+        """Set the epoch of a source that shuffles by epoch.
+
+        It does not reach persistent workers that already run.
+        """
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Row]:
@@ -156,7 +158,7 @@ class PackedStream(IterableDataset):
         self._part, self._starts, self._blanks = part, {}, {}
         self._position = start
         yield from [{}] * blanks
-        reader = _reader(self.source, self._epoch, self.rank, self.world_size, part, parts)
+        reader = read_part(self.source, self._epoch, self.rank, self.world_size, part, parts)
         reader.seek(start["window"])
         skip = start["rows"]
         while True:
@@ -172,7 +174,7 @@ class PackedStream(IterableDataset):
             skip = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What to go on from after the rows given out so far; in a worker, those of its part."""
+        """Return the position after the rows yielded so far. In a worker, that of its part."""
         return {
             "part": self._part,
             "position": self._position,
@@ -181,12 +183,12 @@ class PackedStream(IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on from ``state``.
+        """Make the next iteration continue from ``state``.
 
-        A stream that several workers read goes on by `PackedStreamLoader`.
+        If several workers read the stream, use the methods of `PackedStreamLoader` instead.
 
         Raises:
-            ValueError: if it is no state, or of a stream with other options.
+            ValueError: if ``state`` is not a state, or is of a stream with other options.
         """
         part, position, epoch = require_state(state, self.options, "part", "position", "epoch")
         self.set_epoch(epoch)
@@ -195,21 +197,21 @@ class PackedStream(IterableDataset):
     def resume(
         self, positions: Mapping[int, dict[str, Any] | None], blanks: Mapping[int, int]
     ) -> None:
-        """Let each part go on from its position, after as many blank rows as it is told to give.
+        """Make each part continue from its position, after some blank rows.
 
-        A loader asks its workers in turn, from the first on. Where it was another's turn, those
-        before that one give blanks.
+        A loader fetches batches from its workers in turn and starts with the first worker. If the
+        next batch is due from a later worker, the workers before it yield blank rows first.
         """
         self._starts = {part: dict(at) for part, at in positions.items() if at is not None}
         self._blanks = dict(blanks)
 
     def _rows(self, samples: list[Any]) -> Iterator[Row]:
-        ids, own_labels, _ = take_apart(samples, empty=True)
+        ids, own_labels, _ = flatten_samples(samples, empty=True)
         labels = ids if own_labels is None else own_labels
         if self.packer.drops(ids.lengths).all():
             return
         plan = self.packer.pack(ids.lengths)
-        # A few rows at a time, so that memory is the window's tokens and little more.
+        # A few rows at a time, so that memory use stays close to the size of the window's tokens.
         at_once = max(1, (1 << 16) // plan.capacity)
         for first in range(0, len(plan), at_once):
             rows = RowLayout(plan, ids.offsets, first=first, last=first + at_once)
@@ -226,31 +228,30 @@ class PackedStream(IterableDataset):
 
 
 def require_state(state: dict[str, Any], options: dict[str, Any], *names: str) -> list[Any]:
-    """The entries of a state.
+    """Return the named entries of a state.
 
     Raises:
-        ValueError: if one is missing, or the state is of other options, naming them.
+        ValueError: if an entry is missing, or the state is of a stream with other options.
     """
     missing = [name for name in (*names, "options") if name not in state]
     if missing:
-        raise ValueError(f"state has no {missing[0]!r}, it has only {sorted(state)}")
-    differ = [name for name in options if state["options"].get(name) != options[name]]
-    if differ:
-        theirs, ours = (
-            f"{differ[0]}={each.get(differ[0])!r}" for each in (state["options"], options)
-        )
-        raise ValueError(f"state is of a stream with {theirs}, and this one has {ours}")
+        raise ValueError(f"state must have {missing[0]!r}, got only {sorted(state)}")
+    for name, value in options.items():
+        if (found := state["options"].get(name)) != value:
+            raise ValueError(
+                f"state must be of a stream with {name}={value!r}, got {name}={found!r}"
+            )
     return [state[name] for name in names]
 
 
 class PackedStreamLoader(DataLoader):
-    """A `DataLoader` of a `PackedStream` that can stop after any batch, and go on elsewhere.
+    """A `DataLoader` of a `PackedStream` that can stop after any batch and resume in a new process.
 
     Args:
-        stream: what to load.
-        batch_size: rows of a batch.
-        collate_fn: rows to a batch; by default `collate_packed_rows`.
-        options: of `DataLoader`, but for those that an iterable dataset cannot have.
+        stream: the stream to load.
+        batch_size: rows per batch.
+        collate_fn: makes a batch of rows. By default, `collate_packed_rows`.
+        options: further options of `DataLoader` that are valid for an iterable dataset.
     """
 
     def __init__(
@@ -266,27 +267,27 @@ class PackedStreamLoader(DataLoader):
         self._stream = stream
         self._positions: dict[int, dict[str, Any] | None] = {}
         self._next_part = 0
-        self._goes_on = False
+        self._resumes = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         parts = max(self.num_workers, 1)
-        if not self._goes_on:
+        if not self._resumes:
             self._positions, self._next_part = {}, 0
-        self._goes_on = False
+        self._resumes = False
         blanks = dict.fromkeys(range(self._next_part), self.batch_size or 1)
         self._stream.resume(self._positions, blanks)
-        for came in super().__iter__():
-            if isinstance(came, PackedBatch):
-                (part, position), batch = came.stream_position, came
+        for item in super().__iter__():
+            if isinstance(item, PackedBatch):
+                (part, position), batch = item.stream_position, item
             else:
-                part, position, batch = came
+                part, position, batch = item
             if batch is not None:
                 self._positions[part], self._next_part = position, (part + 1) % parts
                 yield batch
         self._positions, self._next_part = {}, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What to go on from after the last batch given out; between epochs, the beginning."""
+        """Return the position after the last batch; between epochs, the position of the start."""
         return {
             "num_workers": self.num_workers,
             "next_part": self._next_part,
@@ -296,33 +297,35 @@ class PackedStreamLoader(DataLoader):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on from ``state``.
+        """Make the next iteration continue from ``state``.
 
         Raises:
-            ValueError: if it is no state, or of another number of workers, among whom samples are
-                dealt out, or of a stream with other options.
-            RuntimeError: if workers of an earlier iteration persist, which cannot be told of it.
+            ValueError: if ``state`` is not a state, is of a stream with other options, or is of a
+                loader with another number of workers, which would share the samples differently.
+            RuntimeError: if persistent workers already run, because they cannot receive the state.
         """
         if self.persistent_workers and self._iterator is not None:
-            raise RuntimeError("workers persist and run already: load the state into a new loader")
+            raise RuntimeError(
+                "state must be loaded before persistent workers start; load it into a new loader"
+            )
         num_workers, next_part, positions, epoch = require_state(
             state, self._stream.options, "num_workers", "next_part", "positions", "epoch"
         )
         if num_workers != self.num_workers:
             raise ValueError(
-                f"state is of num_workers={num_workers}, and this loader has "
-                f"num_workers={self.num_workers}: its workers would take other samples"
+                f"state must be of a loader with num_workers={self.num_workers}, got "
+                f"num_workers={num_workers}; other numbers of workers share samples differently"
             )
-        self._stream.set_epoch(epoch)  # for parts that had given nothing out
+        self._stream.set_epoch(epoch)  # for parts without a position of their own
         self._positions = {int(part): at for part, at in positions.items()}
-        self._next_part, self._goes_on = next_part, True
+        self._next_part, self._resumes = next_part, True
 
 
 class _WithPosition:
-    """Runs where the rows are made, and sends along where the stream then is.
+    """A collate function that runs where rows are made and adds the stream's position to a batch.
 
-    A `PackedBatch` carries it as an attribute, so that whoever takes the loader apart (accelerate
-    does) still finds batches in it.
+    On a `PackedBatch` the position is an attribute, so that code that wraps the inner loader, such
+    as accelerate, still gets batches from it. Other batches become ``(part, position, batch)``.
     """
 
     def __init__(self, stream: PackedStream, collate: Callable[[list[Row]], Any]) -> None:
@@ -331,7 +334,7 @@ class _WithPosition:
     def __call__(self, rows: list[Row]) -> Any:
         blank = not (rows[0] if isinstance(rows, list) else rows)
         worker = get_worker_info()
-        # A worker iterates a copy of the stream.
+        # A worker iterates over a copy of the stream.
         stream: Any = worker.dataset if worker else self.stream
         state = stream.state_dict()
         batch = None if blank else self.collate(rows)
@@ -339,175 +342,3 @@ class _WithPosition:
             return state["part"], state["position"], batch
         batch.stream_position = (state["part"], state["position"])
         return batch
-
-
-def collate_packed_rows(rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
-    """Packed rows, of `pack_dataset` or `pack_stream`, as a batch that keeps their sequences apart.
-
-    Args:
-        rows: mappings with ``input_ids``, ``labels`` if there are any, and ``seq_lengths``.
-
-    Returns:
-        The batch, of as many rows and slots.
-
-    Raises:
-        ValueError: if there is no row, one lacks a field that another has, rows differ in their
-            number of slots, or lengths do not fit into a row.
-    """
-    if not isinstance(rows, Sequence) or not rows:
-        raise ValueError(f"rows must be a list of at least one row, got {rows!r:.80}")
-    names = ["input_ids", "seq_lengths", *(["labels"] if "labels" in rows[0] else [])]
-    for at, row in enumerate(rows):
-        missing = [name for name in names if name not in row]
-        if missing:
-            raise ValueError(
-                f"rows[{at}] must have {missing[0]!r}, it has only {sorted(row)} "
-                "(a Trainer drops columns unless remove_unused_columns=False)"
-            )
-        if "labels" in row and len(names) == 2:
-            raise ValueError(f"rows[{at}] has 'labels' and rows[0] has none")
-    slots = {len(row[name]) for row in rows for name in names if name != "seq_lengths"}
-    if len(slots) != 1:
-        raise ValueError(f"rows must have as many slots as one another, got {sorted(slots)}")
-    lengths = [np.asarray(row["seq_lengths"]) for row in rows]
-    for at, each in enumerate(lengths):
-        if not len(each) or each.min() < 1 or each.sum() > max(slots):
-            raise ValueError(
-                f"rows[{at}]['seq_lengths'] must be 1 or more each and at most {max(slots)} in "
-                f"all, got {each.tolist()}"
-            )
-    item_lengths = np.concatenate(lengths)
-    plan = PackResult(
-        items=np.arange(len(item_lengths)),
-        offsets=offsets_of([len(each) for each in lengths]),
-        item_lengths=item_lengths,
-        capacity=slots.pop(),
-        strategy="rows",
-        num_sequences=len(item_lengths),
-    )
-    offsets = offsets_of(item_lengths)
-
-    def tokens(name: str) -> Tokens:
-        parts = [np.asarray(row[name])[: int(each.sum())] for row, each in zip(rows, lengths)]
-        return Tokens(np.concatenate(parts), offsets)
-
-    batch = pack_result_to_tensors(plan, tokens("input_ids"))
-    for name in ("input_ids", "labels"):  # as they are, with what they have at padding
-        if name in rows[0]:
-            batch[name] = torch.from_numpy(np.stack([np.asarray(row[name]) for row in rows])).long()
-    return batch
-
-
-# ------------------------------------------------------------------------------- parts of a source
-
-
-class _Reader:
-    """Every ``parts``-th sample of a source from the ``part``-th on, and where it is."""
-
-    def __init__(self, source: Iterable[Any], part: int, parts: int) -> None:
-        self._source, self._parts, self._next = source, parts, part
-        self._samples: Iterator[Any] | None = None
-
-    def tell(self) -> Any:
-        return self._next
-
-    def seek(self, position: Any) -> None:
-        self._next = self._next if position is None else position
-        self._samples = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if self._samples is None:
-            self._samples = islice(iter(self._source), self._next, None, self._parts)
-        sample = next(self._samples)
-        self._next += self._parts
-        return sample
-
-
-class _IndexReader(_Reader):
-    """The same of a sequence, which need not be read up to where the part goes on."""
-
-    def __next__(self) -> Any:
-        if self._next >= len(self._source):  # type: ignore[arg-type]
-            raise StopIteration
-        sample = self._source[self._next]  # type: ignore[index]
-        self._next += self._parts
-        return sample
-
-
-class _DatasetReader(_Reader):
-    """A `datasets.IterableDataset`, which deals its samples out to a loader's workers by itself.
-
-    Its own state says where it is, unless it holds samples in a buffer to shuffle them, which that
-    state leaves out. Then samples are counted, and going on takes them again.
-    """
-
-    def __init__(self, source: Any, epoch: int | None) -> None:
-        self._dataset = source
-        if epoch is not None:
-            source.set_epoch(epoch)
-        self._samples = None
-        self._begins_at: Any = {"epoch": source.epoch, "taken": 0}
-        self._taken = 0
-        self._counts = _shuffles_in_a_buffer(getattr(source, "_ex_iterable", None))
-
-    def tell(self) -> Any:
-        if self._samples is None:
-            return self._begins_at
-        state = self._dataset.state_dict()
-        return {"epoch": state["epoch"], "taken": self._taken} if self._counts else state
-
-    def seek(self, position: Any) -> None:
-        if position is None:
-            return
-        self._begins_at = position
-        self._dataset.set_epoch(position["epoch"])  # a state of another epoch would be ignored
-        if "taken" not in position:
-            self._dataset.load_state_dict(position)
-        for _ in islice(self, position.get("taken", 0)):
-            pass
-
-    def __next__(self) -> Any:
-        if self._samples is None:
-            self._samples = iter(self._dataset)
-        sample = next(self._samples)
-        self._taken += 1
-        return sample
-
-
-def _shuffles_in_a_buffer(step: Any) -> bool:
-    """Whether a step of a dataset, or one before it, does. Only their classes' names tell."""
-    if step is None:
-        return True  # unknown: to count is slow, and right
-    if "BufferShuffled" in type(step).__name__:
-        return True
-    before = [each for value in vars(step).values() for each in _as_list(value)]
-    return any(_shuffles_in_a_buffer(each) for each in before if _is_step(each))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_step(value: Any) -> bool:
-    return type(value).__name__.endswith("ExamplesIterable")
-
-
-def _reader(
-    source: Iterable[Any], epoch: int | None, rank: int, world_size: int, part: int, parts: int
-) -> _Reader:
-    datasets = sys.modules.get("datasets")  # whoever has one of its has imported it
-    if datasets is not None and isinstance(source, datasets.IterableDataset):
-        if world_size > 1:
-            from datasets.distributed import split_dataset_by_node
-
-            source = split_dataset_by_node(source, rank, world_size)
-        # A state that was loaded stays in what shallow copies share.
-        return _DatasetReader(deepcopy(source), epoch)
-    if epoch is not None and hasattr(source, "set_epoch"):
-        source.set_epoch(epoch)
-    by_index = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    kind = _IndexReader if by_index and not isinstance(source, Mapping) else _Reader
-    return kind(source, rank * parts + part, world_size * parts)

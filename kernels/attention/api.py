@@ -9,6 +9,8 @@ alignment, as in flash attention): the last query has the position of the last k
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def varlen_attention(
     relative_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-    deterministic: bool = True,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend within each sequence of a packed batch.
@@ -63,7 +65,7 @@ def varlen_attention(
         dropout_seed: ``(1,)`` int64 on q's device; by default drawn from PyTorch's generator. On
             the kernel, the dropped weights depend only on the seed, the sequence's number in the
             batch, the head, the query and the key. They do not depend on other sequences.
-        deterministic: Accepted for compatibility; has no effect.
+        deterministic: Accepted for compatibility; has no effect. Deprecated.
         return_lse: also return the logarithm of each query's sum of exponentials, without gradient.
 
     Returns:
@@ -75,6 +77,9 @@ def varlen_attention(
         TypeError: if q, k and v have different dtypes, or they or the bias are not floating point.
         ValueError: if an argument has a wrong shape, device or value. The message names it.
     """
+    if deterministic is not None and not torch.compiler.is_compiling():
+        message = "deterministic has no effect and is deprecated; leave it out of varlen_attention"
+        warnings.warn(message, FutureWarning, stacklevel=2)
     q, k, v = cast_for_autocast(q, k, v)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias)
     spec = _spec(q, causal, scale, window, softcap, dropout_p)

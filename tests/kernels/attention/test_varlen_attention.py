@@ -6,6 +6,7 @@ PyTorch's result happens to be exact.
 """
 
 import itertools
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -528,6 +529,41 @@ def test_autocast_leaves_float64_alone():
     expected = varlen_attention(*inputs[:3], *inputs.cu_seqlens)
     with torch.autocast("cpu", torch.bfloat16):
         assert varlen_attention(*inputs[:3], *inputs.cu_seqlens).equal(expected)
+
+
+# ----------------------------------------------------------------------------------- deprecation
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_is_deprecated_and_has_no_effect(deterministic, recwarn):
+    inputs = make_inputs(LENGTHS["mixed"], bias=True)
+    expected = run(varlen_attention, inputs)
+    assert not recwarn.list
+    with pytest.warns(FutureWarning, match="deterministic has no effect") as caught:
+        results = run(varlen_attention, inputs, deterministic=deterministic)
+    assert [warning.filename for warning in caught] == [__file__]  # the caller's line
+    assert all(results[name].equal(expected[name]) for name in expected)
+
+
+def test_deterministic_warns_once_per_call_site():
+    inputs = make_inputs(LENGTHS["single"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            varlen_attention(*inputs[:3], *inputs.cu_seqlens, deterministic=True)
+        varlen_attention(*inputs[:3], *inputs.cu_seqlens, deterministic=True)
+    assert len(caught) == 2
+
+
+def test_deterministic_does_not_break_a_graph():
+    inputs = make_inputs(LENGTHS["mixed"])
+
+    def layer(*tensors):
+        return varlen_attention(*tensors, deterministic=True)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    tensors = (*inputs[:3], *inputs.cu_seqlens)
+    torch.testing.assert_close(compiled(*tensors), varlen_attention(*tensors))
 
 
 # ------------------------------------------------------------------------------------- bad input

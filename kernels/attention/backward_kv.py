@@ -103,6 +103,39 @@ def _backward_queries(
     return _KeyGrads(dk, dv)
 
 
+@triton.jit
+def _backward_all_queries(
+    grads,
+    k,
+    v,
+    queries,
+    params,
+    dropout,
+    ranges,
+    FEATURES: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Add the gradients of all queries of one head that see the keys to dk and dv."""
+    first, near, far, end = ranges
+    before, after = load_end_biases(params.table, params.limits.reach, FEATURES.BIAS)
+    LIMITED: tl.constexpr = FEATURES.LEFT or FEATURES.RIGHT
+    # fmt: off
+    grads = _backward_queries(
+        grads, k, v, queries, params, dropout,
+        TileRange(first, tl.minimum(near, end), after, LIMITED, False), FEATURES, SHAPE,
+    )
+    if FEATURES.BIAS:
+        grads = _backward_queries(
+            grads, k, v, queries, params, dropout,
+            TileRange(near, tl.minimum(far, end), after, LIMITED, True), FEATURES, SHAPE,
+        )
+    return _backward_queries(
+        grads, k, v, queries, params, dropout,
+        TileRange(far, end, before, FEATURES.LEFT, False), FEATURES, SHAPE,
+    )
+    # fmt: on
+
+
 # What changes from batch to batch is not specialized; see the forward kernel.
 @triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
 def _attention_backward_kv_kernel(
@@ -162,9 +195,7 @@ def _attention_backward_kv_kernel(
     limits = DistanceLimits(left, right, reach)
     last_key = tl.minimum(first_key + KEYS, span_k.count) - 1
     offset = span_k.count - span_q.count
-    first, near, far, end = query_ranges(
-        first_key, last_key, offset, span_q.count, limits, FEATURES, QUERIES
-    )
+    ranges = query_ranges(first_key, last_key, offset, span_q.count, limits, FEATURES, QUERIES)
     k_tile = RowTile(load_rows(k_rows, first_key, KEYS, True, SHAPE), k_rows, first_key)
     v_tile = RowTile(load_rows(v_rows, first_key, KEYS, True, SHAPE), v_rows, first_key)
     seed_value = tl.load(seed) if DROPOUT else 0
@@ -177,22 +208,9 @@ def _attention_backward_kv_kernel(
         head_start = head.to(tl.int64) * total_q + span_q.start
         queries = _Queries(q_rows, dout_rows, lse + head_start, delta + head_start)
         params = ScoreParams(scale, softcap, table + head * (2 * reach + 1), limits)
-        before, after = load_end_biases(params.table, reach, BIAS)
         dropout = DropoutParams(seed_value, seq, head, dropout_p)
-        # fmt: off
-        grads = _backward_queries(
-            grads, k_tile, v_tile, queries, params, dropout,
-            TileRange(first, tl.minimum(near, end), after, LEFT or RIGHT, False), FEATURES, SHAPE,
+        grads = _backward_all_queries(
+            grads, k_tile, v_tile, queries, params, dropout, ranges, FEATURES, SHAPE
         )
-        if BIAS:
-            grads = _backward_queries(
-                grads, k_tile, v_tile, queries, params, dropout,
-                TileRange(near, tl.minimum(far, end), after, LEFT or RIGHT, True), FEATURES, SHAPE,
-            )
-        grads = _backward_queries(
-            grads, k_tile, v_tile, queries, params, dropout,
-            TileRange(far, end, before, LEFT, False), FEATURES, SHAPE,
-        )
-        # fmt: on
     store_rows(dk_rows, grads.dk * scale, first_key, KEYS, SHAPE)
     store_rows(dv_rows, grads.dv, first_key, KEYS, SHAPE)

@@ -2,10 +2,10 @@
 
     python bench/tune_attention.py [--dtype bf16|fp16|fp32] [--head-dim 64 128 256]
 
-For each kernel and head_dim it times every candidate tile, with a bias and with and without
-dropout, on 32 sequences of log-normal lengths up to 2048, and prints the fastest as a row of
-`kernels/attention/tiles.py`. Nothing is tuned at run time: a row goes into the table by hand, and
-`make compile` must then find no spill.
+For each kernel and head_dim it times all candidate tiles on 32 sequences of log-normal lengths up
+to 2048, with a bias, with and without dropout. It prints the fastest tiles as a row of the table in
+`kernels/attention/tiles.py`. tokenpack does not tune at run time. Copy the row into the table, and
+check with `make compile` that it does not spill.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Run = Callable[[], object]
 
 
 def candidates(kernel: str) -> Iterator[Tile]:
-    """Every tile worth trying."""
+    """All tiles to time."""
     sizes = (16, 32, 64, 128)
     for queries, keys, warps, stages in itertools.product(sizes, sizes[:3], (4, 8), (1, 2, 3)):
-        if kernel == "dq" and queries > keys:  # its diagonals wrap around once
+        if kernel == "dq" and queries > keys:  # its diagonals may wrap around only once
             continue
         if queries * keys >= 256:
             yield Tile(queries, keys, warps, stages)
@@ -40,7 +40,7 @@ def candidates(kernel: str) -> Iterator[Tile]:
 
 @contextmanager
 def using(kernel: str, row: tuple[int, int], tile: Tile) -> Iterator[None]:
-    """The table with one row of one kernel replaced."""
+    """Replace one row of one kernel's table for the duration of a block."""
     before = tiles._TILES[kernel][row]
     tiles._TILES[kernel][row] = (tile, tile)
     try:
@@ -52,26 +52,26 @@ def using(kernel: str, row: tuple[int, int], tile: Tile) -> Iterator[None]:
 def fastest(
     kernel: str, row: tuple[int, int], run: Run, milliseconds: Callable[[Run], float]
 ) -> Tile:
-    """The candidate with which ``run`` takes least, of those that fit the device."""
+    """The candidate that makes ``run`` fastest. Skips candidates that do not fit the device."""
     times = {}
     for tile in candidates(kernel):
         with using(kernel, row, tile):
             try:
                 times[tile] = milliseconds(run)
-            except Exception as error:  # of Triton's several, by what they say
+            except Exception as error:  # Triton has several types for out of resources
                 if "resource" not in str(error).lower():
                     raise
     return min(times, key=times.__getitem__)
 
 
 def as_row(row: tuple[int, int], plain: Tile, dropout: Tile) -> str:
-    """A row as it stands in the table."""
+    """A row in the syntax of the table."""
     first, second = (f"Tile{tuple(tile)}" for tile in (plain, dropout))
     return f"        {row}: ({first}, {second}),"
 
 
 def calls(kernel: str, head_dim: int, dtype: torch.dtype, dropout_p: float, device: str) -> Run:
-    """The forward, or the backward, of one layer."""
+    """A function that runs the forward or the backward of one layer."""
     generator = torch.Generator().manual_seed(0)
     lengths = (torch.randn(ROWS, generator=generator) * 0.8).exp() * LONGEST / 6
     lengths = lengths.long().clamp(1, LONGEST)
@@ -90,7 +90,7 @@ def calls(kernel: str, head_dim: int, dtype: torch.dtype, dropout_p: float, devi
 
 
 def main() -> int:
-    """Print the rows."""
+    """Time the tiles and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
@@ -98,7 +98,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("timing tiles needs a CUDA device", file=sys.stderr)
+        print("this script needs a CUDA device", file=sys.stderr)
         return 2
     from triton.testing import do_bench
 

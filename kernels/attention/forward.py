@@ -1,94 +1,142 @@
-"""The forward kernel: flash attention over packed sequences, with a bias by distance inside it.
+"""The forward kernel: flash attention over packed sequences, with a bias by distance.
 
-One program for a tile of queries and one head goes through the keys in sight, tile by tile, with
-the softmax rescaled as its maximum grows (Dao, 2023). Key tiles whose distances are all beyond the
-table's reach add one number, the few in between read the table at ``n - m``: neither a logarithm
-nor anything of size queries x keys. docs/attention.md has the whole algorithm.
+    score[m, n] = softcap(scale * q[m] . k[n]) + table[clamp(d, -reach, reach) + reach]
+    out[m]      = sum_n exp(score[m, n] - lse[m]) * v[n],    lse[m] = log sum_n exp(score[m, n])
+
+where ``d`` is the distance of key n from the position of query m (see `primitives`).
+
+One program computes a tile of queries of one head. It loops over tiles of visible keys and rescales
+its sums when the running maximum grows (online softmax; Dao, "FlashAttention-2", 2023). Where all
+distances of a tile are beyond the table's reach, the bias is one number. Only the few tiles in
+between read the table. No logarithm is computed per score, and no tensor has a size of queries x
+keys. docs/attention.md describes the algorithm in full.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._triton import tl, triton
+from .launch import shared_arguments
 from .primitives import (
-    Dropout,
-    Rule,
-    bend,
-    biased,
-    ends_of,
+    DistanceLimits,
+    DropoutParams,
+    Features,
+    RowTile,
+    ScoreParams,
+    TileRange,
+    TileShape,
+    add_bias,
+    apply_softcap,
+    dot_transposed,
+    dropout_keep_mask,
     find_tile,
-    in_sight,
-    kept,
     key_ranges,
+    load_end_biases,
     load_rows,
-    multiply,
-    rows_of,
+    select_rows,
     store_rows,
+    visible_mask,
 )
-from .spec import AttentionSpec
-from .tiles import chunk_for, num_tiles, padded_head_dim, precision, tile_for
+from .spec import AttentionInputs, AttentionSpec
+from .tiles import num_tiles, tile_for
+
+
+class _Softmax(NamedTuple):
+    """The running sums of the online softmax for a tile of queries, in float32."""
+
+    acc: tl.tensor  # [BM, COLUMNS], sum of exp2(score - row_max) * v
+    row_max: tl.tensor  # [BM], base-2, -inf while no key was visible
+    row_sum: tl.tensor  # [BM], sum of exp2(score - row_max), before dropout
 
 
 @triton.jit
-def _attend(
-    total,
-    peak,
-    norm,
+def _attend_keys(
+    softmax,
     q,
-    queries,
-    first_query,
     keys,
     values,
-    rule,
-    constant,
+    params,
     dropout,
-    first,
-    last,
-    MASKED: tl.constexpr,
-    TABLE: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    tiles,
+    FEATURES: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """Take the key tiles from ``first`` up to ``last`` into the sums of a tile of queries."""
-    query = first_query + tl.arange(0, QUERIES)
-    place = query + (keys.count - queries.count)
-    for start in range(first, last, KEYS):
-        k = load_rows(keys, start, KEYS, WIDTH, COLUMNS, MASKED)
-        v = load_rows(values, start, KEYS, WIDTH, COLUMNS, MASKED)
-        key = start + tl.arange(0, KEYS)
-        distance = key[None, :] - place[:, None]  # [BM, BN]
-        product = multiply(q, queries, first_query, k, keys, start, WIDTH, CHUNK, MASKED, PRECISION)
-        scores, _ = bend(product, rule, SOFTCAP)
-        scores = biased(scores, distance, rule, constant, TABLE)
-        if MASKED:
-            seen = in_sight(distance, key[None, :], keys.count, rule, LEFT, RIGHT)
-            scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        level = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key in sight so far
-        weights = tl.exp2(scores - level[:, None])
-        shrunk = tl.exp2(peak - level)
-        norm = norm * shrunk + tl.sum(weights, 1)
-        if DROPOUT:
-            keep = kept(dropout, query[:, None], key[None, :])
+    """Add the key tiles of one range to the softmax of a tile of queries."""
+    acc, row_max, row_sum = softmax
+    query = q.first + tl.arange(0, SHAPE.QUERIES)
+    position = query + (keys.count - q.rows.count)
+    for start in range(tiles.first, tiles.last, SHAPE.KEYS):
+        k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
+        v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
+        key = start + tl.arange(0, SHAPE.KEYS)
+        distance = key[None, :] - position[:, None]  # [BM, BN]
+        product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)
+        scores, _ = apply_softcap(product, params, FEATURES.SOFTCAP)
+        scores = add_bias(scores, distance, params, tiles.bias, tiles.TABLE)
+        if tiles.MASKED:
+            visible = visible_mask(distance, key[None, :], keys.count, params.limits, FEATURES)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # While no key was visible the maximum is -inf, and -inf - -inf would be NaN.
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores - finite_max[:, None])
+        rescale = tl.exp2(row_max - finite_max)
+        # Dropout does not change the normalizer: it applies to normalized weights.
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        if FEATURES.DROPOUT:
+            keep = dropout_keep_mask(dropout, query[:, None], key[None, :])
             weights = tl.where(keep, weights, 0.0)
-        if CHUNK:  # read late, so that it takes no registers before
-            v = load_rows(values, start, KEYS, WIDTH, COLUMNS, MASKED)
-        total = total * shrunk[:, None]
-        total = tl.dot(weights.to(v.dtype), v, total, input_precision=PRECISION)
-        peak = new_peak
-    return total, peak, norm
+        if SHAPE.CHUNK:  # load v only now, so that it holds no registers during the first product
+            v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=SHAPE.PRECISION)
+        row_max = new_max
+    return _Softmax(acc, row_max, row_sum)
 
 
+@triton.jit
+def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, SHAPE: tl.constexpr):
+    """The softmax of a tile of queries over all visible keys, range by range."""
+    before, after = load_end_biases(params.table, params.limits.reach, FEATURES.BIAS)
+    offset = keys.count - q.rows.count
+    last_query = tl.minimum(q.first + SHAPE.QUERIES, q.rows.count) - 1
+    first, near, far, visible_end, end = key_ranges(
+        q.first + offset, last_query + offset, keys.count, params.limits, FEATURES, SHAPE.KEYS
+    )
+    softmax = _Softmax(
+        tl.zeros([SHAPE.QUERIES, SHAPE.COLUMNS], tl.float32),
+        tl.full([SHAPE.QUERIES], float("-inf"), tl.float32),
+        tl.zeros([SHAPE.QUERIES], tl.float32),
+    )
+    # fmt: off
+    softmax = _attend_keys(
+        softmax, q, keys, values, params, dropout,
+        TileRange(first, near, before, FEATURES.LEFT, False), FEATURES, SHAPE,
+    )
+    if FEATURES.BIAS:
+        softmax = _attend_keys(
+            softmax, q, keys, values, params, dropout,
+            TileRange(near, tl.minimum(far, end), before, True, True), FEATURES, SHAPE,
+        )
+        if not FEATURES.RIGHT and not FEATURES.LEFT:
+            softmax = _attend_keys(
+                softmax, q, keys, values, params, dropout,
+                TileRange(far, visible_end, after, False, False), FEATURES, SHAPE,
+            )
+            far = visible_end
+    return _attend_keys(
+        softmax, q, keys, values, params, dropout,
+        TileRange(far, end, after, True, False), FEATURES, SHAPE,
+    )
+    # fmt: on
+
+
+# num_seqs, total_q, left, right and reach change from batch to batch: without specialization no
+# value of theirs (1, or a multiple of 16) compiles the kernel again.
 @triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
 def _attention_forward_kernel(
     q,
@@ -120,126 +168,56 @@ def _attention_forward_kernel(
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT)
+    SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     seq, first_query, span_q, span_k = find_tile(
         tl.program_id(0), cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES
     )
-    num_queries, num_keys = span_q.count, span_k.count
-    if first_query >= num_queries:
+    if first_query >= span_q.count:  # the grid has a few programs without a tile
         return
-    queries = rows_of(q, span_q, q_stride, head, q_head_stride)
-    q_tile = load_rows(queries, first_query, QUERIES, WIDTH, COLUMNS, True)
-    keys = rows_of(k, span_k, k_stride, head // GROUP, k_head_stride)
-    values = rows_of(v, span_k, v_stride, head // GROUP, v_head_stride)
-    outs = rows_of(out, span_q, num_heads * WIDTH, head, WIDTH)
-    rule = Rule(scale, softcap, table + head * (2 * reach + 1), reach, left, right)
-    before, after = ends_of(rule.table, reach, BIAS)
-    dropout = Dropout(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
-    first_place = first_query + (num_keys - num_queries)
-    last_place = tl.minimum(first_query + QUERIES, num_queries) - 1 + (num_keys - num_queries)
-    first, near, far, whole, end = key_ranges(
-        first_place, last_place, num_keys, left, right, reach, LEFT, RIGHT, BIAS, KEYS
-    )
-    total = tl.zeros([QUERIES, COLUMNS], tl.float32)
-    peak = tl.full([QUERIES], float("-inf"), tl.float32)
-    norm = tl.zeros([QUERIES], tl.float32)
-    # fmt: off
-    total, peak, norm = _attend(
-        total, peak, norm, q_tile, queries, first_query, keys, values, rule, before, dropout,
-        first, near, LEFT, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, CHUNK, QUERIES,
-        KEYS, PRECISION,
-    )
-    if BIAS:
-        total, peak, norm = _attend(
-            total, peak, norm, q_tile, queries, first_query, keys, values, rule, before,
-            dropout, near, tl.minimum(far, end), True, True, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH,
-            COLUMNS, CHUNK, QUERIES, KEYS, PRECISION,
-        )
-        if not RIGHT and not LEFT:
-            total, peak, norm = _attend(
-                total, peak, norm, q_tile, queries, first_query, keys, values, rule, after,
-                dropout, far, whole, False, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS,
-                CHUNK, QUERIES, KEYS, PRECISION,
-            )
-            far = whole
-    total, peak, norm = _attend(
-        total, peak, norm, q_tile, queries, first_query, keys, values, rule, after, dropout,
-        far, end, True, False, LEFT, RIGHT, SOFTCAP, DROPOUT, WIDTH, COLUMNS, CHUNK, QUERIES,
-        KEYS, PRECISION,
-    )
-    # fmt: on
-    sees_any = norm > 0.0
-    total = total / tl.where(sees_any, norm * (1.0 - dropout_p), 1.0)[:, None]
-    store_rows(outs, total, first_query, QUERIES, WIDTH, COLUMNS)
-    row_lse = (tl.where(sees_any, peak, 0.0) + tl.log2(norm)) * 0.6931471805599453
+    queries = select_rows(q, span_q, q_stride, head, q_head_stride)
+    q_tile = RowTile(load_rows(queries, first_query, QUERIES, True, SHAPE), queries, first_query)
+    keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride)
+    values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
+    outs = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)  # out is contiguous
+    limits = DistanceLimits(left, right, reach)
+    params = ScoreParams(scale, softcap, table + head * (2 * reach + 1), limits)
+    dropout = DropoutParams(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
+    acc, row_max, row_sum = _attend_all_keys(q_tile, keys, values, params, dropout, FEATURES, SHAPE)
+    sees_any = row_sum > 0.0  # a query that sees no key gives 0, and a logsumexp of -inf
+    acc = acc / tl.where(sees_any, row_sum * (1.0 - dropout_p), 1.0)[:, None]
+    store_rows(outs, acc, first_query, QUERIES, SHAPE)
+    # ln(2) converts to the natural logarithm.
+    row_lse = (tl.where(sees_any, row_max, 0.0) + tl.log2(row_sum)) * 0.6931471805599453
     query = first_query + tl.arange(0, QUERIES)
-    tl.store(
-        lse + head.to(tl.int64) * total_q + span_q.start + query, row_lse, mask=query < num_queries
-    )
+    head_lse = lse + head.to(tl.int64) * total_q + span_q.start
+    tl.store(head_lse + query, row_lse, mask=query < span_q.count)
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    table: Tensor | None,
-    seed: Tensor | None,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor]:
+def attention_forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """``(total_q, heads, head_dim)`` out, and ``(heads, total_q)`` float32 logsumexp."""
-    total_q, heads, head_dim = q.shape
+    q = inputs.q
+    total_q, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, total_q, dtype=torch.float32)
-    num_seqs = cu_seqlens_q.numel() - 1
-    left, right = spec.limits
-    tile = tile_for("forward", q, bias=table is not None, dropout=spec.dropout_p > 0.0)
+    num_seqs = inputs.cu_seqlens_q.numel() - 1
+    bias, dropout = inputs.table is not None, spec.dropout_p > 0.0
+    tile = tile_for("forward", q, bias=bias, dropout=dropout)
     if out.numel():
         _attention_forward_kernel[(num_tiles(total_q, num_seqs, tile.queries), heads)](
-            q=q,
-            k=k,
-            v=v,
+            **shared_arguments(inputs, lse, spec),
             out=out,
-            lse=lse,
-            table=lse if table is None else table,
-            seed=lse if seed is None else seed,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            num_seqs=num_seqs,
-            total_q=total_q,
-            q_stride=q.stride(0),
-            q_head_stride=q.stride(1),
-            k_stride=k.stride(0),
-            k_head_stride=k.stride(1),
-            v_stride=v.stride(0),
-            v_head_stride=v.stride(1),
-            scale=spec.scale,
-            softcap=spec.softcap or 1.0,
-            dropout_p=spec.dropout_p,
-            left=left,
-            right=right,
-            reach=0 if table is None else table.shape[1] // 2,
-            LEFT=left >= 0,
-            RIGHT=right >= 0,
-            SOFTCAP=spec.softcap is not None,
-            BIAS=table is not None,
-            DROPOUT=spec.dropout_p > 0.0,
-            GROUP=heads // k.shape[1],
-            WIDTH=head_dim,
-            COLUMNS=padded_head_dim(q),
-            CHUNK=chunk_for(q),
             QUERIES=tile.queries,
             KEYS=tile.keys,
-            PRECISION=precision(q),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -1,7 +1,8 @@
-"""Varlen attention as `torch.library` ops: the Triton kernels, and the reference's own functions.
+"""Varlen attention as `torch.library` ops, which run the Triton kernels or plain PyTorch.
 
-On a CPU the ops run while they are traced or asked for the logsumexp or a seed. Otherwise
-`reference` runs as it is there, which groups sequences and takes PyTorch's fused attention.
+On a CPU, `varlen_attention` calls the op only while it is traced, and for a logsumexp or a dropout
+seed. All other calls use `reference.attend_by_sequence`, which groups sequences and runs PyTorch's
+fused attention.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from .._triton import DEVICES, on_triton
 from .backward import attention_backward
 from .forward import attention_forward
 from .grouping import Group
-from .reference import Keep, attend_explicitly, pull_explicitly
-from .spec import AttentionSpec
+from .reference import KeepMask, explicit_attention, explicit_attention_backward
+from .spec import AttentionInputs, AttentionSpec
 
 _LOG2_E = 1.4426950408889634
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def kernel_lacks(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What the Triton kernel lacks for a call on the current device, or None if nothing."""
+    """Why the Triton kernel cannot run a call on the current device, or None if it can."""
     if device_type not in DEVICES:
         return f"needs a CUDA device and Triton, not {device_type}"
     if device_type == "cuda" and not is_ampere_or_newer():
@@ -36,7 +37,7 @@ def kernel_lacks(device_type: str, dtype: torch.dtype, head_dim: int) -> str | N
 
 
 def is_ampere_or_newer() -> bool:
-    """Whether there is a GPU, and the current one has compute capability 8.0 or more."""
+    """Whether the current CUDA device exists and has compute capability 8.0 or newer."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
@@ -55,9 +56,11 @@ def _varlen_attention(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """out, and ``(heads, total_q)`` logsumexp. Limits -1 and softcap 0 are none."""
+    """out, and ``(heads, total_q)`` logsumexp. A limit of -1 and a softcap of 0 mean none."""
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
-    return _attend_in_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed, spec)
+    return _forward_in_torch(
+        AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed), spec
+    )
 
 
 @torch.library.custom_op("tokenpack::varlen_attention_backward", mutates_args=())
@@ -79,76 +82,66 @@ def _varlen_attention_backward(
     dropout_p: float,
     needs_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and the table's gradient, empty where nobody needs it."""
+    """dq, dk, dv, and the table's gradient, which is empty unless ``needs_table``."""
+    inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed)
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
-    return _pull_in_torch(
-        dout, q, k, v, out, cu_seqlens_q, cu_seqlens_k, table, seed, spec, needs_table
-    )
+    return _backward_in_torch(dout, out, inputs, spec, needs_table)
 
 
-def _attend_in_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    table: Tensor | None,
-    seed: Tensor | None,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor]:
-    groups, keep = _one_by_one(cu_seqlens_q, cu_seqlens_k, seed, spec)
-    _, lse = _new_outputs(q)
+def _forward_in_torch(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    groups, keep_mask = _one_group_per_sequence(inputs, spec)
+    _, lse = _new_outputs(inputs.q)
     rows_lse = torch.full_like(lse.t(), float("-inf"))  # (total_q, heads)
-    out = attend_explicitly(q, k, v, table, groups, spec, keep, rows_lse)
+    out = explicit_attention(
+        inputs.q, inputs.k, inputs.v, inputs.table, groups, spec, keep_mask, rows_lse
+    )
     return out, rows_lse.t().contiguous()
 
 
-def _pull_in_torch(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    table: Tensor | None,
-    seed: Tensor | None,
-    spec: AttentionSpec,
-    needs_table: bool,
+def _backward_in_torch(
+    dout: Tensor, out: Tensor, inputs: AttentionInputs, spec: AttentionSpec, needs_table: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    groups, keep = _one_by_one(cu_seqlens_q, cu_seqlens_k, seed, spec)
-    dq, dk, dv, dtable = pull_explicitly(dout, q, k, v, table, out, groups, spec, keep)
+    groups, keep_mask = _one_group_per_sequence(inputs, spec)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    dq, dk, dv, dtable = explicit_attention_backward(
+        dout, q, k, v, inputs.table, out, groups, spec, keep_mask
+    )
     if dtable is None or not needs_table:
         dtable = dq.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dtable
 
 
-def _one_by_one(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seed: Tensor | None, spec: AttentionSpec
-) -> tuple[list[Group], Keep]:
-    """Each sequence as a group, and dropout by a sequence's number, as in the kernel."""
+def _one_group_per_sequence(
+    inputs: AttentionInputs, spec: AttentionSpec
+) -> tuple[list[Group], KeepMask]:
+    """Each sequence as a group, and a dropout mask that depends on the sequence's number.
+
+    The kernels' masks depend on the number in the same way, but their random bits differ.
+    """
     groups, seeds = [], []
-    sides = (starts.tolist() for starts in (cu_seqlens_q, cu_seqlens_k))
+    sides = (starts.tolist() for starts in (inputs.cu_seqlens_q, inputs.cu_seqlens_k))
     spans = zip(*(itertools.pairwise(side) for side in sides), strict=True)
     for s, ((first_q, end_q), (first_k, end_k)) in enumerate(spans):
         if first_q < end_q and first_k < end_k:
             span_q, span_k = (first_q, end_q), (first_k, end_k)
             groups.append(Group(end_q - first_q, end_k - first_k, span_q, span_k))
-            seeds.append(s if seed is None else int(seed) + s)
+            seeds.append(s if inputs.seed is None else int(inputs.seed) + s)
 
-    def keep(i: int, weights: Tensor) -> Tensor:
+    def keep_mask(i: int, weights: Tensor) -> Tensor:
         generator = torch.Generator(weights.device).manual_seed(seeds[i])
-        chance = torch.rand(weights.shape, generator=generator, device=weights.device)
-        return chance >= spec.dropout_p
+        uniform = torch.rand(weights.shape, generator=generator, device=weights.device)
+        return uniform >= spec.dropout_p
 
-    return groups, keep
+    return groups, keep_mask
 
 
 def _spec(
     scale: float, left: int, right: int, softcap: float, dropout_p: float, seed: Tensor | None
 ) -> AttentionSpec:
     if dropout_p > 0.0 and seed is None:
-        raise ValueError(f"seed must be given where dropout_p is {dropout_p}, got None")
+        raise ValueError(
+            f"seed must be a tensor when dropout_p is {dropout_p}, got None; pass (1,) int64"
+        )
     return AttentionSpec(False, scale, (left, right), softcap or None, dropout_p)
 
 
@@ -171,12 +164,11 @@ def varlen_attention_triton(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """The op ``varlen_attention`` in one launch."""
+    inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed)
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
     if kernel_lacks(q.device.type, q.dtype, q.shape[2]):
-        return _attend_in_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed, spec)
-    q, k, v = map(_close_columns, (q, k, v))
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    return attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, _log2(table), seed, spec)
+        return _forward_in_torch(inputs, spec)
+    return attention_forward(_for_kernels(inputs), spec)
 
 
 @on_triton(_varlen_attention_backward)
@@ -198,44 +190,51 @@ def varlen_attention_backward_triton(
     dropout_p: float,
     needs_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op ``varlen_attention_backward`` in two launches, and the sum of the bias's partials."""
+    """The op ``varlen_attention_backward`` in two launches, and the sum of the table's partials."""
+    inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed)
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
     if kernel_lacks(q.device.type, q.dtype, q.shape[2]):
-        return _pull_in_torch(
-            dout, q, k, v, out, cu_seqlens_q, cu_seqlens_k, table, seed, spec, needs_table
-        )
-    dout, q, k, v = map(_close_columns, (dout, q, k, v))
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        return _backward_in_torch(dout, out, inputs, spec, needs_table)
     dq, dk, dv, dtable = attention_backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, _log2(table), seed, spec, needs_table
+        _with_contiguous_rows(dout), out, lse, _for_kernels(inputs), spec, needs_table
     )
     return dq, dk, dv, lse.new_empty(0) if dtable is None else dtable
 
 
-def _close_columns(side: Tensor) -> Tensor:
+def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
+    """The inputs as the kernels read them. The table becomes base-2, float32 and contiguous."""
+    q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
+    return AttentionInputs(
+        _with_contiguous_rows(q),
+        _with_contiguous_rows(k),
+        _with_contiguous_rows(v),
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
+        None if table is None else (table.float() * _LOG2_E).contiguous(),
+        seed,
+    )
+
+
+def _with_contiguous_rows(side: Tensor) -> Tensor:
+    """``side`` with a stride of 1 along head_dim."""
     return side if side.stride(2) == 1 else side.contiguous()
 
 
-def _log2(table: Tensor | None) -> Tensor | None:
-    """The table in the kernels' units, float32 and in one piece."""
-    return None if table is None else (table.float() * _LOG2_E).contiguous()
-
-
-# ------------------------------------------------------------- what torch.compile and autograd need
+# ---------------------------------------------------------------------- torch.compile and autograd
 
 
 def _new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
 def _new_gradients(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, needs_table: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
+    table_dtype = torch.promote_types(q.dtype, torch.float32)
     shape = (0,) if table is None or not needs_table else table.shape
     dq, dk, dv = (side.new_empty(side.shape) for side in (q, k, v))
-    return dq, dk, dv, q.new_empty(shape, dtype=wide)
+    return dq, dk, dv, q.new_empty(shape, dtype=table_dtype)
 
 
 @_varlen_attention.register_fake
@@ -259,15 +258,16 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout: Tensor | None, _dlse):
-    nothing = (None,) * (7 + len(ctx.options))
+    no_gradients = (None,) * (7 + len(ctx.options))
     if dout is None:
-        return nothing
-    tensors = ctx.saved_tensors  # once: checkpointing forbids to look again
+        return no_gradients
+    tensors = ctx.saved_tensors  # read once: checkpointing allows one unpack
     table, needs_table = tensors[7], ctx.needs_input_grad[5]
     dq, dk, dv, dtable = torch.ops.tokenpack.varlen_attention_backward(
         dout, *tensors, *ctx.options, needs_table
     )
-    return dq, dk, dv, None, None, dtable.to(table.dtype) if needs_table else None, *nothing[6:]
+    dtable = dtable.to(table.dtype) if needs_table else None
+    return dq, dk, dv, None, None, dtable, *no_gradients[6:]
 
 
 _varlen_attention.register_autograd(_backward, setup_context=_save_for_backward)

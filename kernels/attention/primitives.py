@@ -1,12 +1,20 @@
-"""What the attention kernels compute alike: where tiles lie, sight, scores, bias and dropout.
+"""Device functions that the attention kernels share: tiles, ranges, scores, bias, dropout.
 
-Query m of a sequence stands at place ``m + num_keys - num_queries`` among its keys, and everything
-depends on the distance ``d = n - place`` of key n from it: causality and window are limits
-``-left <= d <= right``, the bias is ``table[d + reach]`` and constant beyond the reach.
+Query m of a sequence has the position ``m + num_keys - num_queries`` on the key axis. Mask and bias
+depend only on the distance ``d = n - position`` of key n from the query:
 
-Scores are in units of log 2, since exp2 is what the hardware has:
+    visible:  -left <= d <= right                       (causal: right = 0)
+    bias:     table[clamp(d, -reach, reach) + reach]    (constant beyond the reach)
+
+Scores are base-2 logarithms, because the hardware computes exp2:
 
     score = log2(e) * (softcap(scale * q . k) + bias)
+
+A launch passes flat arguments: Triton specializes arguments one by one, and the fields of a tuple
+do not arrive as `tl.constexpr`. The kernels group the arguments into the NamedTuples below. Fields
+in capitals are compile-time constants. A variable for a tuple of constants needs the annotation
+`tl.constexpr`, because a plain assignment turns constants into run-time values. No field may be
+called ``values`` or ``type``, which are attributes of Triton's own tuple class.
 """
 
 from __future__ import annotations
@@ -18,67 +26,113 @@ from ..loss import _tanh
 
 
 class Span(NamedTuple):
-    """A sequence's rows in a packed tensor."""
+    """The rows of one sequence in a packed tensor."""
 
-    start: tl.tensor
+    start: tl.tensor  # int64
     count: tl.tensor
 
 
-class Rows(NamedTuple):
-    """The rows of one sequence and head: where the first begins, how many, and how far apart."""
+class StridedRows(NamedTuple):
+    """The rows of one sequence and head in memory. The elements of a row are contiguous."""
 
-    base: tl.tensor
+    base: tl.tensor  # pointer to the first row
     count: tl.tensor
-    stride: tl.tensor
+    stride: tl.tensor  # elements from one row to the next
 
 
-class Rule(NamedTuple):
-    """What makes a product a score, and which scores count."""
+class RowTile(NamedTuple):
+    """A tile of consecutive rows: its values and where they are in memory."""
+
+    data: tl.tensor  # [rows, COLUMNS]
+    rows: StridedRows
+    first: tl.tensor  # index of the tile's first row in `rows`
+
+
+class DistanceLimits(NamedTuple):
+    """The distances at which the mask and the bias change."""
+
+    left: tl.tensor
+    right: tl.tensor
+    reach: tl.tensor
+
+
+class ScoreParams(NamedTuple):
+    """Run-time values that turn a product q . k into a score, for one head."""
 
     scale: tl.tensor
     softcap: tl.tensor
-    table: tl.tensor
-    reach: tl.tensor
-    left: tl.tensor
-    right: tl.tensor
+    table: tl.tensor  # pointer to this head's 2 * reach + 1 biases, in base-2 units
+    limits: DistanceLimits
 
 
-class Dropout(NamedTuple):
-    """Whose weights are dropped with which chance."""
+class DropoutParams(NamedTuple):
+    """Run-time values that determine which attention weights dropout keeps."""
 
     seed: tl.tensor
     seq: tl.tensor
     head: tl.tensor
-    chance: tl.tensor
+    dropout_p: tl.tensor
+
+
+class TileRange(NamedTuple):
+    """Rows ``[first, last)`` to loop over, and how to score them."""
+
+    first: tl.tensor
+    last: tl.tensor
+    bias: tl.tensor  # added to every score, unless TABLE
+    MASKED: tl.constexpr  # a tile may contain scores that the mask hides
+    TABLE: tl.constexpr  # read the bias from the table
+
+
+class Features(NamedTuple):
+    """The options of a call that change the code. LEFT and RIGHT: that side has a limit."""
+
+    LEFT: tl.constexpr
+    RIGHT: tl.constexpr
+    SOFTCAP: tl.constexpr
+    BIAS: tl.constexpr
+    DROPOUT: tl.constexpr
+
+
+class TileShape(NamedTuple):
+    """The sizes of tiles. Comments call QUERIES and KEYS ``BM`` and ``BN``."""
+
+    QUERIES: tl.constexpr
+    KEYS: tl.constexpr
+    HEAD_DIM: tl.constexpr
+    COLUMNS: tl.constexpr  # HEAD_DIM padded to a power of two
+    CHUNK: tl.constexpr  # columns per product in `dot_transposed`, or 0 for all
+    PRECISION: tl.constexpr  # of float32 products, for tl.dot
 
 
 @triton.jit
 def find_tile(tile, cu_seqlens, other_cu_seqlens, num_seqs, SIZE: tl.constexpr):
-    """Whose a tile is (see `tiles`): sequence, first row, and the spans of both its sides."""
+    """Locate a tile (see `tiles`): its sequence, its first row, and the sequence's two spans."""
     seq = tile * 0
-    end = seq + num_seqs  # the sequence is in [seq, end)
-    while end - seq > 1:
+    end = seq + num_seqs
+    while end - seq > 1:  # the sequence is in [seq, end)
         middle = (seq + end) // 2
-        is_behind = tl.load(cu_seqlens + middle) // SIZE + middle <= tile
-        seq = tl.where(is_behind, middle, seq)
-        end = tl.where(is_behind, end, middle)
+        starts_before = tl.load(cu_seqlens + middle) // SIZE + middle <= tile
+        seq = tl.where(starts_before, middle, seq)
+        end = tl.where(starts_before, end, middle)
     start, end = tl.load(cu_seqlens + seq), tl.load(cu_seqlens + seq + 1)
     other_start, other_end = tl.load(other_cu_seqlens + seq), tl.load(other_cu_seqlens + seq + 1)
+    # int64: a row's offset in elements can exceed 2**31.
     span = Span(start.to(tl.int64), end - start)
     other_span = Span(other_start.to(tl.int64), other_end - other_start)
     return seq, (tile - start // SIZE - seq) * SIZE, span, other_span
 
 
 @triton.jit
-def rows_of(base, span, stride, head, head_stride):
-    """The rows of a sequence and a head."""
+def select_rows(base, span, stride, head, head_stride):
+    """The rows of one sequence and one head."""
     first = base + span.start * stride + head.to(tl.int64) * head_stride
-    return Rows(first, span.count, stride)
+    return StridedRows(first, span.count, stride)
 
 
 @triton.jit
-def ends_of(table, reach, BIAS: tl.constexpr):
-    """The bias of all keys far before a query, and of all far behind it."""
+def load_end_biases(table, reach, BIAS: tl.constexpr):
+    """The bias of all keys beyond the reach: before the query, and after it."""
     if BIAS:
         return tl.load(table), tl.load(table + 2 * reach)
     else:
@@ -87,75 +141,70 @@ def ends_of(table, reach, BIAS: tl.constexpr):
 
 @triton.jit
 def key_ranges(
-    place,
-    last_place,
-    num_keys,
-    left,
-    right,
-    reach,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    SIZE: tl.constexpr,
+    first_position, last_position, num_keys, limits, FEATURES: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Tiles of keys for queries at ``place`` to ``last_place``: four bounds, multiples of SIZE.
+    """Split the visible keys of the queries at two positions and between into four ranges.
 
-    Up to the first the bias is constant, then it is in the table's reach up to the second, then
-    constant again, up to the third with every key in sight of every query; at the fourth, which is
-    no multiple, sight ends. Without a bias the middle two ranges are empty.
+    Returns five bounds. All of them are multiples of SIZE except ``end``.
+
+        [first, near)         every key is beyond the reach, before the queries: constant bias
+        [near, far)           keys within the reach: bias from the table; may extend past ``end``
+        [far, visible_end)    beyond the reach, after the queries: constant bias
+        [visible_end, end)    as before, but some queries do not see some keys
+
+    Queries see all keys of a tile before ``visible_end``, unless FEATURES.LEFT. Without a bias the
+    two middle ranges are empty.
     """
-    first = place * 0
+    first = first_position * 0
     end = first + num_keys
-    if LEFT:
-        first = tl.maximum(place - left, 0) // SIZE * SIZE
-    whole = end
-    if RIGHT:
-        end = tl.minimum(end, last_place + right + 1)
-        whole = tl.minimum(whole, place + right + 1)
-    whole = tl.maximum(tl.maximum(whole, 0) // SIZE * SIZE, first)
-    if BIAS:
-        near = tl.maximum(tl.maximum(place - reach + 1, 0) // SIZE * SIZE, first)
-        far = (tl.maximum(last_place + reach, 0) + SIZE - 1) // SIZE * SIZE
+    if FEATURES.LEFT:
+        first = tl.maximum(first_position - limits.left, 0) // SIZE * SIZE
+    visible_end = end
+    if FEATURES.RIGHT:
+        # The last query sees the most keys, the first query the fewest.
+        end = tl.minimum(end, last_position + limits.right + 1)
+        visible_end = tl.minimum(visible_end, first_position + limits.right + 1)
+    visible_end = tl.maximum(tl.maximum(visible_end, 0) // SIZE * SIZE, first)
+    if FEATURES.BIAS:
+        # Before near, d <= -reach even for the first query. From far on, d >= reach for the last.
+        near = tl.maximum(tl.maximum(first_position - limits.reach + 1, 0) // SIZE * SIZE, first)
+        far = (tl.maximum(last_position + limits.reach, 0) + SIZE - 1) // SIZE * SIZE
         far = tl.maximum(tl.minimum(far, (tl.maximum(end, 0) + SIZE - 1) // SIZE * SIZE), near)
-        whole = tl.maximum(whole, far)
+        visible_end = tl.maximum(visible_end, far)
     else:
-        near = whole
-        far = whole
-    return first, near, far, whole, end
+        near = visible_end
+        far = visible_end
+    return first, near, far, visible_end, end
 
 
 @triton.jit
 def query_ranges(
-    first_key,
-    last_key,
-    offset,
-    num_queries,
-    left,
-    right,
-    reach,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    SIZE: tl.constexpr,
+    first_key, last_key, offset, num_queries, limits, FEATURES: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Tiles of queries that see keys ``first_key`` to ``last_key``; ``offset`` leads to places.
+    """Split the queries that see keys ``first_key`` to ``last_key`` into three ranges.
 
-    Distances fall as queries go on. Up to the first bound the bias is constant, then in the table's
-    reach up to the second, then constant again to the end of sight. Without a bias both bounds are
-    where every query stands far enough to see every key.
+    ``offset`` is num_keys - num_queries: a query's position minus its index. Distances decrease as
+    queries advance. Returns four bounds. All of them are multiples of SIZE except ``end``.
+
+        [first, near)    the keys are beyond the reach, after the queries: constant bias
+        [near, far)      keys within the reach: bias from the table
+        [far, end)       the keys are beyond the reach, before the queries: constant bias
+
+    Without a bias near == far, and from there on FEATURES.RIGHT hides no key.
     """
     first = first_key * 0
     end = first + num_queries
     near = first
-    if RIGHT:
-        first = tl.maximum(first_key - right - offset, 0) // SIZE * SIZE
-        near = (tl.maximum(last_key - right - offset, 0) + SIZE - 1) // SIZE * SIZE
-    if LEFT:
-        end = tl.minimum(end, last_key + left - offset + 1)
+    if FEATURES.RIGHT:
+        # The first query that sees any of the keys, and the first that sees all of them.
+        first = tl.maximum(first_key - limits.right - offset, 0) // SIZE * SIZE
+        near = (tl.maximum(last_key - limits.right - offset, 0) + SIZE - 1) // SIZE * SIZE
+    if FEATURES.LEFT:
+        end = tl.minimum(end, last_key + limits.left - offset + 1)
     ceiling = (tl.maximum(end, 0) + SIZE - 1) // SIZE * SIZE
-    if BIAS:
-        near = tl.maximum(first_key - reach - offset + 1, 0) // SIZE * SIZE
-        far = (tl.maximum(last_key + reach - offset, 0) + SIZE - 1) // SIZE * SIZE
+    if FEATURES.BIAS:
+        near = tl.maximum(first_key - limits.reach - offset + 1, 0) // SIZE * SIZE
+        far = (tl.maximum(last_key + limits.reach - offset, 0) + SIZE - 1) // SIZE * SIZE
         near = tl.maximum(tl.minimum(near, ceiling), first)
         far = tl.maximum(tl.minimum(far, ceiling), near)
     else:
@@ -165,120 +214,138 @@ def query_ranges(
 
 
 @triton.jit
-def load_rows(
+def load_rows(rows, first, SIZE: tl.constexpr, MASKED: tl.constexpr, SHAPE: tl.constexpr):
+    """[SIZE, COLUMNS] from row ``first`` on; MASKED if the rows may end within the tile."""
+    return load_columns(rows, first, 0, SIZE, SHAPE.COLUMNS, SHAPE.HEAD_DIM, MASKED)
+
+
+@triton.jit
+def load_columns(
     rows,
     first,
+    first_column,
     SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
-    EDGE: tl.constexpr,
-    first_column=0,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """[SIZE, COLUMNS] from a row and a column on, 0 behind the last row and column."""
+    """[SIZE, COLUMNS] from a row and a column on, 0 past the last row and the last column."""
     row = tl.arange(0, SIZE)
     column = first_column + tl.arange(0, COLUMNS)
+    # int64: the tile's offset in elements can exceed 2**31. Within a tile, offsets are small.
     tile = rows.base + tl.full([], first, tl.int64) * rows.stride
     tile = tile + row[:, None] * rows.stride + column[None, :]
-    if EDGE:
+    if MASKED:
         inside = (first + row < rows.count)[:, None]
-        if WIDTH % COLUMNS:
-            inside = inside & (column < WIDTH)[None, :]
+        if HEAD_DIM % COLUMNS:
+            inside = inside & (column < HEAD_DIM)[None, :]
         return tl.load(tile, mask=inside, other=0.0)
-    if WIDTH % COLUMNS:
-        return tl.load(tile, mask=(column < WIDTH)[None, :], other=0.0)
+    if HEAD_DIM % COLUMNS:  # every row exists, but not every column
+        return tl.load(tile, mask=(column < HEAD_DIM)[None, :], other=0.0)
     return tl.load(tile)
 
 
 @triton.jit
-def store_rows(rows, values, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """The opposite of `load_rows`, rounding to what is stored."""
+def store_rows(rows, tile, first, SIZE: tl.constexpr, SHAPE: tl.constexpr):
+    """Store [SIZE, COLUMNS] as rows from ``first`` on, rounded to the dtype in memory."""
     row = tl.arange(0, SIZE)
-    column = tl.arange(0, COLUMNS)
-    tile = rows.base + tl.full([], first, tl.int64) * rows.stride
-    tile = tile + row[:, None] * rows.stride + column[None, :]
-    inside = (first + row < rows.count)[:, None] & (column < WIDTH)[None, :]
-    tl.store(tile, values.to(rows.base.dtype.element_ty), mask=inside)
+    column = tl.arange(0, SHAPE.COLUMNS)
+    target = rows.base + tl.full([], first, tl.int64) * rows.stride
+    target = target + row[:, None] * rows.stride + column[None, :]
+    inside = (first + row < rows.count)[:, None] & (column < SHAPE.HEAD_DIM)[None, :]
+    tl.store(target, tile.to(rows.base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def load_lse(lse, row, num_rows):
-    """In units of log 2; +inf, with which all weigh nothing, where no key is seen or no row is."""
+    """Base-2 logsumexp of each row; +inf past the last row and where no key is visible.
+
+    With +inf, every weight ``exp2(score - lse)`` of the row is 0.
+    """
     row_lse = tl.load(lse + row, mask=row < num_rows, other=float("inf"))
+    # log2(e) converts the stored natural logarithm.
     return tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
 
 
 @triton.jit
-def multiply(
-    left_tile,
-    left,
-    left_first,
-    right_tile,
-    right,
-    right_first,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``left @ right.T`` of two tiles of rows; EDGE where ``right`` may end within its tile.
+def dot_transposed(left, right, MASKED: tl.constexpr, SHAPE: tl.constexpr):
+    """``left @ right.T`` of two `RowTile`; MASKED if the rows of ``right`` may end within its tile.
 
-    With a CHUNK the tiles stay unread, and so take no register: both operands come from memory
-    again, so many columns at a time.
+    With a CHUNK, both operands are read again from memory, that many columns at a time. ``data``
+    then stays unused, so the compiler removes its loads and it takes no registers.
     """
-    if CHUNK:
-        product = tl.zeros([left_tile.shape[0], right_tile.shape[0]], tl.float32)
-        for column in range(0, WIDTH, CHUNK):
-            a = load_rows(left, left_first, left_tile.shape[0], WIDTH, CHUNK, True, column)
-            b = load_rows(right, right_first, right_tile.shape[0], WIDTH, CHUNK, EDGE, column)
-            product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    if SHAPE.CHUNK:
+        product = tl.zeros([left.data.shape[0], right.data.shape[0]], tl.float32)
+        for column in range(0, SHAPE.HEAD_DIM, SHAPE.CHUNK):
+            a = load_columns(
+                left.rows,
+                left.first,
+                column,
+                left.data.shape[0],
+                SHAPE.CHUNK,
+                SHAPE.HEAD_DIM,
+                True,
+            )
+            b = load_columns(
+                right.rows,
+                right.first,
+                column,
+                right.data.shape[0],
+                SHAPE.CHUNK,
+                SHAPE.HEAD_DIM,
+                MASKED,
+            )
+            product = tl.dot(a, tl.trans(b), product, input_precision=SHAPE.PRECISION)
     else:
-        product = tl.dot(left_tile, tl.trans(right_tile), input_precision=PRECISION)
+        product = tl.dot(left.data, tl.trans(right.data), input_precision=SHAPE.PRECISION)
     return product
 
 
 @triton.jit
-def bend(product, rule, SOFTCAP: tl.constexpr):
-    """``softcap(scale * product)`` in units of log 2, and its slope by ``scale * product``."""
+def apply_softcap(product, params, SOFTCAP: tl.constexpr):
+    """Base-2 ``softcap(scale * product)``, and its derivative by ``scale * product`` (natural)."""
     if SOFTCAP:
-        bent = _tanh(product * (rule.scale / rule.softcap))
-        scores = bent * (rule.softcap * 1.4426950408889634)
-        slope = 1.0 - bent * bent
+        capped = _tanh(product * (params.scale / params.softcap))  # in [-1, 1]
+        scores = capped * (params.softcap * 1.4426950408889634)
+        slope = 1.0 - capped * capped
     else:
-        scores = product * (rule.scale * 1.4426950408889634)
+        scores = product * (params.scale * 1.4426950408889634)
         slope = 1.0
     return scores, slope
 
 
 @triton.jit
-def biased(scores, distance, rule, constant, TABLE: tl.constexpr):
-    """Scores with the bias: from the table at each distance, or the same for all."""
+def add_bias(scores, distance, params, bias, TABLE: tl.constexpr):
+    """Add the table's bias at each distance, or without TABLE the constant ``bias``."""
     if TABLE:
-        index = tl.minimum(tl.maximum(distance + rule.reach, 0), 2 * rule.reach)
-        return scores + tl.load(rule.table + index)
-    return scores + constant
+        reach = params.limits.reach
+        index = tl.minimum(tl.maximum(distance + reach, 0), 2 * reach)
+        return scores + tl.load(params.table + index)
+    return scores + bias
 
 
 @triton.jit
-def in_sight(distance, key, num_keys, rule, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Which scores count: of keys that are there, within the limits."""
-    seen = key < num_keys
-    if LEFT:
-        seen = seen & (distance >= -rule.left)
-    if RIGHT:
-        seen = seen & (distance <= rule.right)
-    return seen
+def visible_mask(distance, key, num_keys, limits, FEATURES: tl.constexpr):
+    """True where the key exists and its distance is within the limits."""
+    visible = key < num_keys
+    if FEATURES.LEFT:
+        visible = visible & (distance >= -limits.left)
+    if FEATURES.RIGHT:
+        visible = visible & (distance <= limits.right)
+    return visible
 
 
 @triton.jit
-def kept(dropout, query, key):
-    """Which weights dropout keeps: a function of the seed and of whose weight it is alone.
+def dropout_keep_mask(dropout, query, key):
+    """True where dropout keeps the weight of a query and a key.
 
-    So the backward finds the same ones, whatever its tiles, and so does a batch that is packed in
-    another way as long as its sequences come in the same order. Philox, 10 rounds (Salmon et al.,
-    "Parallel random numbers: as easy as 1, 2, 3", 2011).
+    The mask is a function of the seed, the sequence number, the head, the query and the key. The
+    backward can therefore recompute it with other tiles, and it does not depend on the lengths of
+    the other sequences. The random bits are Philox with 10 rounds (Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", 2011).
     """
-    none = query * 0 + key * 0
+    zeros = query * 0 + key * 0  # broadcasts each part of the counter to the tile's shape
     bits, _, _, _ = tl.philox(
-        dropout.seed, key + none, query + none, dropout.head + none, dropout.seq + none
+        dropout.seed, key + zeros, query + zeros, dropout.head + zeros, dropout.seq + zeros
     )
-    return tl.uint_to_uniform_float(bits) >= dropout.chance
+    return tl.uint_to_uniform_float(bits) >= dropout.dropout_p

@@ -1,15 +1,15 @@
-"""Varlen attention in plain PyTorch: the CPU path, and the oracle of every other backend.
+"""Varlen attention in plain PyTorch: the CPU path, and the oracle of all other backends.
 
-Two ways through it, group of similar sequences by group. Where PyTorch's fused attention says all
-there is to say (no bias, window or softcap, no query without a key) it runs. Everything else is
-computed score by score in `_ExplicitAttention`.
+There are two ways to compute a group of sequences of similar lengths. PyTorch's fused attention
+runs if it supports the call: no bias, no window, no softcap, keys for every query, and q and k of
+equal lengths under a causal mask. Otherwise `_ExplicitAttention` computes the matrix of scores.
 
-The explicit way rests on one observation: causality, window and relative bias all depend on the
-distance n - m alone. So they are one *line* of values per head, with -inf where a key is out of
-sight. With the queries in reverse order, row w of the scores wants ``line[w : w + num_keys]``: a
-view of the line whose two strides are both 1. The bias of a whole sequence is added without being
-built, and its gradient is one sum down the columns of the scores' gradient, read through a view
-that is one column narrower than it was written.
+The explicit way relies on one fact: causal mask, window and relative bias depend only on the
+distance n - m. They are one *line* of values per head, with -inf where a key is not visible. With
+the queries in reverse order, row w of the scores needs ``line[w : w + num_keys]``. All rows
+together are a view of the line with both strides equal to 1, so no bias matrix is built. The line's
+gradient is a sum over columns of the scores' gradient, read through a view whose rows are one
+element shorter than those in memory (`_sum_along_line`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .grouping import Group, Plan, plan_groups
 from .relative_bias import bias_line, line_distances
 from .spec import AttentionSpec
 
-_FAR_BELOW = -1e30  # a score that softmax takes for -inf, but that no 0 turns into NaN
+_FAR_BELOW = -1e30  # like -inf after a softmax, but 0 * _FAR_BELOW is not NaN
 
 
-# Host lists and loops per sequence: nothing that torch.compile could make faster.
+# Host lists and Python loops over sequences: torch.compile could not make this faster.
 @torch.compiler.disable
 def attend_by_sequence(
     q: Tensor,
@@ -40,7 +40,7 @@ def attend_by_sequence(
     relative_bias: Tensor | None,
     spec: AttentionSpec,
 ) -> Tensor:
-    """Attention within each sequence. Shapes as in `varlen_attention`, which has checked them."""
+    """Attention within each sequence. The shapes are those of `varlen_attention`, checked there."""
     starts_q = _host_starts("cu_seqlens_q", cu_seqlens_q, q)
     starts_k = _host_starts("cu_seqlens_k", cu_seqlens_k, k)
     lengths = [
@@ -52,7 +52,7 @@ def attend_by_sequence(
         and spec.window is None
         and spec.softcap is None
         and all(keys > 0 for rows, keys in lengths if rows)
-        # PyTorch's flag aligns top-left
+        # PyTorch's is_causal aligns top-left, which is the same only for equal lengths.
         and (not spec.causal or all(rows == keys for rows, keys in lengths if rows))
     )
     plan = plan_groups(starts_q, starts_k, q.shape[1], not fused or spec.causal, q.device)
@@ -70,12 +70,13 @@ def _host_starts(name: str, cu_seqlens: Tensor, stream: Tensor) -> tuple[int, ..
     ):
         shown = starts if len(starts) < 9 else (*starts[:4], "...", *starts[-4:])
         raise ValueError(
-            f"{name} must rise from 0 to {stream.shape[0]}, the length of its tensor, got {shown}"
+            f"{name} must be non-decreasing from 0 to {stream.shape[0]}, "
+            f"the length of its tensor, got {shown}"
         )
     return starts
 
 
-# -------------------------------------------------------------------------- PyTorch's fused kernel
+# ----------------------------------------------------------------------- PyTorch's fused attention
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spec: AttentionSpec) -> Tensor:
@@ -84,10 +85,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spec: AttentionSpec) -> 
         "scale": spec.scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
-    alone = [group for group in plan.groups if group.span_q is not None]
+    singles = [group for group in plan.groups if group.span_q is not None]
     parts: list[Tensor] = []
-    # split, not slices: its backward writes one gradient, a slice's a whole one for each sequence.
-    for q_s, k_s, v_s in _split(q, k, v, alone):
+    for q_s, k_s, v_s in _split(q, k, v, singles):
         out = scaled_dot_product_attention(
             q_s.transpose(0, 1)[None],
             k_s.transpose(0, 1)[None],
@@ -96,16 +96,16 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spec: AttentionSpec) -> 
             **options,
         )  # [1, heads, rows, head_dim]
         parts.append(out.squeeze(0).transpose(0, 1))
-    for group in plan.groups[len(alone) :]:
-        seen = None
+    for group in plan.groups[len(singles) :]:
+        mask = None
+        # With a causal mask and equal lengths, no real query sees the padding after it.
         if not spec.causal and group.real_keys is not None:
-            # Causal and square, no real query sees the padding behind it anyway.
-            seen = group.real_keys[:, None, None, :]
+            mask = group.real_keys[:, None, None, :]
         out = scaled_dot_product_attention(
             group.take_rows(q).transpose(1, 2),
             group.take_keys(k).transpose(1, 2),
             group.take_keys(v).transpose(1, 2),
-            attn_mask=seen,
+            attn_mask=mask,
             is_causal=spec.causal,
             **options,
         ).transpose(1, 2)  # [members, width_q, heads, head_dim]
@@ -115,16 +115,20 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spec: AttentionSpec) -> 
 
 
 def _split(
-    q: Tensor, k: Tensor, v: Tensor, alone: list[Group]
+    q: Tensor, k: Tensor, v: Tensor, singles: list[Group]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The slices of each group, cut out of the streams by one split each."""
+    """The rows of each single sequence, cut out of q, k and v by one split each.
+
+    The backward of a split writes one gradient. The backward of a slice writes a gradient of the
+    whole stream, once per sequence.
+    """
     cuts = []
     for stream, spans in (
-        (q, [group.span_q for group in alone]),
-        (k, [group.span_k for group in alone]),
-        (v, [group.span_k for group in alone]),
+        (q, [group.span_q for group in singles]),
+        (k, [group.span_k for group in singles]),
+        (v, [group.span_k for group in singles]),
     ):
-        sizes: list[int] = []  # of the gap before each span, and of the span
+        sizes: list[int] = []  # the gap before each span, then the span
         end = 0
         for first, last in spans:
             sizes += [first - end, last - first]
@@ -133,15 +137,15 @@ def _split(
     return list(zip(*cuts, strict=True))
 
 
-# ------------------------------------------------------------------------------- score by score
+# ------------------------------------------------------------------------------ explicit attention
 
 
-Keep = Callable[[int, Tensor], Tensor]
-"""What dropout leaves of a group's weights, by its number and the weights: bool of their shape."""
+KeepMask = Callable[[int, Tensor], Tensor]
+"""Maps a group's number and its weights to dropout's bool mask, of the same shape."""
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the float32 products float32: autocast has had its say in `cast_for_autocast`."""
+    """Turn autocast off inside: `cast_for_autocast` has applied it, and products are in float32."""
 
     @wraps(function)
     def run(tensor: Tensor, *rest: Any) -> Any:
@@ -152,35 +156,35 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_without_autocast
-def attend_explicitly(
+def explicit_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     table: Tensor | None,
     groups: Sequence[Group],
     spec: AttentionSpec,
-    keep: Keep,
+    keep_mask: KeepMask,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each group in turn, in float32 for 16-bit inputs, rounded once at the end.
+    """Attention of each group, in float32 for 16-bit inputs, rounded once at the end.
 
-    A group's queries are in reverse order between `_queries` and the write back. ``lse``, of
-    ``(total_q, heads)``, is filled in where some key is seen.
+    A group's queries are in reverse order from `_queries` until they are written back. ``lse``, of
+    shape ``(total_q, heads)``, receives the logsumexp of the groups' rows.
     """
     out = q.new_zeros(q.shape)
     lines = _Lines(table, spec, q)
     for i, group in enumerate(groups):
         weights, _ = _weights(q, k, group, lines, spec, lse)
         if spec.dropout_p > 0.0:
-            weights = weights.mul_(keep(i, weights)).div_(1.0 - spec.dropout_p)
+            weights = weights.mul_(keep_mask(i, weights)).div_(1.0 - spec.dropout_p)
         out_g = weights @ _keys(v, group, q.shape[1])
         group.put_rows(out, out_g.flip(2).transpose(1, 2))
     return out
 
 
 @_without_autocast
-def pull_explicitly(
-    grad_out: Tensor,
+def explicit_attention_backward(
+    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -188,26 +192,26 @@ def pull_explicitly(
     out: Tensor,
     groups: Sequence[Group],
     spec: AttentionSpec,
-    keep: Keep,
+    keep_mask: KeepMask,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and the table's gradient, in float32 or float64, from the output alone."""
+    """dq, dk and dv, and in float32 or float64 the table's gradient. Recomputes the weights."""
     dq, dk, dv = (torch.zeros_like(side) for side in (q, k, v))
     lines = _Lines(table, spec, q)
     dtable = None if table is None else torch.zeros_like(table, dtype=lines.dtype)
     for i, group in enumerate(groups):
         weights, slope = _weights(q, k, group, lines, spec)
-        dout_g = _queries(grad_out, group)
-        # The softmax's Jacobian takes the row's mean pull from each weight's pull. One more
-        # column in the product does it, instead of another pass over the scores.
-        mean_pull = (dout_g * _queries(out, group)).sum(-1, keepdim=True)
+        dout_g = _queries(dout, group)
+        # Softmax backward: dscores = weights * (dweights - delta).
+        delta = (dout_g * _queries(out, group)).sum(-1, keepdim=True)
         v_g = _keys(v, group, q.shape[1])
         if spec.dropout_p > 0.0:
-            kept = keep(i, weights) / (1.0 - spec.dropout_p)
-            dv_g = (weights * kept).mT @ dout_g
-            dweights = (dout_g @ v_g.mT).mul_(kept).sub_(mean_pull)
+            factor = keep_mask(i, weights) / (1.0 - spec.dropout_p)
+            dv_g = (weights * factor).mT @ dout_g
+            dweights = (dout_g @ v_g.mT).mul_(factor).sub_(delta)
         else:
             dv_g = weights.mT @ dout_g
-            dweights = torch.cat([dout_g, -mean_pull], -1) @ _with_ones(v_g).mT
+            # One more column in the product subtracts delta, without a pass over the scores.
+            dweights = torch.cat([dout_g, -delta], -1) @ _with_ones(v_g).mT
         dscores = _wide_rows(weights.shape, weights)
         torch.mul(weights, dweights, out=dscores)
         if dtable is not None:
@@ -224,49 +228,47 @@ def pull_explicitly(
 
 
 class _ExplicitAttention(torch.autograd.Function):
-    """The two functions above, with dropout from PyTorch's generator; keeps the output alone."""
+    """The two functions above, with dropout from PyTorch's generator. Saves inputs and output."""
 
     @staticmethod
     def forward(ctx, q, k, v, table, groups, spec: AttentionSpec):
-        ctx.groups, ctx.spec, ctx.keeps = groups, spec, []
+        ctx.groups, ctx.spec, ctx.keep_masks = groups, spec, []
 
         def draw(_: int, weights: Tensor) -> Tensor:
-            ctx.keeps.append(torch.rand_like(weights) >= spec.dropout_p)
-            return ctx.keeps[-1]
+            ctx.keep_masks.append(torch.rand_like(weights) >= spec.dropout_p)
+            return ctx.keep_masks[-1]
 
-        out = attend_explicitly(q, k, v, table, groups, spec, draw)
+        out = explicit_attention(q, k, v, table, groups, spec, draw)
         ctx.save_for_backward(q, k, v, table, out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx, dout):
         q, k, v, table, out = ctx.saved_tensors
-        dq, dk, dv, dtable = pull_explicitly(
-            grad_out, q, k, v, table, out, ctx.groups, ctx.spec, lambda i, _: ctx.keeps[i]
+        dq, dk, dv, dtable = explicit_attention_backward(
+            dout, q, k, v, table, out, ctx.groups, ctx.spec, lambda i, _: ctx.keep_masks[i]
         )
         return dq, dk, dv, None if dtable is None else dtable.to(table.dtype), None, None
 
 
 class _Lines:
-    """Bias, causality and window for each pair of widths, as values along the distance."""
+    """Bias, causal mask and window for each pair of widths, as values along the distance."""
 
     def __init__(self, table: Tensor | None, spec: AttentionSpec, q: Tensor) -> None:
         self.dtype = _compute_dtype(q)
         self._table = None if table is None else table.to(self.dtype)
-        self._spec = spec
+        self._limits = spec.limits
         self._device = q.device
 
     def view(self, rows: int, keys: int) -> Tensor:
-        """``(heads or 1, rows, keys)``: what is added to the scores of reversed queries."""
+        """``(heads or 1, rows, keys)``: the term to add to the scores of reversed queries."""
         distance = line_distances(rows, keys, self._device)
         if self._table is None:
             line = torch.zeros(1, distance.numel(), dtype=self.dtype, device=self._device)
         else:
             line = bias_line(self._table, rows, keys)
-        left, right = self._spec.window or (-1, -1)
-        if self._spec.causal:
-            right = 0
+        left, right = self._limits
         if right >= 0:
             line = line.masked_fill(distance > right, float("-inf"))
         if left >= 0:
@@ -288,14 +290,14 @@ def _weights(
     line = lines.view(group.width_q, group.width_k)
     slope = None
     if spec.softcap is not None:
-        bounded = (q_g @ k_g.mT).div_(spec.softcap).tanh_()
-        slope = 1.0 - bounded.square()
-        scores = bounded.mul_(spec.softcap).add_(line)
+        capped = (q_g @ k_g.mT).div_(spec.softcap).tanh_()
+        slope = 1.0 - capped.square()
+        scores = capped.mul_(spec.softcap).add_(line)
         if group.real_keys is not None:
             scores.masked_fill_(~group.real_keys[:, None, None, :], float("-inf"))
     else:
         if group.real_keys is not None:
-            # Hide padded keys by one more column in the product: a pass over the scores saved.
+            # One more column in the product hides padded keys, without a pass over the scores.
             hidden = torch.zeros_like(group.real_keys, dtype=q_g.dtype)
             hidden.masked_fill_(~group.real_keys, _FAR_BELOW)
             hidden = hidden[:, None, :, None].expand(*k_g.shape[:3], 1)
@@ -308,14 +310,14 @@ def _weights(
     if lse is not None:
         group.put_rows(lse, scores.logsumexp(-1).flip(2).transpose(1, 2))
     weights = scores.softmax(dim=-1)
-    # Where keys are fewer than queries, or the window ends before one, a query may see nothing.
+    # With fewer keys than queries, or with a window, a query may see no key: its weights are NaN.
     if spec.window is not None or group.width_k < group.width_q:
-        weights = weights.nan_to_num_(0.0)  # of a row of nothing but -inf
+        weights = weights.nan_to_num_(0.0)
     return weights, slope
 
 
 def _wide_rows(shape: torch.Size, like: Tensor) -> Tensor:
-    """An empty ``[members, heads, rows, keys]`` with room for `_sum_along_line` behind each row."""
+    """An empty ``[members, heads, rows, keys]`` with zeros after each row for `_sum_along_line`."""
     members, heads, rows, keys = shape
     wide = like.new_empty(members, heads, rows, rows + keys)
     wide[..., keys:] = 0.0
@@ -323,10 +325,11 @@ def _wide_rows(shape: torch.Size, like: Tensor) -> Tensor:
 
 
 def _sum_along_line(dscores: Tensor) -> Tensor:
-    """Sum over equal distances, and members: ``[heads, rows + keys - 1]``.
+    """Sum over equal distances, and over members: ``[heads, rows + keys - 1]``.
 
-    Row w, column n is for line entry w + n. Rows of ``rows + keys`` (`_wide_rows`), read in rows
-    one shorter, have moved row w right by w: equal distances stand in one column.
+    Row w, column n belongs to line entry w + n. Rows are ``rows + keys`` elements apart
+    (`_wide_rows`). A view with rows one element shorter moves row w right by w, so that equal
+    distances share a column.
     """
     members, heads, rows, keys = dscores.shape
     length = rows + keys - 1
@@ -341,7 +344,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 def _queries(side: Tensor, group: Group) -> Tensor:
     """``(total_q, heads, head_dim)`` to ``[members, heads, width_q, head_dim]``, last row first.
 
-    Padding becomes 0, so that it takes part in no gradient.
+    Padding becomes 0, so that it does not contribute to any gradient.
     """
     rows = group.take_rows(side).to(_compute_dtype(side))
     if group.real_rows is not None:
@@ -363,4 +366,5 @@ def _per_kv_head(grad: Tensor, kv_heads: int) -> Tensor:
 
 
 def _with_ones(matrix: Tensor) -> Tensor:
+    """The matrix with a column of ones appended."""
     return torch.cat([matrix, matrix.new_ones(*matrix.shape[:-1], 1)], -1)

@@ -1,12 +1,26 @@
-"""The options of one attention call that are no tensors."""
+"""The inputs and options of one attention call, as the functions behind the op pass them on."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of one attention call. Shapes are those of `varlen_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    table: Tensor | None
+    seed: Tensor | None
+
 
 class AttentionSpec(NamedTuple):
-    """As `varlen_attention` takes them, window and softcap None where there is none."""
+    """The options of `varlen_attention`. ``window`` and ``softcap`` are None if there is none."""
 
     causal: bool
     scale: float
@@ -16,9 +30,10 @@ class AttentionSpec(NamedTuple):
 
     @property
     def limits(self) -> tuple[int, int]:
-        """How far before and after its own place a query sees, -1 for no limit; causal or not."""
+        """How many keys before and after its position a query sees, -1 for no limit."""
         left, right = self.window or (-1, -1)
         return left, 0 if self.causal else right
 
 
-NO_LIMIT = 2**30  # a window from here on is none: kernels add to it in 32 bits
+# A window side of this size or more is no limit. Kernels add positions to it in 32 bits.
+NO_LIMIT = 2**30

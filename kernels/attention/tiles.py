@@ -1,14 +1,15 @@
-"""How the attention kernels cut the work: tiles of queries and keys, found without the host.
+"""How the attention kernels divide the work: tile sizes, and a grid that needs no lengths.
 
-Sequence s of a packed batch gets the tiles from ``cu_seqlens[s] // size + s`` on. No sequence needs
-more than there are up to the next one's first, so ``total // size + num_seqs`` programs always
-suffice, whatever the lengths, and each finds its sequence by binary search in ``cu_seqlens``: no
-table of tiles, no copy to the host, no new grid for a new batch of the same size. The few programs
-left over return at once.
+Sequence s of a packed batch owns the tile numbers from ``cu_seqlens[s] // size + s`` on. A sequence
+never needs more tiles than there are numbers before the next sequence's first number. Therefore
+``total // size + num_seqs`` programs suffice for all lengths, and each program finds its sequence
+by a binary search in ``cu_seqlens``. This needs no table of tiles, no copy to the host, and no new
+grid for a new batch of the same size. The few programs without a tile return at once.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .._triton import INTERPRETED, next_power_of_2, triton
 
 
 class Tile(NamedTuple):
-    """Queries and keys at a time, warps that share them, and loads in flight."""
+    """Queries and keys per tile, warps per program, and software pipeline stages of loads."""
 
     queries: int
     keys: int
@@ -26,12 +27,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-# For a Hopper GPU, by head_dim up to and bytes of an element: without dropout, and with it, which
-# takes registers. On sm_90 none of them spills in what `make compile` tries: each row with a bias,
-# with dropout, with grouped heads, and with every option at once (grouped). Other mixes of options
-# may: up to 67 words where they were tried. float32, whose products are three of tf32, is beyond a
-# head_dim of 64 multiplied by columns in turn (`chunk_for`). In "dq" there are never more queries
-# than keys, since its diagonals wrap around once.
+# Tiles for Hopper GPUs. The key is (largest head_dim, bytes of an element). The first tile is for
+# calls without dropout, the second for calls with it, which needs more registers. On sm_90 no row
+# spills in the cases of `make compile`: with a bias, with dropout, with grouped heads, and with all
+# options at once. Other combinations may spill; the worst one found spilled 67 words. float32
+# products are three tf32 products each, so above a head_dim of 64 they are computed in chunks of
+# columns (`chunk_for`). A "dq" tile must not have more queries than keys: its diagonals may wrap
+# around only once.
 _TILES = {
     "forward": {
         (64, 2): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
@@ -67,21 +69,25 @@ _TILES = {
     },
 }
 
-# Shared memory that a program may have, KiB: by compute capability, and on AMD.
+# Shared memory available to one program, in KiB, by CUDA compute capability and by backend.
 _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 _LEAST_SHARED_KIB = {"cuda": 99, "hip": 64}
 
 
 def tile_for(kernel: str, q: Tensor, *, bias: bool, dropout: bool) -> Tile:
-    """The tile of a kernel on this device; ``dkv, grouped`` where query heads share keys.
+    """The tile of a kernel on this device. ``dkv, grouped`` is for query heads that share keys."""
+    head_dim = q.shape[2]
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    tile = _TILES[kernel][width, q.element_size()][dropout]
+    return _fit(tile, kernel, head_dim, q.dtype, bias, _shared_memory())
 
-    The table's, with fewer loads in flight and then fewer keys where shared memory is short.
-    """
-    rows = _TILES[kernel]
-    width = next(width for width in (64, 128, 256) if q.shape[2] <= width)
-    tile = rows[width, q.element_size()][dropout]
-    room = _shared_memory()
-    while _bytes_needed(kernel, tile, q, bias) > room:
+
+@lru_cache(maxsize=256)  # every layer repeats the same few calls
+def _fit(
+    tile: Tile, kernel: str, head_dim: int, dtype: torch.dtype, bias: bool, available: int
+) -> Tile:
+    """Reduce the stages of a tile, then its sizes, until its shared memory is available."""
+    while _bytes_needed(tile, kernel, head_dim, dtype, bias) > available:
         if tile.stages > 1:
             tile = tile._replace(stages=tile.stages - 1)
         else:
@@ -89,22 +95,26 @@ def tile_for(kernel: str, q: Tensor, *, bias: bool, dropout: bool) -> Tile:
     return tile
 
 
-def _bytes_needed(kernel: str, tile: Tile, q: Tensor, bias: bool) -> int:
-    """Shared memory: the rows that stay, those in flight, and the bias's values in flight."""
-    row = padded_head_dim(q) * q.element_size()
-    staying, moving = tile.queries, tile.keys
+def _bytes_needed(tile: Tile, kernel: str, head_dim: int, dtype: torch.dtype, bias: bool) -> int:
+    """Shared memory of a program: fixed rows, rows in flight, biases in flight and scores."""
+    row = padded_head_dim(head_dim) * dtype.itemsize
+    fixed_rows, moving_rows = tile.queries, tile.keys
     if kernel.startswith("dkv"):
-        staying, moving = moving, staying
+        fixed_rows, moving_rows = moving_rows, fixed_rows
     scores = tile.queries * tile.keys * 4
-    exchanged = 0 if kernel == "forward" else scores  # diagonals, and scores between the products
-    if chunk := chunk_for(q):  # of both sides in flight; one whole tile for the second product
-        in_flight = tile.stages * (staying + moving) * chunk * q.element_size()
-        return in_flight + moving * row + exchanged
-    kept = staying * row * (1 if kernel == "forward" else 2)
-    return kept + 2 * tile.stages * moving * row + bias * (tile.stages - 1) * scores + exchanged
+    # The backward exchanges float32 scores between threads: for diagonals, and between products.
+    exchanged = 0 if kernel == "forward" else scores
+    if chunk := chunk_for(head_dim, dtype):
+        # Chunks of both sides are in flight, and one whole tile for the second product.
+        in_flight = tile.stages * (fixed_rows + moving_rows) * chunk * dtype.itemsize
+        return in_flight + moving_rows * row + exchanged
+    fixed = fixed_rows * row * (1 if kernel == "forward" else 2)
+    biases = (tile.stages - 1) * scores if bias else 0
+    return fixed + 2 * tile.stages * moving_rows * row + biases + exchanged
 
 
 def _shared_memory() -> int:
+    """Bytes of shared memory that a program may use on the current device."""
     if INTERPRETED:
         return 227 * 1024
     backend, arch = _target()
@@ -113,36 +123,40 @@ def _shared_memory() -> int:
 
 
 def _target() -> tuple[str, int]:
-    """What the current device is to Triton: ``("cuda", 90)``, say."""
+    """Triton's backend and architecture for the current device, for example ``("cuda", 90)``."""
     target = triton.runtime.driver.active.get_current_target()
     return target.backend, target.arch
 
 
-def padded_head_dim(q: Tensor) -> int:
-    """Columns that a tile has: Triton's are powers of two, and matrix units want 16."""
-    return max(next_power_of_2(q.shape[2]), 16)
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile: a power of two for Triton, and at least 16 for the matrix units."""
+    return max(next_power_of_2(head_dim), 16)
 
 
-def chunk_for(q: Tensor) -> int:
-    """Columns that `primitives.multiply` reads and multiplies at a time, 0 for all of them.
+def chunk_for(head_dim: int, dtype: torch.dtype) -> int:
+    """Columns that `primitives.dot_transposed` multiplies at a time, or 0 for all of them.
 
-    tf32x3 splits each operand in two, and q @ k.T takes whole rows of both: too many registers
-    where rows are wide.
+    tf32x3 splits each operand in two, and q @ k.T needs whole rows of both operands. Wide rows
+    would need too many registers.
     """
-    return 32 if q.dtype == torch.float32 and q.shape[2] > 64 else 0
+    return 32 if dtype == torch.float32 and head_dim > 64 else 0
 
 
 def num_tiles(total: int, num_seqs: int, size: int) -> int:
-    """Programs along a packed dimension: see above."""
+    """The number of programs along a packed dimension; see the top of this file."""
     return total // size + num_seqs
 
 
-def precision(q: Tensor) -> str:
-    """How float32 products are computed: as PyTorch is told to, and else nearly as exact as it."""
-    if q.dtype != torch.float32 or INTERPRETED or _target()[0] != "cuda":
+def precision(dtype: torch.dtype) -> str:
+    """The ``input_precision`` of products.
+
+    float32 products on CUDA use tf32 if PyTorch's settings allow it. Otherwise they use tf32x3,
+    which is nearly as exact as float32.
+    """
+    if dtype != torch.float32 or INTERPRETED or _target()[0] != "cuda":
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # Once the newer setting was used, reading the older one is an error.
-    told = getattr(matmul, "fp32_precision", None)
-    allowed = told == "tf32" if told is not None else matmul.allow_tf32
-    return "tf32" if allowed else "tf32x3"
+    # Reading the older setting raises an error after the newer one was set.
+    setting = getattr(matmul, "fp32_precision", None)
+    allows_tf32 = setting == "tf32" if setting is not None else matmul.allow_tf32
+    return "tf32" if allows_tf32 else "tf32x3"

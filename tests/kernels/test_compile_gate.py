@@ -22,7 +22,7 @@ import torch
 
 from tokenpack.kernels import layout_from_lengths, layout_ops, loss, padding, reduction
 from tokenpack.kernels._triton import AVAILABLE, INTERPRETED
-from tokenpack.kernels.attention import backward, forward, op, primitives
+from tokenpack.kernels.attention import backward_kv, backward_q, forward, op, primitives
 
 TABLE = os.environ.get("COMPILE_TABLE")
 
@@ -33,7 +33,7 @@ pytestmark = [
     ),
 ]
 
-MODULES = [layout_ops, padding, reduction, loss, forward, backward, primitives]
+MODULES = [layout_ops, padding, reduction, loss, forward, backward_q, backward_kv, primitives]
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),

@@ -1,4 +1,4 @@
-"""Which sequences share a call: all tokens once, nothing wasted beyond what a call costs."""
+"""Grouping covers every token once, and wastes no more than the calls that it saves."""
 
 from itertools import accumulate
 
@@ -22,12 +22,12 @@ def plan(lengths_q, lengths_k=None, *, heads=4, one_offset=False):
 
 
 def real_slots(span, where, real):
-    """The rows of the stream that a group computes for, one tensor for each member."""
+    """The rows of the stream that a group computes, one tensor per member."""
     if span is not None:
         return [torch.arange(*span)]
     if real is None:
         return list(where)
-    return [row[kept] for row, kept in zip(where, real)]
+    return [row[mask] for row, mask in zip(where, real)]
 
 
 def members(group):
@@ -84,7 +84,7 @@ def test_waste_is_bounded(lengths, heads, one_offset):
 
 @settings(deadline=None, max_examples=60)
 @given(lengths_of_batches)
-def test_what_is_taken_is_put_back_where_it_was(lengths):
+def test_put_writes_back_what_take_read(lengths):
     lengths_q, lengths_k = zip(*lengths)
     rows, keys = torch.randn(sum(lengths_q), 2), torch.randn(sum(lengths_k), 2, 3)
     new_rows, new_keys = torch.zeros_like(rows), torch.zeros_like(keys)
@@ -93,7 +93,7 @@ def test_what_is_taken_is_put_back_where_it_was(lengths):
         count = len(members(group))
         assert taken_rows.shape == (count, group.width_q, 2)
         assert taken_keys.shape == (count, group.width_k, 2, 3)
-        # What lies in the padding must not come back.
+        # put_rows and put_keys must not write padding.
         for taken, real in ((taken_rows, group.real_rows), (taken_keys, group.real_keys)):
             if real is not None:
                 taken[~real] = float("nan")
@@ -138,7 +138,7 @@ def test_short_sequences_of_many_lengths_need_few_calls():
     assert len(groups) <= 8
 
 
-def test_long_sequences_of_different_lengths_stay_alone():
+def test_long_sequences_of_different_lengths_are_not_grouped():
     groups = plan([1000, 2000, 3000], heads=8)
     assert [group.span_q for group in groups] == [(0, 1000), (1000, 3000), (3000, 6000)]
 
@@ -150,17 +150,17 @@ def test_different_offsets_share_a_call_only_where_distances_do_not_matter():
 
 
 @pytest.mark.parametrize("lengths", [([0, 0], [0, 0]), ([0, 0], [3, 2]), ([3, 2], [0, 0])])
-def test_nothing_to_compute_is_no_group(lengths):
+def test_a_batch_without_scores_has_no_groups(lengths):
     assert plan(*lengths) == ()
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 12) | st.integers(0, 400), min_size=1, max_size=12))
-def test_slots_find_each_row_in_the_groups_laid_end_to_end(lengths):
+def test_slots_index_the_concatenated_groups(lengths):
     groups, slots = plan_groups(starts(lengths), starts(lengths), 4, False, CPU)
     stream = torch.arange(sum(lengths))
-    laid = [group.take_rows(stream).flatten() for group in groups]
-    if not laid:
+    parts = [group.take_rows(stream).flatten() for group in groups]
+    if not parts:
         return
-    laid = torch.cat(laid)
-    assert torch.equal(laid if slots is None else laid[slots], stream)
+    joined = torch.cat(parts)
+    assert torch.equal(joined if slots is None else joined[slots], stream)

@@ -1,7 +1,7 @@
 """The attention kernels in Triton's interpreter, against float64 and PyTorch's own attention.
 
-What `varlen_attention` promises on any path is in test_varlen_attention.py, with the oracle; this
-is what only the kernels do. bf16, which the interpreter computes wrongly, is left to GPUs.
+test_varlen_attention.py tests what `varlen_attention` does on every path, and defines the oracle.
+This file tests only the kernels. test_on_gpu.py tests bf16, which the interpreter computes wrongly.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from .test_varlen_attention import (
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs the kernels in Triton's interpreter")
 
-# Around the tiles' sizes of 64 and 128, empty and single ones, queries without keys.
+# Lengths around the tile sizes 64 and 128, empty and one-token sequences, queries without keys.
 ROWS = [1, 0, 65, 128, 7]
 KEYS = [4, 3, 130, 0, 64]
 
@@ -39,7 +39,7 @@ KEYS = [4, 3, 130, 0, 64]
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "softcap"])
 @pytest.mark.parametrize("window", [None, (20, 9)], ids=["", "window"])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-def test_every_option_with_every_other(causal, window, softcap, grouped, bias, cross, head_dim):
+def test_all_combinations_of_options(causal, window, softcap, grouped, bias, cross, head_dim):
     options = {"causal": causal, "window": window}
     if softcap is not None:
         options["softcap"] = softcap
@@ -56,7 +56,7 @@ def test_every_option_with_every_other(causal, window, softcap, grouped, bias, c
 
 
 @interpreted
-@pytest.mark.parametrize("head_dim", [16, 40, 80, 256])  # float32 takes 80 as 32 + 32 + 16
+@pytest.mark.parametrize("head_dim", [16, 40, 80, 256])  # float32 computes 80 as 32 + 32 + 16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}], ids=str)
 def test_head_dims_and_float32(options, dtype, head_dim):
@@ -70,7 +70,7 @@ def test_head_dims_and_float32(options, dtype, head_dim):
 @pytest.mark.parametrize("reach", [1, 31, 64, 200])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (-1, 40)}], ids=str)
 def test_any_reach(reach, options):
-    """Tables that no tile, some or all of them lie beyond."""
+    """No tile, some tiles or all tiles are beyond the table's reach."""
     inputs = make_inputs(([3, 200], [3, 200]), heads=1, kv_heads=1, bias=True, dtype=torch.float16)
     table = torch.randn(1, 2 * reach + 1, generator=torch.Generator().manual_seed(reach))
     assert_as_exact_as_pytorch(inputs._replace(table=table.half()), **options)
@@ -97,7 +97,7 @@ def test_many_sequences():
 @interpreted
 @pytest.mark.usefixtures("fenced")
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
-def test_nothing_is_written_beside_the_outputs(options):
+def test_nothing_is_written_outside_the_outputs(options):
     inputs = make_inputs((ROWS, KEYS), head_dim=24, kv_heads=2, bias=True)
     run(varlen_attention, inputs, **options)
 
@@ -108,9 +108,9 @@ def test_nan_stays_in_its_sequence(poisoned):
     lengths = ([4, 5, 90, 3], [4, 5, 90, 3])
     inputs = make_inputs(lengths, bias=True)
     clean = run(varlen_attention, inputs)
-    sick = getattr(inputs, poisoned).clone()
-    sick[4:9] = float("nan")
-    results = run(varlen_attention, inputs._replace(**{poisoned: sick}))
+    with_nan = getattr(inputs, poisoned).clone()
+    with_nan[4:9] = float("nan")
+    results = run(varlen_attention, inputs._replace(**{poisoned: with_nan}))
     others = torch.ones(102, dtype=torch.bool)
     others[4:9] = False
     for name in ("out", "dq", "dk", "dv"):
@@ -137,7 +137,7 @@ def limits(causal=False, window=(-1, -1)):
     return window[0], 0 if causal else window[1]
 
 
-# ---------------------------------------------------------------------- the same bits, and dropout
+# ------------------------------------------------------------------------ determinism and dropout
 
 
 @interpreted
@@ -149,11 +149,11 @@ def test_two_runs_give_the_same_bits():
 
 
 def weights_of(lengths, seed, dropout_p, head_dim=128):
-    """``(rows, HEADS, keys)`` attention weights of each sequence: values are unit vectors."""
+    """``(rows, HEADS, keys)`` attention weights of each sequence, from unit vectors as values."""
     inputs = make_inputs((lengths, lengths), head_dim=head_dim, bias=True)
     units = torch.cat([torch.eye(head_dim)[:length] for length in lengths])
     v = units[:, None].expand(-1, HEADS, -1).contiguous()
-    # The same queries and keys for a sequence wherever it lies.
+    # All queries and keys are equal, so a sequence's weights do not depend on its place.
     q, k = (torch.ones_like(side) * 0.1 for side in inputs[:2])
     out = varlen_attention(
         q,
@@ -168,7 +168,7 @@ def weights_of(lengths, seed, dropout_p, head_dim=128):
     return [part[..., :length] for part, length in zip(parts, lengths)]
 
 
-def test_dropout_drops_the_same_packed_and_alone():
+def test_dropout_does_not_depend_on_other_sequences():
     lengths = [70, 0, 5, 33]
     packed = weights_of(lengths, 5, 0.3)
     for s, length in enumerate(lengths):
@@ -179,13 +179,13 @@ def test_dropout_drops_the_same_packed_and_alone():
     other = weights_of(lengths, 6, 0.3)
     assert not (packed[0] == 0).equal(other[0] == 0)
     first, second = (packed[s][:5, :, :5] == 0 for s in (0, 2))
-    assert not first.equal(second)  # nor do two sequences share one pattern
+    assert not first.equal(second)  # two sequences have different masks
     heads = (packed[0] == 0).unbind(1)
     assert not any(a.equal(b) for a, b in itertools.combinations(heads, 2))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_dropout_has_the_gradients_of_what_it_kept(causal):
+def test_dropout_gradients_match_its_mask(causal):
     lengths = [70, 5, 33]
     inputs = make_inputs((lengths, lengths), head_dim=128, bias=True)
     seed = torch.tensor([5])
@@ -199,11 +199,13 @@ def test_dropout_has_the_gradients_of_what_it_kept(causal):
         relative_bias=inputs.table,
         **options,
     )
-    kept = [part[..., :n].transpose(0, 1) != 0 for part, n in zip(shown.split(lengths), lengths)]
+    keep_masks = [
+        part[..., :n].transpose(0, 1) != 0 for part, n in zip(shown.split(lengths), lengths)
+    ]
 
     def by_formula(q, k, v, cu_seqlens_q, _, *, relative_bias, **_options):
         outs = []
-        for s, keep in enumerate(kept):
+        for s, keep in enumerate(keep_masks):
             rows = slice(*cu_seqlens_q[s : s + 2].tolist())
             q_s, k_s, v_s = (side[rows].transpose(0, 1) for side in (q, k, v))
             distance = torch.arange(lengths[s]) - torch.arange(lengths[s])[:, None]
@@ -289,7 +291,7 @@ def test_memory_is_linear_in_tokens_and_the_partials_are_as_stated(monkeypatch):
 
     first, second, third = (sizes(count) for count in (2, 4, 8))
     assert sum(third) - sum(second) <= 2.01 * (sum(second) - sum(first))
-    # A row for each tile of queries and head: the table's entries, and both ends' beyond.
+    # A row per tile of queries and head: the table's entries, and a sum beyond each end.
     tile = tiles.tile_for("dq", torch.empty(1, HEADS, 16), bias=True, dropout=False)
     partials = (4 * 40 // tile.queries + 4) * HEADS * (2 * 11 + 3)
     assert second.count(partials) == 1
@@ -297,7 +299,7 @@ def test_memory_is_linear_in_tokens_and_the_partials_are_as_stated(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [(2**31 - 1, 0), (3, 2**31 - 1), (2**63, 2**40)], ids=str)
-def test_a_window_beyond_32_bits_is_none(window):
+def test_a_window_beyond_32_bits_is_no_limit(window):
     inputs = make_inputs(([3, 40], [3, 40]), kv_heads=2)
     expected = tuple(side if side < 2**30 else -1 for side in window)
     results = [run(varlen_attention, inputs, window=w) for w in (window, expected)]
@@ -305,7 +307,7 @@ def test_a_window_beyond_32_bits_is_none(window):
         assert results[0][name].equal(results[1][name])
 
 
-def test_boundaries_and_heads_that_are_apart():
+def test_strided_boundaries_and_heads():
     inputs = make_inputs(([3, 40, 7], [3, 40, 7]), kv_heads=2)
     expected = run(varlen_attention, inputs)
     bounds = torch.stack([inputs.cu_seqlens[0], inputs.cu_seqlens[0] * 0], 1)[:, 0]
@@ -321,33 +323,33 @@ def test_boundaries_and_heads_that_are_apart():
 @pytest.mark.parametrize(
     "seed", [torch.tensor(3), torch.tensor([3]).int(), torch.tensor([3], device="meta")], ids=str
 )
-def test_a_seed_that_does_not_fit_is_named(seed):
+def test_a_wrong_seed_is_an_error(seed):
     inputs = make_inputs(([3], [3]))
     with pytest.raises(ValueError, match=r"dropout_seed must be \(1,\) int64 on cpu, got"):
         varlen_attention(*inputs[:3], *inputs.cu_seqlens, dropout_p=0.1, dropout_seed=seed)
 
 
-def test_dropout_without_a_seed_is_named():
+def test_dropout_without_a_seed_is_an_error():
     inputs = make_inputs(([3], [3]))
     options = (0.25, -1, -1, 0.0, 0.5)
-    with pytest.raises(ValueError, match=r"seed must be given where dropout_p is 0\.5"):
+    with pytest.raises(ValueError, match=r"seed must be .* when dropout_p is 0\.5, got None"):
         torch.ops.tokenpack.varlen_attention(*inputs[:3], *inputs.cu_seqlens, None, None, *options)
 
 
 @interpreted
-def test_kernels_say_what_they_lack():
+def test_kernel_lacks():
     for head_dim, dtype, lack in (
         (8, torch.float32, "head_dim from 16 to 256, not 8"),
         (264, torch.float16, "head_dim from 16 to 256, not 264"),
         (64, torch.float64, "not torch.float64"),
         (64, torch.bfloat16, None),
     ):
-        said = op.kernel_lacks(DEVICES[-1], dtype, head_dim)
-        assert said is None if lack is None else said.endswith(lack)
+        reason = op.kernel_lacks(DEVICES[-1], dtype, head_dim)
+        assert reason is None if lack is None else reason.endswith(lack)
 
 
-def test_cumulative_is_what_the_kernels_search():
-    """The bound that `tiles` gives: no two sequences share a tile's number."""
+def test_no_two_sequences_share_a_tile_number():
+    """The numbering of `tiles`, and its bound on the number of programs."""
     for size in (16, 64, 128):
         lengths = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(size))
         starts = cumulative(lengths.tolist()).tolist()

@@ -1,4 +1,4 @@
-"""The attention kernels on a real GPU, bf16 included: exact, the same bits every time, no waits."""
+"""The attention kernels on a GPU, with bf16: accuracy, determinism, and no synchronization."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_as_exact_as_the_reference_in_the_same_dtype(dtype, head_dim, bias, cros
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_same_bits_every_time(head_dim):
-    """A race would show here sooner or later."""
+    """A race would make some run differ."""
     inputs = make(head_dim, torch.bfloat16)
     seed = torch.tensor([1], device="cuda")
     first = run(varlen_attention, *inputs, dropout_p=0.1, dropout_seed=seed)
@@ -70,7 +70,7 @@ def test_the_same_bits_every_time(head_dim):
         assert all(map(torch.equal, first, again))
 
 
-def test_nothing_waits():
+def test_no_synchronization():
     inputs = make(64, torch.bfloat16)
     run(varlen_attention, *inputs, dropout_p=0.1)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Bias tables hold what the models they are named after add to each score."""
+"""Bias tables contain the biases that T5 and ALiBi add to scores."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_t5_table_is_the_models_bias_within_and_beyond_its_reach(is_decoder):
     assert table.shape == (3, 2 * 128 + 1)
     theirs = attention.compute_bias(300, 300)[0]
     assert dense(table, 300, 300).equal(theirs)
-    # The gradient goes back to the buckets alike.
+    # The buckets get the same gradient.
     incoming = torch.randn_like(theirs)
     (expected,) = torch.autograd.grad(theirs, weight, incoming)
     (grad,) = torch.autograd.grad(dense(table, 300, 300), weight, incoming)
@@ -71,7 +71,7 @@ def test_a_line_holds_the_bias_of_every_distance(rows, keys):
     distances = line_distances(rows, keys, torch.device("cpu"))
     assert line.shape == (2, rows + keys - 1)
     assert distances.tolist() == list(range(1 - keys, rows))
-    # The last query against the first key is farthest back, the first against the last farthest on.
+    # The smallest distance is that of the first key from the last query.
     bias = dense(table, rows, keys)
     assert line[:, 0].equal(bias[:, -1, 0])
     reversed_rows = line.unfold(1, keys, 1)  # as the reference reads it

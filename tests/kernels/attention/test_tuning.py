@@ -1,4 +1,4 @@
-"""The offline tuning script: what it tries, picks and prints. The timing itself needs a GPU."""
+"""The offline tuning script: its candidates, its choice and its output. Timing needs a GPU."""
 
 import importlib.util
 from pathlib import Path
@@ -20,7 +20,7 @@ def tune():
     return module
 
 
-def test_it_picks_the_fastest_that_fits_and_leaves_the_table_alone(tune):
+def test_fastest_picks_a_tile_that_fits_and_restores_the_table(tune):
     before = {kernel: dict(rows) for kernel, rows in tiles._TILES.items()}
 
     def milliseconds(run):
@@ -41,14 +41,14 @@ def test_it_picks_the_fastest_that_fits_and_leaves_the_table_alone(tune):
     assert before == tiles._TILES
 
 
-def test_candidates_keep_what_the_kernels_need(tune):
+def test_candidates_meet_the_kernels_constraints(tune):
     assert all(tile.queries <= tile.keys for tile in tune.candidates("dq"))
     for kernel in tune.KERNELS:
         assert set(tune.candidates(kernel)) >= {Tile(32, 64, 8, 2), Tile(16, 16, 8, 1)}
     assert set(tune.KERNELS) == set(tiles._TILES)
 
 
-def test_a_row_is_the_tables_own_syntax(tune):
+def test_a_row_has_the_syntax_of_the_table(tune):
     text = tune.as_row((64, 2), Tile(128, 64, 8, 3), Tile(32, 64, 4, 1))
     assert eval("{" + text + "}") == {(64, 2): (Tile(128, 64, 8, 3), Tile(32, 64, 4, 1))}
     rows = tiles._TILES["forward"]
@@ -56,7 +56,7 @@ def test_a_row_is_the_tables_own_syntax(tune):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs the kernels in Triton's interpreter")
-def test_what_it_times_runs(tune, monkeypatch):
+def test_timed_calls_run(tune, monkeypatch):
     monkeypatch.setattr(tune, "ROWS", 2)
     monkeypatch.setattr(tune, "LONGEST", 20)
     for kernel in tune.KERNELS:

@@ -1,11 +1,12 @@
 """Varlen attention against a float64 oracle, sequence by sequence and score by score.
 
-The error allowed is 1.5 times what PyTorch's own attention makes on each sequence alone in the
-same dtype, and a floor of two roundings, ``2 * eps * |exact|``: a result that PyTorch
-happens to hit exactly is no yardstick.
+The allowed error is 1.5 times the error of PyTorch's own attention, run on each sequence separately
+in the same dtype, plus two roundings, ``2 * eps * |exact|``. The second term is needed where
+PyTorch's result happens to be exact.
 """
 
 import itertools
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -18,9 +19,9 @@ from tokenpack.kernels.attention import normal_window
 
 HEADS = 4
 
-# Empty and one-token sequences, neighbours of equal and of similar length, one far longer.
+# Empty and one-token sequences, neighbors of equal and of similar length, and a much longer one.
 MIXED = [5, 0, 1, 33, 7, 6, 6, 1, 7, 130]
-# Keys: as many, more, fewer, none for 7 queries, and with the queries' offset in common.
+# As many keys as queries, more, fewer, none for 7 queries, and several pairs of one offset.
 CROSS = [5, 4, 3, 30, 0, 4, 4, 0, 5, 150]
 
 LENGTHS = {
@@ -29,7 +30,7 @@ LENGTHS = {
     "equal": ([9] * 5, [9] * 5),
     "equal cross": ([9] * 5, [6] * 5),
     "one long": ([260, 2, 3, 1, 2], [260, 2, 3, 1, 2]),
-    "lone": ([17], [17]),
+    "single": ([17], [17]),
 }
 
 
@@ -76,17 +77,17 @@ def make_inputs(
         random(rows, heads, head_dim),
         random(keys, kv_heads, head_dim),
         random(keys, kv_heads, head_dim),
-        random(heads, 2 * 11 + 1) if bias else None,  # sequences are longer than its reach
+        random(heads, 2 * 11 + 1) if bias else None,  # some sequences exceed the reach
         random(rows, heads, head_dim),
         lengths,
     )
 
 
-# ------------------------------------------------------------------------------- what is compared
+# ----------------------------------------------------------------------------------- the oracles
 
 
 def per_sequence(attend_one):
-    """A packed attention function from one for a single sequence, ``(heads, tokens, head_dim)``."""
+    """Turn attention of one sequence, ``(heads, tokens, head_dim)``, into packed attention."""
 
     def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, *, relative_bias=None, **options):
         outs = []
@@ -108,8 +109,8 @@ def per_sequence(attend_one):
     return attend
 
 
-def bias_and_sight(q, k, table, causal, window):
-    """The bias of each score, ``(heads or 1, rows, keys)``, and whether the key is in sight."""
+def bias_and_visibility(q, k, table, causal, window):
+    """The bias of each score, ``(heads or 1, rows, keys)``, and whether the key is visible."""
     rows, keys = q.shape[1], k.shape[1]
     distance = torch.arange(keys) - (torch.arange(rows)[:, None] + keys - rows)
     left, right = window or (-1, -1)
@@ -128,7 +129,7 @@ def bias_and_sight(q, k, table, causal, window):
 
 @per_sequence
 def by_formula(q, k, v, table, *, causal=False, scale=None, window=None, softcap=None):
-    bias, visible = bias_and_sight(q, k, table, causal, window)
+    bias, visible = bias_and_visibility(q, k, table, causal, window)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -141,13 +142,13 @@ def by_formula(q, k, v, table, *, causal=False, scale=None, window=None, softcap
 
 @per_sequence
 def by_pytorch(q, k, v, table, *, causal=False, scale=None, window=None):
-    bias, visible = bias_and_sight(q, k, table, causal, window)
+    bias, visible = bias_and_visibility(q, k, table, causal, window)
     mask = bias.masked_fill(~visible, float("-inf"))
     return scaled_dot_product_attention(q[None], k[None], v[None], mask[None], scale=scale)[0]
 
 
 def run(attend, inputs, **options):
-    """Output and gradients by name."""
+    """The output and the gradients, by name."""
     leaves = {"dq": inputs.q, "dk": inputs.k, "dv": inputs.v, "dtable": inputs.table}
     leaves = {name: t.clone().requires_grad_() for name, t in leaves.items() if t is not None}
     out = attend(
@@ -165,9 +166,9 @@ def run(attend, inputs, **options):
 def assert_as_exact_as_pytorch(inputs, **options):
     dtype = inputs.q.dtype
     ours = run(varlen_attention, inputs, **options)
-    # SDPA has no softcap: there the formula in plain PyTorch, in the same dtype, is the yardstick.
-    yardstick = by_formula if "softcap" in options else by_pytorch
-    theirs = run(yardstick, inputs, **options)
+    # SDPA has no softcap. The formula in plain PyTorch, in the same dtype, then sets the limit.
+    baseline = by_formula if "softcap" in options else by_pytorch
+    theirs = run(baseline, inputs, **options)
     exact = run(by_formula, inputs.to(torch.float64), **options)
     for name, truth in exact.items():
         assert ours[name].dtype == dtype
@@ -188,11 +189,11 @@ WINDOWS = [None, (3, 0), (2, 5), (-1, 2), (4, -1)]
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("lengths", ["mixed", "cross"])
-def test_every_option_with_every_other(lengths, causal, window, softcap, bias):
+def test_all_combinations_of_options(lengths, causal, window, softcap, bias):
     options = {"causal": causal, "window": window}
     if softcap is not None:
         options["softcap"] = softcap
-    # Heads and widths in turn, so that each meets each option in some of the cases.
+    # Alternate the head counts and head_dim, so that each option occurs with both.
     turn = sum(map(bool, (causal, window, softcap, bias))) % 2
     inputs = make_inputs(
         LENGTHS[lengths], head_dim=(16, 80)[turn], kv_heads=(HEADS, 2)[turn], bias=bias
@@ -210,13 +211,13 @@ def test_every_kind_of_batch(lengths, head_dim, kv_heads):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_a_token_alone_gets_its_own_value(bias):
+def test_a_one_token_sequence_returns_its_value(bias):
     inputs = make_inputs(([1, 1, 1], [1, 1, 1]), bias=bias)
     results = run(varlen_attention, inputs, causal=True)
     assert results.pop("out").equal(inputs.v)
     assert results.pop("dv").equal(inputs.dout)
     for name, gradient in results.items():
-        assert gradient.abs().max() < 1e-5, name  # of sums that cancel
+        assert gradient.abs().max() < 1e-5, name  # rounding of sums that cancel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -258,7 +259,7 @@ def test_a_table_of_another_dtype_keeps_it(table_dtype):
 
 
 def test_gradients_by_finite_differences():
-    lengths = ([3, 0, 4, 4], [5, 1, 2, 2])  # the last two have queries that see nothing
+    lengths = ([3, 0, 4, 4], [5, 1, 2, 2])  # the last two have queries that see no key
     inputs = make_inputs(lengths, head_dim=3, kv_heads=2, bias=True).to(torch.float64)
     leaves = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v, inputs.table)]
 
@@ -271,7 +272,7 @@ def test_gradients_by_finite_differences():
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (2, 1)}], ids=str)
-def test_no_limit_in_any_spelling(options):
+def test_all_ways_to_say_no_limit(options):
     inputs = make_inputs(LENGTHS["mixed"])
     q, k, v = inputs[:3]
     expected = varlen_attention(q, k, v, *inputs.cu_seqlens, **options)
@@ -287,7 +288,7 @@ def test_no_limit_in_any_spelling(options):
     [(None, None), ((-1, -1), None), ((-7, -2), None), ([-7, 0], (-1, 0)), ((4, -3), (4, -1))],
     ids=str,
 )
-def test_a_window_has_one_spelling_below(window, normal):
+def test_normal_window(window, normal):
     assert normal_window(window) == normal
     assert type(normal_window(window)) is type(normal)
 
@@ -308,8 +309,8 @@ def test_a_window_has_one_spelling_below(window, normal):
     ids=str,
 )
 def test_a_query_that_sees_no_key_gives_exact_zeros(options, bias):
-    # In the two sequences of one offset that are padded to one width, the first two queries see no
-    # key under these options; the second sequence has no keys at all.
+    # Sequences 0 and 2 have the same offset and are padded to one width. Their first two queries
+    # see no key under these options. Sequence 1 has no keys.
     rows, keys = [6, 3, 5, 4], [4, 0, 3, 4]
     results = run(varlen_attention, make_inputs((rows, keys), bias=bias), **options)
     blind = {6, 7, 8}
@@ -323,7 +324,7 @@ def test_a_query_that_sees_no_key_gives_exact_zeros(options, bias):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("lengths", [([0, 0], [0, 0]), ([0, 0], [2, 3]), ([2, 3], [0, 0])])
-def test_nothing_to_attend_to_still_has_gradients(lengths, bias):
+def test_batches_without_keys_or_queries_have_gradients(lengths, bias):
     results = run(varlen_attention, make_inputs(lengths, bias=bias))
     for result in results.values():
         assert result.equal(torch.zeros_like(result))
@@ -333,13 +334,13 @@ def test_nothing_to_attend_to_still_has_gradients(lengths, bias):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("poisoned", ["q", "k", "v"])
 def test_nan_stays_in_its_sequence(poisoned, options, bias):
-    # Of rows shorter than a vector PyTorch's own kernel for the CPU makes 0 of NaN.
+    # The lengths are not tiny: PyTorch's CPU kernel turns NaN into 0 in rows shorter than a vector.
     lengths = ([4, 5, 20, 3, 90], [4, 5, 20, 3, 90])
     inputs = make_inputs(lengths, bias=bias)
     clean = run(varlen_attention, inputs, **options)
-    sick = getattr(inputs, poisoned).clone()
-    sick[9:29] = float("nan")  # the third sequence
-    results = run(varlen_attention, inputs._replace(**{poisoned: sick}), **options)
+    with_nan = getattr(inputs, poisoned).clone()
+    with_nan[9:29] = float("nan")  # the third sequence
+    results = run(varlen_attention, inputs._replace(**{poisoned: with_nan}), **options)
     others = torch.ones(122, dtype=torch.bool)
     others[9:29] = False
     assert results["out"][~others].isnan().all()
@@ -371,7 +372,7 @@ def test_views_of_a_fused_projection(bias):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gave back."""
+    """The number of elements of the largest tensor that any operation returned."""
 
     elements = 0
 
@@ -390,21 +391,21 @@ def test_no_tensor_is_quadratic_in_the_batch():
             run(varlen_attention, inputs)
         return seen.elements
 
-    # Scores, and a row of them as wide again for the bias's gradient, of a group of sequences.
+    # The scores of one group, and as many elements again for the bias's gradient.
     assert largest(8) <= 2 * 2**21
     assert largest(16) <= 2 * 2**21
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_inference_first_then_training(bias):
-    inputs = make_inputs(([3, 4, 4, 3], [3, 4, 4, 3]), bias=bias)  # lengths of no other test
+    inputs = make_inputs(([3, 4, 4, 3], [3, 4, 4, 3]), bias=bias)  # no other test caches these
     with torch.inference_mode():
         out = varlen_attention(*inputs[:3], *inputs.cu_seqlens, relative_bias=inputs.table)
     assert run(varlen_attention, inputs)["out"].equal(out)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_frozen_sides_get_no_gradient(bias):
+def test_frozen_inputs_get_no_gradient(bias):
     inputs = make_inputs(LENGTHS["mixed"], bias=bias)
     expected = run(varlen_attention, inputs)["dv"]
     inputs.v.requires_grad_()
@@ -415,7 +416,7 @@ def test_frozen_sides_get_no_gradient(bias):
     torch.testing.assert_close(inputs.v.grad, expected)
 
 
-def test_compiled_around_it():
+def test_compiled_with_its_surroundings():
     inputs = make_inputs(LENGTHS["mixed"], bias=True)
 
     def layer(q, k, v, *cu_seqlens, relative_bias):
@@ -423,7 +424,7 @@ def test_compiled_around_it():
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     eager, traced = run(layer, inputs), run(compiled, inputs)
-    for name, result in eager.items():  # sums in another order where a plain loop is traced
+    for name, result in eager.items():  # tracing changes the order of sums
         torch.testing.assert_close(traced[name], result, rtol=1e-4, atol=1e-4)
 
 
@@ -432,7 +433,7 @@ def test_compiled_around_it():
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_dropout_drops_and_scales_up(bias):
-    # Unit vectors for values: the output is the attention weights themselves.
+    # With unit vectors as values, the output is the attention weights.
     lengths = ([40, 24, 25, 40], [40, 24, 25, 40])
     inputs = make_inputs(lengths, head_dim=40, bias=bias)
     units = torch.cat([torch.eye(40)[:length] for length in lengths[1]])
@@ -450,16 +451,16 @@ def test_dropout_drops_and_scales_up(bias):
     scaled = torch.where(dropped, 0.0, whole / 0.7)
     torch.testing.assert_close(draws, scaled.expand_as(draws))
     real = whole > 0
-    shares = dropped[:, real].double().mean(1)  # of each draw
+    shares = dropped[:, real].double().mean(1)  # per draw
     spread = (0.3 * 0.7 / int(real.sum())) ** 0.5
     assert (shares - 0.3).abs().max() < 5 * spread
-    per_weight = dropped[:, real].double().mean(0)  # each weight has its own luck
+    per_weight = dropped[:, real].double().mean(0)  # weights are dropped independently
     assert (per_weight - 0.3).abs().max() < 6 * (0.3 * 0.7 / 40) ** 0.5
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "softcap"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_dropout_drops_the_same_forward_and_backward(bias, softcap):
+def test_forward_and_backward_drop_the_same_weights(bias, softcap):
     lengths = ([3, 5, 4, 4], [3, 5, 4, 4])
     inputs = make_inputs(lengths, head_dim=4, kv_heads=2, bias=bias).to(torch.float64)
     leaves = [t.requires_grad_() for t in inputs[:4] if t is not None]
@@ -481,7 +482,7 @@ def test_no_dropout_is_deterministic():
 
 
 def test_no_gradient_is_copied_into_zeros():
-    """As the backward of ``tensor[0]`` does; of the long sequences, which go by themselves."""
+    """The backward of ``tensor[0]`` would do that for long sequences, which are not grouped."""
 
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -502,7 +503,7 @@ def test_no_gradient_is_copied_into_zeros():
 
 @pytest.mark.parametrize("backward_inside", [False, True])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_autocast_takes_q_k_and_v_down_and_nothing_else(bias, backward_inside):
+def test_autocast_casts_only_q_k_and_v(bias, backward_inside):
     inputs = make_inputs(LENGTHS["mixed"], bias=bias)
     halves = inputs.to(torch.bfloat16)._replace(table=inputs.table)
     expected = run(varlen_attention, halves, causal=True)
@@ -530,6 +531,41 @@ def test_autocast_leaves_float64_alone():
         assert varlen_attention(*inputs[:3], *inputs.cu_seqlens).equal(expected)
 
 
+# ----------------------------------------------------------------------------------- deprecation
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_is_deprecated_and_has_no_effect(deterministic, recwarn):
+    inputs = make_inputs(LENGTHS["mixed"], bias=True)
+    expected = run(varlen_attention, inputs)
+    assert not recwarn.list
+    with pytest.warns(FutureWarning, match="deterministic has no effect") as caught:
+        results = run(varlen_attention, inputs, deterministic=deterministic)
+    assert [warning.filename for warning in caught] == [__file__]  # the caller's line
+    assert all(results[name].equal(expected[name]) for name in expected)
+
+
+def test_deterministic_warns_once_per_call_site():
+    inputs = make_inputs(LENGTHS["single"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            varlen_attention(*inputs[:3], *inputs.cu_seqlens, deterministic=True)
+        varlen_attention(*inputs[:3], *inputs.cu_seqlens, deterministic=True)
+    assert len(caught) == 2
+
+
+def test_deterministic_does_not_break_a_graph():
+    inputs = make_inputs(LENGTHS["mixed"])
+
+    def layer(*tensors):
+        return varlen_attention(*tensors, deterministic=True)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    tensors = (*inputs[:3], *inputs.cu_seqlens)
+    torch.testing.assert_close(compiled(*tensors), varlen_attention(*tensors))
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -551,19 +587,28 @@ def attend_badly(**changes):
     [
         ({"q": torch.zeros(5, 64)}, r"q must be \(total, heads, head_dim\), got shape \(5, 64\)"),
         ({"k": torch.zeros(1, 5, 4, 16)}, r"k must be .* got shape \(1, 5, 4, 16\)"),
-        ({"v": torch.zeros(4, 4, 16)}, r"k and v must have one shape, got .* \(4, 4, 16\)"),
+        ({"v": torch.zeros(4, 4, 16)}, r"k and v must have the same shape, got .* \(4, 4, 16\)"),
         ({"q": torch.zeros(5, 4, 8)}, "head_dim = 8, got 16"),
-        ({"q": torch.zeros(5, 6, 16)}, "6 heads must be a multiple of k's, got 4"),
-        ({"k": torch.zeros(5, 0, 16), "v": torch.zeros(5, 0, 16)}, "multiple of k's, got 0"),
+        ({"q": torch.zeros(5, 6, 16)}, "k must have .* heads that divides q's 6, got 4"),
+        ({"k": torch.zeros(5, 0, 16), "v": torch.zeros(5, 0, 16)}, "divides q's 4, got 0"),
         ({"cu_seqlens_q": torch.tensor([0, 2, 5])}, r"cu_seqlens_q must be .* torch\.int64"),
         ({"cu_seqlens_k": cumulative([])}, r"cu_seqlens_k must be .* got shape \(1,\)"),
         ({"cu_seqlens_k": cumulative([2, 3])[None]}, r"cu_seqlens_k must be .* \(1, 3\)"),
-        ({"cu_seqlens_k": cumulative([5])}, "count the same sequences, got 2 and 1"),
-        ({"cu_seqlens_q": cumulative([6, -1])}, r"cu_seqlens_q must rise .* got \(0, 6, 5\)"),
-        ({"cu_seqlens_k": cumulative([6, -1])}, r"cu_seqlens_k must rise .* got \(0, 6, 5\)"),
-        ({"cu_seqlens_q": cumulative([2, 2])}, r"cu_seqlens_q must rise from 0 to 5"),
-        ({"cu_seqlens_k": cumulative([2, 4])}, r"cu_seqlens_k must rise from 0 to 5"),
-        ({"cu_seqlens_q": cumulative([2, 3]) + 1}, r"cu_seqlens_q must rise .* \(1, 3, 6\)"),
+        ({"cu_seqlens_k": cumulative([5])}, "same number of sequences, got 2 and 1"),
+        (
+            {"cu_seqlens_q": cumulative([6, -1])},
+            r"cu_seqlens_q must be non-decreasing .* got \(0, 6, 5\)",
+        ),
+        (
+            {"cu_seqlens_k": cumulative([6, -1])},
+            r"cu_seqlens_k must be non-decreasing .* got \(0, 6, 5\)",
+        ),
+        ({"cu_seqlens_q": cumulative([2, 2])}, r"cu_seqlens_q must be non-decreasing from 0 to 5"),
+        ({"cu_seqlens_k": cumulative([2, 4])}, r"cu_seqlens_k must be non-decreasing from 0 to 5"),
+        (
+            {"cu_seqlens_q": cumulative([2, 3]) + 1},
+            r"cu_seqlens_q must be non-decreasing .* \(1, 3, 6\)",
+        ),
         ({"relative_bias": torch.zeros(4, 6)}, r"relative_bias must be \(heads = 4, 2 \* reach"),
         ({"relative_bias": torch.zeros(3, 7)}, r"got shape \(3, 7\)"),
         ({"relative_bias": torch.zeros(4, 2, 2)}, r"got shape \(4, 2, 2\)"),
@@ -572,12 +617,15 @@ def attend_badly(**changes):
         ({"softcap": -1.0}, "softcap must be positive, 0 or None, got -1.0"),
         ({"softcap": float("nan")}, "got nan"),
         ({"window": (1, 2, 3)}, r"window must be \(left, right\), got \(1, 2, 3\)"),
-        ({"k": torch.zeros(5, 4, 16, device="meta")}, "k must be where q is, on cpu, got meta"),
+        ({"k": torch.zeros(5, 4, 16, device="meta")}, "k must be on q's device cpu, got meta"),
         ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int32, device="meta")}, "got meta"),
-        ({"relative_bias": torch.zeros(4, 7, device="meta")}, "relative_bias must be where q is"),
+        (
+            {"relative_bias": torch.zeros(4, 7, device="meta")},
+            "relative_bias must be on q's device",
+        ),
     ],
 )
-def test_what_does_not_fit_is_named(changes, shown):
+def test_errors_name_the_argument(changes, shown):
     with pytest.raises(ValueError, match=shown):
         attend_badly(**changes)
 
@@ -591,6 +639,6 @@ def test_what_does_not_fit_is_named(changes, shown):
         ({"relative_bias": torch.zeros(4, 7, dtype=torch.int64)}, r"relative_bias .* torch\.int64"),
     ],
 )
-def test_a_dtype_that_does_not_fit_is_named(changes, shown):
+def test_dtype_errors_name_the_argument(changes, shown):
     with pytest.raises(TypeError, match=shown):
         attend_badly(**changes)

@@ -1,0 +1,216 @@
+"""The backward kernel for keys and values: dk and dv.
+
+    P  = exp(score - lse),    dP = dout @ v.T
+    dS = P * (dP - delta),    dk = scale * dS.T @ q,    dv = P.T @ dout
+
+One program computes a tile of keys of one key head. It loops over the query heads that share these
+keys, and over the queries that see them, so grouped heads need no atomics. It computes transposed
+tiles, [keys, queries], so that both sums are plain products. `backward_q` computes ``delta``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .._triton import tl, triton
+from .primitives import (
+    DistanceLimits,
+    DropoutParams,
+    Features,
+    RowTile,
+    ScoreParams,
+    StridedRows,
+    TileRange,
+    TileShape,
+    add_bias,
+    apply_softcap,
+    dot_transposed,
+    dropout_keep_mask,
+    find_tile,
+    load_end_biases,
+    load_lse,
+    load_rows,
+    query_ranges,
+    select_rows,
+    store_rows,
+    visible_mask,
+)
+
+
+class _Queries(NamedTuple):
+    """The queries of one sequence and query head, in memory."""
+
+    q: StridedRows
+    dout: StridedRows
+    lse: tl.tensor  # pointer to one float32 per query
+    delta: tl.tensor  # pointer to one float32 per query
+
+
+class _KeyGrads(NamedTuple):
+    """The sums of the loop over queries, in float32."""
+
+    dk: tl.tensor  # [BN, COLUMNS], without the factor scale
+    dv: tl.tensor  # [BN, COLUMNS]
+
+
+@triton.jit
+def _backward_queries(
+    grads,
+    k,
+    v,
+    queries,
+    params,
+    dropout,
+    tiles,
+    FEATURES: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Add the gradients of one range of query tiles to dk and dv."""
+    dk, dv = grads
+    num_queries = queries.q.count
+    key = k.first + tl.arange(0, SHAPE.KEYS)
+    offset = k.rows.count - num_queries
+    for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
+        q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)  # [BM, COLUMNS]
+        dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
+        query = start + tl.arange(0, SHAPE.QUERIES)
+        row_lse = load_lse(queries.lse, query, num_queries)  # [BM]
+        row_delta = tl.load(queries.delta + query, mask=query < num_queries, other=0.0)
+        distance = key[:, None] - (query + offset)[None, :]  # [BN, BM]
+        product = dot_transposed(k, RowTile(q, queries.q, start), True, SHAPE)
+        scores, slope = apply_softcap(product, params, FEATURES.SOFTCAP)
+        scores = add_bias(scores, distance, params, tiles.bias, tiles.TABLE)
+        weights = tl.exp2(scores - row_lse[None, :])  # 0 past the last query, where lse is +inf
+        if tiles.MASKED:
+            # `key + 1` makes every key exist. Rows past the last key are computed, never stored.
+            visible = visible_mask(
+                distance, key[:, None], key[:, None] + 1, params.limits, FEATURES
+            )
+            weights = tl.where(visible, weights, 0.0)
+        dweights = dot_transposed(v, RowTile(dout, queries.dout, start), True, SHAPE)
+        dropped = weights  # the weights that the forward multiplied by v
+        if FEATURES.DROPOUT:
+            keep = dropout_keep_mask(dropout, query[None, :], key[:, None])
+            dropped = tl.where(keep, weights / (1.0 - dropout.dropout_p), 0.0)
+            dweights = tl.where(keep, dweights / (1.0 - dropout.dropout_p), 0.0)
+        if SHAPE.CHUNK:  # load dout only now, so that it holds no registers during the products
+            dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
+        dscores = weights * (dweights - row_delta[None, :]) * slope
+        if SHAPE.CHUNK:
+            q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=SHAPE.PRECISION)
+    return _KeyGrads(dk, dv)
+
+
+@triton.jit
+def _backward_all_queries(
+    grads,
+    k,
+    v,
+    queries,
+    params,
+    dropout,
+    ranges,
+    FEATURES: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Add the gradients of all queries of one head that see the keys to dk and dv."""
+    first, near, far, end = ranges
+    before, after = load_end_biases(params.table, params.limits.reach, FEATURES.BIAS)
+    LIMITED: tl.constexpr = FEATURES.LEFT or FEATURES.RIGHT
+    # fmt: off
+    grads = _backward_queries(
+        grads, k, v, queries, params, dropout,
+        TileRange(first, tl.minimum(near, end), after, LIMITED, False), FEATURES, SHAPE,
+    )
+    if FEATURES.BIAS:
+        grads = _backward_queries(
+            grads, k, v, queries, params, dropout,
+            TileRange(near, tl.minimum(far, end), after, LIMITED, True), FEATURES, SHAPE,
+        )
+    return _backward_queries(
+        grads, k, v, queries, params, dropout,
+        TileRange(far, end, before, FEATURES.LEFT, False), FEATURES, SHAPE,
+    )
+    # fmt: on
+
+
+# What changes from batch to batch is not specialized; see the forward kernel.
+@triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
+def _attention_backward_kv_kernel(
+    dout,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    table,
+    seed,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    dk,
+    dv,
+    num_seqs,
+    total_q,
+    dout_stride,
+    dout_head_stride,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    scale: tl.float32,
+    softcap: tl.float32,
+    dropout_p: tl.float32,
+    left,
+    right,
+    reach,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT)
+    SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION)
+    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
+    seq, first_key, span_k, span_q = find_tile(
+        tl.program_id(0), cu_seqlens_k, cu_seqlens_q, num_seqs, KEYS
+    )
+    if first_key >= span_k.count:  # the grid has a few programs without a tile
+        return
+    k_rows = select_rows(k, span_k, k_stride, kv_head, k_head_stride)
+    v_rows = select_rows(v, span_k, v_stride, kv_head, v_head_stride)
+    dk_rows = select_rows(dk, span_k, kv_heads * HEAD_DIM, kv_head, HEAD_DIM)  # contiguous
+    dv_rows = select_rows(dv, span_k, kv_heads * HEAD_DIM, kv_head, HEAD_DIM)
+    limits = DistanceLimits(left, right, reach)
+    last_key = tl.minimum(first_key + KEYS, span_k.count) - 1
+    offset = span_k.count - span_q.count
+    ranges = query_ranges(first_key, last_key, offset, span_q.count, limits, FEATURES, QUERIES)
+    k_tile = RowTile(load_rows(k_rows, first_key, KEYS, True, SHAPE), k_rows, first_key)
+    v_tile = RowTile(load_rows(v_rows, first_key, KEYS, True, SHAPE), v_rows, first_key)
+    seed_value = tl.load(seed) if DROPOUT else 0
+    zeros = tl.zeros([KEYS, COLUMNS], tl.float32)
+    grads = _KeyGrads(zeros, zeros)
+    for member in range(GROUP):  # the query heads that share these keys
+        head = kv_head * GROUP + member
+        q_rows = select_rows(q, span_q, q_stride, head, q_head_stride)
+        dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride)
+        head_start = head.to(tl.int64) * total_q + span_q.start
+        queries = _Queries(q_rows, dout_rows, lse + head_start, delta + head_start)
+        params = ScoreParams(scale, softcap, table + head * (2 * reach + 1), limits)
+        dropout = DropoutParams(seed_value, seq, head, dropout_p)
+        grads = _backward_all_queries(
+            grads, k_tile, v_tile, queries, params, dropout, ranges, FEATURES, SHAPE
+        )
+    store_rows(dk_rows, grads.dk * scale, first_key, KEYS, SHAPE)
+    store_rows(dv_rows, grads.dv, first_key, KEYS, SHAPE)

@@ -1,0 +1,285 @@
+"""The backward kernel for queries: dq, and the gradient of the bias table.
+
+    P  = exp(score - lse),    dP = dout @ v.T,    delta[m] = sum(dout[m] * out[m])
+    dS = P * (dP - delta),    dq = scale * dS @ k
+    dtable[d + reach] = sum of dS over all scores at distance d, clamped to the reach
+
+One program computes a tile of queries of one head. Where all distances of a tile are beyond the
+reach, the tile's sum of dS is added to one number. Elsewhere the tile is skewed: row i is rotated
+left by i, so that equal distances share a column. A tile has no more queries than keys, so each
+column then holds exactly two distances, KEYS apart. The larger one also occurs in the next tile of
+keys; its sum stays in registers until then. Each program therefore writes each entry of its own row
+of partial sums once, and PyTorch adds up the rows. This needs no atomics and gives the same bits in
+every run. docs/attention.md shows it in a drawing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .._triton import tl, triton
+from .primitives import (
+    DistanceLimits,
+    DropoutParams,
+    Features,
+    RowTile,
+    ScoreParams,
+    TileRange,
+    TileShape,
+    add_bias,
+    apply_softcap,
+    dot_transposed,
+    dropout_keep_mask,
+    find_tile,
+    key_ranges,
+    load_end_biases,
+    load_lse,
+    load_rows,
+    select_rows,
+    store_rows,
+    visible_mask,
+)
+
+
+class _QueryTile(NamedTuple):
+    """What the program holds of its tile of queries."""
+
+    q: RowTile
+    dout: RowTile
+    lse: tl.tensor  # [BM], base-2, +inf where no key is visible
+    delta: tl.tensor  # [BM]
+    partial: tl.tensor  # pointer to the program's 2 * reach + 3 sums for the table
+
+
+class _QueryGrads(NamedTuple):
+    """The sums of the loop over keys, in float32."""
+
+    dq: tl.tensor  # [BM, COLUMNS], without the factor scale
+    far_sum: tl.tensor  # [BM], sum of dS over keys beyond the reach on one side
+    carry: tl.tensor  # [BN], sums at distances that the next tile of keys also has
+    before: tl.tensor  # scalar, sum of dS at distances below -reach in tiles that read the table
+    after: tl.tensor  # scalar, the same above reach
+
+
+@triton.jit
+def _sum_diagonals(dscores, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """[KEYS] sums at distances ``base + c``, and at ``base + c - KEYS``, for columns c.
+
+    ``base`` is the distance of the tile's first key from its first query.
+    """
+    row = tl.arange(0, QUERIES)[:, None]
+    column = tl.arange(0, KEYS)[None, :]
+    # [BM, BN]: entry (i, c) comes from key (c + i) % KEYS, at distance c or c - KEYS from base.
+    skewed = tl.gather(dscores, (column + row) % KEYS, 1)
+    unwrapped = column + row < KEYS
+    nearer = tl.sum(tl.where(unwrapped, skewed, 0.0), 0)
+    farther = tl.sum(tl.where(unwrapped, 0.0, skewed), 0)
+    return nearer, farther
+
+
+@triton.jit
+def _write_distances(sums, base, partial, reach, KEYS: tl.constexpr):
+    """Store the sums at distances ``base + c - KEYS``; return the totals below and above the reach.
+
+    ``partial`` holds the total below -reach, then 2 * reach + 1 sums, then the total above reach.
+    """
+    index = base - KEYS + tl.arange(0, KEYS) + reach
+    tl.store(partial + 1 + index, sums, mask=(index >= 0) & (index <= 2 * reach))
+    before = tl.sum(tl.where(index < 0, sums, 0.0))
+    after = tl.sum(tl.where(index > 2 * reach, sums, 0.0))
+    return before, after
+
+
+@triton.jit
+def _backward_keys(
+    grads,
+    queries,
+    keys,
+    values,
+    params,
+    dropout,
+    tiles,
+    FEATURES: tl.constexpr,
+    DTABLE: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Add the gradients of one range of key tiles to dq and to the sums for the table."""
+    dq, far_sum, carry, before, after = grads
+    q, dout = queries.q, queries.dout
+    query = q.first + tl.arange(0, SHAPE.QUERIES)
+    offset = keys.count - q.rows.count
+    position = query + offset
+    for start in range(tiles.first, tiles.last, SHAPE.KEYS):
+        k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
+        v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
+        key = start + tl.arange(0, SHAPE.KEYS)
+        distance = key[None, :] - position[:, None]  # [BM, BN]
+        product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)
+        scores, slope = apply_softcap(product, params, FEATURES.SOFTCAP)
+        scores = add_bias(scores, distance, params, tiles.bias, tiles.TABLE)
+        weights = tl.exp2(scores - queries.lse[:, None])
+        if tiles.MASKED:
+            visible = visible_mask(distance, key[None, :], keys.count, params.limits, FEATURES)
+            weights = tl.where(visible, weights, 0.0)
+        dweights = dot_transposed(dout, RowTile(v, values, start), tiles.MASKED, SHAPE)
+        if FEATURES.DROPOUT:
+            keep = dropout_keep_mask(dropout, query[:, None], key[None, :])
+            dweights = tl.where(keep, dweights / (1.0 - dropout.dropout_p), 0.0)
+        dscores = weights * (dweights - queries.delta[:, None])  # of the score with its bias
+        if DTABLE:
+            if tiles.TABLE:
+                nearer, farther = _sum_diagonals(dscores, SHAPE.QUERIES, SHAPE.KEYS)
+                base = start - (q.first + offset)
+                more_before, more_after = _write_distances(
+                    carry + farther, base, queries.partial, params.limits.reach, SHAPE.KEYS
+                )
+                before += more_before
+                after += more_after
+                carry = nearer
+            else:
+                far_sum += tl.sum(dscores, 1)  # per row: summed across threads once, after the loop
+        dscores = dscores * slope
+        if SHAPE.CHUNK:  # load k only now, so that it holds no registers during the products
+            k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=SHAPE.PRECISION)
+    return _QueryGrads(dq, far_sum, carry, before, after)
+
+
+@triton.jit
+def _backward_all_keys(
+    queries,
+    keys,
+    values,
+    params,
+    dropout,
+    FEATURES: tl.constexpr,
+    DTABLE: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """dq without scale, [BM, COLUMNS]. With DTABLE, also writes the program's partial sums."""
+    q, reach = queries.q, params.limits.reach
+    bias_before, bias_after = load_end_biases(params.table, reach, FEATURES.BIAS)
+    offset = keys.count - q.rows.count
+    last_query = tl.minimum(q.first + SHAPE.QUERIES, q.rows.count) - 1
+    first, near, far, visible_end, end = key_ranges(
+        q.first + offset, last_query + offset, keys.count, params.limits, FEATURES, SHAPE.KEYS
+    )
+    dq = tl.zeros([SHAPE.QUERIES, SHAPE.COLUMNS], tl.float32)
+    rows_before = tl.zeros([SHAPE.QUERIES], tl.float32)
+    rows_after = tl.zeros([SHAPE.QUERIES], tl.float32)
+    carry = tl.zeros([SHAPE.KEYS], tl.float32)
+    before = tl.sum(carry)
+    after = tl.sum(carry)
+    # fmt: off
+    dq, rows_before, carry, before, after = _backward_keys(
+        _QueryGrads(dq, rows_before, carry, before, after),
+        queries, keys, values, params, dropout,
+        TileRange(first, near, bias_before, FEATURES.LEFT, False), FEATURES, DTABLE, SHAPE,
+    )
+    if FEATURES.BIAS:
+        dq, rows_before, carry, before, after = _backward_keys(
+            _QueryGrads(dq, rows_before, carry, before, after),
+            queries, keys, values, params, dropout,
+            TileRange(near, tl.minimum(far, end), bias_before, True, True), FEATURES, DTABLE, SHAPE,
+        )
+        if DTABLE:
+            # The last tile's carry has no next tile. Write it as if one followed, at key `far`.
+            more_before, more_after = _write_distances(
+                carry, far - (q.first + offset), queries.partial, reach, SHAPE.KEYS
+            )
+            before += more_before
+            after += more_after
+        if not FEATURES.RIGHT and not FEATURES.LEFT:
+            dq, rows_after, carry, before, after = _backward_keys(
+                _QueryGrads(dq, rows_after, carry, before, after),
+                queries, keys, values, params, dropout,
+                TileRange(far, visible_end, bias_after, False, False), FEATURES, DTABLE, SHAPE,
+            )
+            far = visible_end
+    dq, rows_after, carry, before, after = _backward_keys(
+        _QueryGrads(dq, rows_after, carry, before, after),
+        queries, keys, values, params, dropout,
+        TileRange(far, end, bias_after, True, False), FEATURES, DTABLE, SHAPE,
+    )
+    # fmt: on
+    if DTABLE:
+        tl.store(queries.partial, before + tl.sum(rows_before))
+        tl.store(queries.partial + 2 * reach + 2, after + tl.sum(rows_after))
+    return dq
+
+
+# What changes from batch to batch is not specialized; see the forward kernel.
+@triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
+def _attention_backward_q_kernel(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    table,
+    seed,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    dq,
+    delta,
+    partials,
+    num_seqs,
+    total_q,
+    dout_stride,
+    dout_head_stride,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    scale: tl.float32,
+    softcap: tl.float32,
+    dropout_p: tl.float32,
+    left,
+    right,
+    reach,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    DTABLE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT)
+    SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION)
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
+    program = tl.program_id(0)
+    seq, first, span_q, span_k = find_tile(program, cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES)
+    if first >= span_q.count:  # the grid has a few programs without a tile
+        return
+    q_rows = select_rows(q, span_q, q_stride, head, q_head_stride)
+    dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride)
+    out_rows = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)  # contiguous
+    dq_rows = select_rows(dq, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)
+    q_tile = RowTile(load_rows(q_rows, first, QUERIES, True, SHAPE), q_rows, first)
+    dout_tile = RowTile(load_rows(dout_rows, first, QUERIES, True, SHAPE), dout_rows, first)
+    out_tile = load_rows(out_rows, first, QUERIES, True, SHAPE)
+    # delta is computed here and stored for the kernel of dk and dv, which runs next.
+    query = first + tl.arange(0, QUERIES)
+    head_start = head.to(tl.int64) * total_q + span_q.start
+    row_delta = tl.sum(dout_tile.data.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + head_start + query, row_delta, mask=query < span_q.count)
+    row_lse = load_lse(lse + head_start, query, span_q.count)
+    keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride)
+    values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
+    limits = DistanceLimits(left, right, reach)
+    params = ScoreParams(scale, softcap, table + head * (2 * reach + 1), limits)
+    dropout = DropoutParams(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
+    partial = partials + (program.to(tl.int64) * num_heads + head) * (2 * reach + 3)
+    queries = _QueryTile(q_tile, dout_tile, row_lse, row_delta, partial)
+    grad = _backward_all_keys(queries, keys, values, params, dropout, FEATURES, DTABLE, SHAPE)
+    store_rows(dq_rows, grad * scale, first, QUERIES, SHAPE)

@@ -1,12 +1,12 @@
-"""Padding-free building blocks for training loops and models that call them directly.
+"""Padding-free ops for training loops and models that call them directly.
 
-Everything here takes and returns tensors: no transformers, nothing of the rest of tokenpack.
-Each op has a plain-PyTorch reference, which is the CPU path and what the tests measure against.
+The ops take and return tensors. This package imports neither transformers nor the rest of
+tokenpack. Each op has a reference in plain PyTorch, which runs on the CPU and is the oracle in
+tests.
 """
 
-# From the folder of the repository, `import kernels` finds this one; transformers tries that,
-# looking for a Hugging Face package of the same name. It shall find nothing, least of all ops
-# defined twice.
+# transformers tries `import kernels`, which is a Hugging Face package. With the root of this
+# repository on sys.path, it would import this folder and register every op a second time.
 if __name__ != "kernels":
     from .attention import varlen_attention
     from .layout import (

@@ -1,8 +1,8 @@
-"""Triton, where there is one, and the devices whose tensors go to Triton kernels.
+"""Triton if it is installed, and the devices on which ops launch Triton kernels.
 
-Triton exists on Linux alone. Elsewhere the files that hold kernels still import, and every op runs
-its reference. Under ``TRITON_INTERPRET=1`` Triton runs kernels on CPU tensors, in NumPy: the ops
-then take their kernels there too, which is how the tests run them without a GPU.
+Triton exists only on Linux. Without it, the modules with kernels can still be imported, and every
+op runs its reference. With ``TRITON_INTERPRET=1``, Triton interprets kernels on CPU tensors with
+NumPy. Ops then launch their kernels on the CPU too, so that tests cover them without a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ try:
 except ImportError:
 
     class _Absent:
-        """Takes the place of a module in decorators and annotations, and of nothing else."""
+        """A placeholder for a module, in decorators and annotations only."""
 
         @staticmethod
         def jit(function: Any = None, **options: Any) -> Any:
@@ -35,12 +35,12 @@ DEVICES = (["cuda", "cpu"] if INTERPRETED else ["cuda"]) if AVAILABLE else []
 
 
 def on_triton(op: Any) -> Callable[[Callable], Callable]:
-    """Decorator: the function is what ``op`` runs where Triton does."""
+    """Decorator: register a function as the implementation of ``op`` on Triton's devices."""
 
     def register(launcher: Callable) -> Callable:
         @functools.wraps(launcher)
         def on_device_of_tensors(*args: Any, **kwargs: Any) -> Any:
-            # Triton launches on the current device, which need not be the tensors'.
+            # Triton launches on the current device, which may differ from the tensors' device.
             with torch.cuda.device(_first_tensor(args).device):
                 return launcher(*args, **kwargs)
 
@@ -52,11 +52,11 @@ def on_triton(op: Any) -> Callable[[Callable], Callable]:
 
 
 def _first_tensor(args: Iterable[Any]) -> torch.Tensor:
-    """The first tensor among arguments of an op, which are tensors or begin with a list of them."""
+    """The first argument of an op, or its first element if the argument is a list of tensors."""
     first = next(iter(args))
     return first if isinstance(first, torch.Tensor) else first[0]
 
 
 def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is not below ``number``, which is 1 or more."""
+    """The smallest power of two that is at least ``number``, which must be positive."""
     return 1 << (number - 1).bit_length()

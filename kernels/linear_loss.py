@@ -1,15 +1,16 @@
-"""LM head and cross entropy in one step, without the logits of all tokens at once.
+"""LM head and cross entropy in one op, which never holds the logits of all tokens at once.
 
     logits = hidden @ weight.T + bias, then the losses and reductions of `loss` and `reduction`
 
-Tokens with a target go through the head some hundred at a time, and a chunk's logits give way to
-their own gradient before the next chunk comes. The head's gradients are linear in that of the
-loss: where one number weighs all tokens they are computed in the forward, while the logits are
-there, and only multiplied in the backward (after Liger Kernel, Hsu et al., 2024). Where each token
-or sequence has a loss of its own, the backward computes the logits again.
+The tokens with a target pass through the head in chunks of at least a few hundred. The gradient of
+a chunk's logits overwrites them before the next chunk is computed. All gradients are linear in the
+gradient of the loss. If the loss is a scalar, the forward computes the gradients while it has the
+logits, and the backward only multiplies them by a number (after Liger Kernel, Hsu et al., 2024). If
+each token or sequence has its own loss, the backward computes the logits again.
 
-Both run the chunks of one function, so an op is either its losses, or its losses and gradients.
-Matrix products are PyTorch's own; the softmax is in the kernels of `loss`.
+There are two ops: one returns the losses, the other the losses and the gradients. Both iterate over
+the chunks of one generator. PyTorch computes the matrix products, and the kernels of `loss` the
+softmax.
 """
 
 from __future__ import annotations
@@ -44,32 +45,33 @@ def packed_linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Cross entropy of a linear head over a token stream, reduced over tokens or sequences.
 
-    Beyond its inputs and their gradients it takes memory for one chunk's logits, and for 16-bit
-    weights twice that of their gradient, which is summed in float32. Tokens without a target are
-    not multiplied, and no gradient is computed for what needs none. Under autocast the products
-    are in its dtype and gradients in that of what they belong to, rounded once.
+    In addition to the inputs and their gradients, this needs memory for the logits of one chunk.
+    For 16-bit weights, the gradient of the weight is summed in float32, which takes twice its size.
+    Tokens without a target do not pass through the head, and gradients that are not required are
+    not computed. Under autocast, the products have autocast's dtype. Each gradient has the dtype of
+    its tensor and is rounded once.
 
     Args:
         hidden: ``(total_tokens, hidden_size)``, floating point.
-        weight: ``(num_classes, hidden_size)``, the head's.
+        weight: ``(num_classes, hidden_size)``, the weight of the head.
         bias: ``(num_classes,)`` or None.
-        scale: factor of the logits, before the softcap.
-        num_valid: how many tokens have a target, if known. On a GPU it spares the one wait for the
-            device, which is to count them; an assertion on the device sees that it is right.
+        scale: factor of the logits, applied before the softcap.
+        num_valid: number of tokens that have a target. Pass it if you know it, to skip the wait for
+            a GPU that counts them. It is checked: on a GPU by a device-side assertion.
         labels, cu_seqlens, shift, reduction, sequence_weights, num_items, ignore_index, \
             label_smoothing, z_loss, softcap, return_stats: as in `packed_cross_entropy`.
 
     Returns:
-        As `packed_cross_entropy`: the loss in float32 (float64 for float64 inputs), and with
-        ``return_stats`` the losses of tokens. 0 / 0 = NaN where no token has a target and
-        ``num_items`` is not given, with zero gradients, as in PyTorch. Differentiable once in
-        hidden, weight and bias.
+        As `packed_cross_entropy`: the loss in float32 (float64 for float64 inputs). With
+        ``return_stats``, a tuple of the loss and the stats. If no token has a target and
+        ``num_items`` is None, a mean is 0 / 0 = NaN with zero gradients, as in PyTorch.
+        Differentiable once in hidden, weight and bias.
 
     Raises:
-        TypeError: outside autocast, if hidden, weight and bias do not share one floating-point
-            dtype.
-        ValueError: if a shape, a device or a number does not fit, naming the argument. What only
-            values tell is raised on a CPU and asserted on a GPU, as in `packed_cross_entropy`.
+        TypeError: hidden, weight and bias do not have one floating-point dtype, outside autocast.
+        ValueError: a shape, a device or a number is invalid. The message names the argument.
+            Invalid values are errors on a CPU and device-side assertions on a GPU, as in
+            `packed_cross_entropy`.
     """
     check_options(label_smoothing, softcap)
     compute = _check_head(hidden, weight, bias)
@@ -104,7 +106,7 @@ def packed_linear_cross_entropy(
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Check shapes, dtypes and devices; the dtype of the products."""
+    """Check shapes, dtypes and devices. Returns the dtype of the products."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "hidden must be (total_tokens, hidden_size) and weight (num_classes, hidden_size), "
@@ -122,15 +124,13 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dt
     if not all(tensor.is_floating_point() for tensor in tensors.values()) or (
         len(set(dtypes)) > 1 and not casts
     ):
-        raise TypeError(
-            f"hidden, weight and bias must share one floating-point dtype, got {dtypes}"
-        )
+        raise TypeError(f"hidden, weight and bias must have one floating-point dtype, got {dtypes}")
     return torch.get_autocast_dtype(device_type) if casts else hidden.dtype
 
 
 def _needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
-    learning = torch.is_grad_enabled()
-    return tuple(learning and tensor is not None and tensor.requires_grad for tensor in tensors)
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 # -------------------------------------------------------------------------------------------- ops
@@ -149,7 +149,7 @@ def _linear_cross_entropy(
     compute: torch.dtype,
     num_valid: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token, and whether its target was the largest."""
+    """The loss of each token, and whether its target has the largest logit."""
     options = Options(label_smoothing, z_loss, softcap, scale)
     token_loss, correct = _new_rows(hidden, compute)
     chunks = _chunks(
@@ -178,9 +178,10 @@ def _linear_cross_entropy_and_gradients(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """sum_t dloss[t] * token_loss[t], the tokens' losses, and that sum's gradients.
+    """The sum of dloss[t] * token_loss[t], the token losses, ``correct``, and the sum's gradients.
 
-    Gradients of weight and bias are in float32 (float64); those that nobody needs are empty.
+    The gradients of weight and bias are float32 or float64. Gradients that are not needed are
+    empty.
     """
     options = Options(label_smoothing, z_loss, softcap, scale)
     token_loss, correct = _new_rows(hidden, compute)
@@ -197,7 +198,7 @@ def _linear_cross_entropy_and_gradients(
             torch.ops.tokenpack.cross_entropy_backward_(
                 dloss[rows], logits, lse, targets[rows], *options
             )
-            dlogits = logits  # they are now
+            dlogits = logits  # overwritten in place
             if needs_bias:
                 dbias += dlogits.sum(0, dtype=dbias.dtype)
             if needs_hidden:
@@ -221,20 +222,19 @@ def _chunks(
     token_loss: Tensor,
     correct: Tensor,
 ) -> Iterator[tuple[slice | Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Fill in the losses, chunk by chunk of the tokens that have a target.
+    """Fill ``token_loss`` and ``correct``, chunk by chunk of the tokens that have a target.
 
-    Yields each chunk's rows, its ``(rows, hidden_size)`` inputs, the head's weight,
-    ``(rows, num_classes)`` logits, which may be overwritten, and ``(rows,)`` log of the sum of
-    exponentials.
+    Yields for each chunk: its rows, the ``(rows, hidden_size)`` inputs, the weight of the head, the
+    ``(rows, num_classes)`` logits, which the caller may overwrite, and their ``(rows,)`` logsumexp.
     """
     token_loss.zero_()
     correct.zero_()
     matrix = weight.to(compute)
     offset = None if bias is None else bias.to(compute)
-    memory = None  # of all chunks: while one is in use, there is none for the next
+    memory = None  # reused by all chunks, so that only one chunk of logits exists
     for rows in _split(targets, num_valid, _rows_per_chunk(hidden, weight)):
         inputs = hidden[rows].to(compute)
-        if memory is None:  # the first chunk is the longest
+        if memory is None:  # no later chunk is larger than the first
             memory = inputs.new_empty(inputs.shape[0], weight.shape[0])
         logits = memory[: inputs.shape[0]]
         if offset is None:
@@ -248,23 +248,26 @@ def _chunks(
 
 
 def _without_autocast(like: Tensor) -> torch.autocast:
-    """It had its say: the products are in ``compute``, and what is in float32 stays there."""
+    """Disable autocast: inputs are already in its dtype, and float32 sums must stay float32."""
     return torch.autocast(like.device.type, enabled=False)
 
 
 def _split(targets: Tensor, num_valid: int | None, at_most: int) -> list[slice] | list[Tensor]:
-    """The tokens with a target in even chunks; as slices, which copy nothing, if all have one."""
+    """Chunks of equal size of the tokens that have a target.
+
+    If all tokens have one, the chunks are slices, which select rows without a copy.
+    """
     total = targets.numel()
     is_valid = targets >= 0
     if num_valid is None:
-        rows = is_valid.nonzero().squeeze(1)  # waits for the device, to know how many
+        rows = is_valid.nonzero().squeeze(1)  # waits for the device
         num_valid = rows.numel()
     else:
-        right = is_valid.sum() == num_valid
+        matches = is_valid.sum() == num_valid
         message = f"num_valid must be the number of tokens with a target, got {num_valid}"
-        if right.device.type == "cpu" and not right:
+        if matches.device.type == "cpu" and not matches:
             raise ValueError(f"{message} for {int(is_valid.sum())}")
-        torch._assert_async(right, message)
+        torch._assert_async(matches, message)
         rows = torch.nonzero_static(is_valid, size=num_valid).squeeze(1)
     if num_valid == 0:
         return []
@@ -276,33 +279,34 @@ def _split(targets: Tensor, num_valid: int | None, at_most: int) -> list[slice] 
 
 
 def smallest_chunk(device_type: str) -> int:
-    """Rows that `packed_linear_cross_entropy` takes through the head at once, at least."""
+    """Minimum number of rows per chunk of `packed_linear_cross_entropy`."""
     return 256 if device_type == "cpu" else 1024
 
 
 def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
-    """Rows whose logits take about the memory of the hidden states, but enough for the products.
+    """Rows per chunk, so that its logits take about as much memory as the hidden states.
 
-    Adding a chunk to the weight's gradient moves 8 bytes an element for 2 operations a row: below
-    4 * operations per second / bytes per second rows, memory is what it waits for. That is some
-    30 rows on a CPU core, and 1,000 on a GPU with 16-bit matrix units.
+    The minimum keeps the products compute-bound. Adding a chunk to the gradient of the weight moves
+    8 bytes per element and takes 2 operations per element and row. With fewer than
+    4 * (operations per second) / (bytes per second) rows, it is memory-bound. That is about 30
+    rows on a CPU core, and 1,000 on a GPU with 16-bit matrix units.
     """
     return max(smallest_chunk(hidden.device.type), hidden.numel() // weight.shape[0])
 
 
-_SLICE = 4096  # classes of a 16-bit gradient that go through float32 at a time, at least
+_SLICE = 4096  # classes of a 16-bit gradient that are cast to float32 at a time
 
 
 def _add_product(total: Tensor, dlogits: Tensor, inputs: Tensor) -> None:
-    """``total += dlogits.T @ inputs``, without rounding the product to 16 bits first."""
+    """``total += dlogits.T @ inputs``, without rounding the product to 16 bits."""
     if dlogits.dtype == total.dtype:
         total.addmm_(dlogits.mT, inputs)
         return
-    native = dlogits.is_cuda and torch.version.cuda is not None
-    if not native:
+    mm_casts = dlogits.is_cuda and torch.version.cuda is not None  # torch.mm(out_dtype=) works
+    if not mm_casts:
         inputs = inputs.to(total.dtype)
     for part, columns in zip(total.split(_SLICE), dlogits.split(_SLICE, dim=1), strict=True):
-        if native:
+        if mm_casts:
             part += torch.mm(columns.mT, inputs, out_dtype=total.dtype)
         else:
             part.addmm_(columns.mT.to(total.dtype), inputs)
@@ -328,7 +332,7 @@ def _new_gradients(
     return dhidden, dweight, dbias
 
 
-# ------------------------------------------------------------- what torch.compile and autograd need
+# --------------------------------------------------------------- fakes for torch.compile, autograd
 
 
 @_linear_cross_entropy.register_fake
@@ -352,7 +356,7 @@ def _save_for_losses(ctx, inputs, output) -> None:
 
 
 def _backward_of_losses(ctx, dtoken_loss: Tensor, _dcorrect):
-    _refuse_second_derivatives()
+    _require_first_derivative()
     hidden, weight, bias, targets = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:3])
     _, _, _, *gradients = torch.ops.tokenpack.linear_cross_entropy_and_gradients(
@@ -370,41 +374,42 @@ def _save_for_total(ctx, inputs, output) -> None:
     ctx.options = inputs[5:]
     _, token_loss, correct, *ctx.gradients = output
     ctx.mark_non_differentiable(token_loss, correct, *ctx.gradients)
-    ctx.set_materialize_grads(False)  # no zeros as large as the head for what has no gradient
+    ctx.set_materialize_grads(False)  # do not allocate zeros as large as the head
 
 
 def _backward_of_total(ctx, dtotal: Tensor | None, *_):
-    _refuse_second_derivatives()
-    nothing = (None,) * (5 + len(ctx.options))
+    _require_first_derivative()
+    no_gradients = (None,) * (5 + len(ctx.options))
     if dtotal is None:
-        return nothing
+        return no_gradients
     tensors = ctx.saved_tensors
     gradients, ctx.gradients = ctx.gradients, None
-    if gradients is None:  # handed out by an earlier backward
+    if gradients is None:  # an earlier backward has returned them
         _, _, _, *gradients = torch.ops.tokenpack.linear_cross_entropy_and_gradients(
             *tensors, *ctx.options
         )
-    # Over no items the mean's slope is infinite, and there is nothing that it could scale.
+    # The mean over zero targets has an infinite derivative, and infinity * 0 is NaN.
     dtotal = torch.where((tensors[4] >= 0).any(), dtotal, 0.0)
     needs = ctx.options[-3:]
     scaled = [
         _times(gradient, dtotal).to(of.dtype) if needed else None
         for gradient, of, needed in zip(gradients, tensors[1:4], needs, strict=True)
     ]
-    return None, *scaled, *nothing[4:]
+    return None, *scaled, *no_gradients[4:]
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
-    # In place, which spares a second tensor as large as the head. But a compiler, which hands in
-    # tensors of a type of its own, may not see an output of the forward change.
+    # In place, to avoid a second tensor as large as the head. torch.compile passes a subclass of
+    # Tensor, and does not allow the backward to modify an output of the forward.
     return gradient.mul_(factor) if type(gradient) is Tensor else gradient * factor
 
 
-def _refuse_second_derivatives() -> None:
-    # Under once_differentiable they may be missing without a word.
+def _require_first_derivative() -> None:
+    # once_differentiable may drop second derivatives silently.
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "packed_linear_cross_entropy is differentiable once: no backward with create_graph"
+            "create_graph must be False, got True; "
+            "packed_linear_cross_entropy is differentiable once"
         )
 
 

@@ -3,13 +3,13 @@
     unpad:  stream[t] = padded.flatten(0, 1)[indices[t]]
     repad:  padded.flatten(0, 1)[indices[t]] = stream[t], every other slot = fill
 
-Each is the other's backward. ``unpad`` reads and writes each real row once; ``repad`` reads each
-real row once and writes each padded row once.
+The backward of each op is the other op. ``unpad`` reads and writes each real row once. ``repad``
+reads each real row once and writes each slot once.
 
-On a GPU all tensors of a call go in one launch, in tiles of words of up to 8 bytes whatever their
-dtypes: a copy does not care. A program of ``repad`` owns slots of the padded batch, and finds out
-which token stands in each, if any, by searching ``indices``, which rise. So nothing is cleared
-beforehand, no slot is written twice, and no inverse of ``indices`` is kept.
+On a GPU, one launch copies all tensors of a call. The kernels copy words of up to 8 bytes,
+regardless of the dtypes. A program of ``repad`` writes a block of slots. It finds the token of each
+slot, if there is one, by binary search in ``indices``, which are sorted. So the output need not be
+filled first, no slot is written twice, and no inverse of ``indices`` is stored.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ def unpad(tensors: Tensor, layout: PackedLayout) -> Tensor: ...
 @overload
 def unpad(tensors: Sequence[Tensor], layout: PackedLayout) -> list[Tensor]: ...
 def unpad(tensors: Tensor | Sequence[Tensor], layout: PackedLayout) -> Tensor | list[Tensor]:
-    """Take the real tokens out of padded tensors.
+    """Gather the real tokens of padded tensors into token streams.
 
     Args:
-        tensors: ``(rows, columns, ...)`` of any dtype, or several such tensors whose dtypes and
-            trailing shapes may differ. ``(rows, columns)`` is ``layout.padded_shape``.
-        layout: which slots are real, on the same device.
+        tensors: a ``(rows, columns, ...)`` tensor of any dtype, or a sequence of such tensors.
+            Their dtypes and trailing shapes may differ. ``(rows, columns)`` must be
+            ``layout.padded_shape``.
+        layout: the layout of the padded batch, on the same device.
 
     Returns:
-        ``(total_tokens, ...)`` for each tensor, in the order it came; one tensor for one tensor,
-        a list for a sequence. Differentiable: the gradient of a padded slot is zero.
+        A ``(total_tokens, ...)`` tensor, or a list of them if ``tensors`` is a sequence.
+        Differentiable. The gradient of a padded slot is zero.
 
     Raises:
-        TypeError: if something other than tensors is given.
-        ValueError: if a tensor does not begin with ``layout.padded_shape`` or is elsewhere.
+        TypeError: ``tensors`` is neither a tensor nor a sequence of tensors.
+        ValueError: the shape of a tensor does not start with ``layout.padded_shape``, or a tensor
+            and the layout are on different devices.
     """
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
@@ -66,23 +68,24 @@ def repad(
     *,
     fill: float | Sequence[float] = 0,
 ) -> Tensor | list[Tensor]:
-    """Put token streams back into padded tensors.
+    """Scatter token streams back into padded tensors.
 
     Args:
-        tensors: ``(total_tokens, ...)`` of any dtype, or several such tensors whose dtypes and
-            trailing shapes may differ.
-        layout: which slots are real, on the same device.
-        fill: what the other slots hold; one value for all tensors or one for each. An integer or
-            bool dtype must be able to hold its own exactly; a complex one takes 0.
+        tensors: a ``(total_tokens, ...)`` tensor of any dtype, or a sequence of such tensors.
+            Their dtypes and trailing shapes may differ.
+        layout: the layout of the padded batch, on the same device.
+        fill: value of the padded slots: one for all tensors, or one for each. An integer or bool
+            tensor must be able to represent its value exactly. For a complex tensor it must be 0.
 
     Returns:
-        ``(rows, columns, ...)`` for each tensor, in the order it came; one tensor for one tensor,
-        a list for a sequence. Differentiable: filled slots take no part.
+        A ``(rows, columns, ...)`` tensor, or a list of them if ``tensors`` is a sequence.
+        Differentiable. The gradients of padded slots are ignored.
 
     Raises:
-        TypeError: if something other than tensors is given.
-        ValueError: if a tensor does not begin with ``layout.total_tokens`` or is elsewhere, there
-            are more or fewer fills than tensors, or a fill is nothing that its tensor can hold.
+        TypeError: ``tensors`` is neither a tensor nor a sequence of tensors.
+        ValueError: the shape of a tensor does not start with ``layout.total_tokens``, a tensor and
+            the layout are on different devices, the number of fills is not the number of tensors,
+            or a tensor cannot represent its fill.
     """
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
@@ -112,7 +115,7 @@ def _unpad(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
 def _repad(
     tensors: Sequence[Tensor], indices: Tensor, num_slots: int, fills: Sequence[float]
 ) -> list[Tensor]:
-    target = indices.long()  # index_copy_ takes no int32
+    target = indices.long()  # index_copy_ does not accept int32
     return [
         tensor.new_full(
             (num_slots, *tensor.shape[1:]), _fill_value(fill, tensor.dtype)
@@ -141,6 +144,11 @@ def _unpad_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
+    """Each program copies BLOCK_ROWS tokens of all tensors, BLOCK_WORDS words of each.
+
+    ``streams``, ``paddeds``, ``row_words`` and ``row_strides`` are tuples with one entry per
+    tensor. Row sizes and strides are in words.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
     word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)  # [BW]
     is_token = token < total_tokens
@@ -165,19 +173,22 @@ def _repad_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
+    """Each program writes BLOCK_ROWS slots of all tensors, BLOCK_WORDS words of each."""
     slot = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
     word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)  # [BW]
-    # The first token at this slot or behind it: halve the tokens [token, end) that it may be.
+    # Binary search for the first token whose index is at least the slot, in [token, end).
     token = tl.zeros([BLOCK_ROWS], tl.int64)
     end = token + total_tokens
     for _ in range(search_steps):
         middle = (token + end) // 2
         searching = middle < end
-        before = tl.load(indices + middle, mask=searching, other=num_slots).to(tl.int64) < slot
+        index = tl.load(indices + middle, mask=searching, other=num_slots).to(tl.int64)
+        before = index < slot
         token = tl.where(searching & before, middle + 1, token)
         end = tl.where(searching & ~before, middle, end)
-    behind_all = token >= total_tokens
-    found = tl.load(indices + token, mask=~behind_all, other=-1).to(tl.int64) == slot
+    # A slot without a token gets the fill: no token has its index.
+    has_candidate = token < total_tokens
+    found = tl.load(indices + token, mask=has_candidate, other=-1).to(tl.int64) == slot
     is_slot = slot < num_slots
     for i in tl.static_range(len(paddeds)):
         in_row = (word < row_words[i])[None, :]
@@ -253,14 +264,14 @@ def repad_triton(
 
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-_TILE_WORDS = (
-    1024  # 8 KiB in words of 8 bytes: 4 loads of 16 bytes in flight in each of 128 threads
-)
-_WIDEST_TILE = 512  # words; leaves a program two rows, whose places in memory it finds out at once
+# 8 KiB in words of 8 bytes, so that each of 128 threads has 4 loads of 16 bytes in flight.
+_TILE_WORDS = 1024
+# Words per row. A program then has at least two rows, whose indices it loads at the same time.
+_WIDEST_TILE = 512
 
 
 class _Move(NamedTuple):
-    """Rows to copy, seen as words of one size. The rows of the target lie close together."""
+    """Rows to copy, viewed as words of one size. The rows of the target are contiguous."""
 
     source: Tensor
     target: Tensor
@@ -284,12 +295,13 @@ def _column_blocks(moves: Sequence[_Move], tile: _Tile) -> int:
 
 
 def _as_words(source: Tensor, target: Tensor) -> _Move:
-    """Both as the widest words that rows, strides and addresses are multiples of."""
+    """View both in the widest words that divide the row size, the strides and the addresses."""
     size = source.element_size()
     row_bytes = target.stride(0) * size
     stride_bytes = source.stride(0) * size
-    everything = row_bytes | stride_bytes | source.data_ptr() | target.data_ptr()
-    word = next(width for width in _WORDS if everything % width == 0)
+    # A power of two divides all four numbers if and only if it divides their bitwise or.
+    combined = row_bytes | stride_bytes | source.data_ptr() | target.data_ptr()
+    word = next(width for width in _WORDS if combined % width == 0)
     return _Move(
         _view_as_words(source, word),
         _view_as_words(target, word),
@@ -299,32 +311,31 @@ def _as_words(source: Tensor, target: Tensor) -> _Move:
 
 
 def _view_as_words(rows: Tensor, word: int) -> Tensor:
-    """A flat tensor of the word's dtype that begins where ``rows`` does; only that matters."""
+    """A flat tensor of words at the address of ``rows``. Kernels use only its pointer."""
     storage = rows.untyped_storage()
     first = rows.storage_offset() * rows.element_size()
     words = torch.empty(0, dtype=_WORDS[word], device=rows.device)
-    # Not .view(dtype): it wants a last dimension that is a multiple of the word.
+    # .view(dtype) fails if the size of the last dimension is not a multiple of the word.
     return words.set_(storage, first // word, ((storage.nbytes() - first) // word,), (1,))
 
 
 def _flat_rows(tensor: Tensor) -> Tensor:
-    """``(rows, columns, ...)`` as rows that one stride tells apart; a copy where none does."""
+    """``(rows, columns, ...)`` as ``(rows * columns, ...)`` with one stride, copied if needed."""
     rows, columns = tensor.shape[:2]
-    evenly = rows == 1 or tensor.stride(0) == columns * tensor.stride(1)
-    if not evenly:
+    one_stride = rows == 1 or tensor.stride(0) == columns * tensor.stride(1)
+    if not one_stride:
         tensor = tensor.contiguous()
     return _rows(tensor.flatten(0, 1))
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """``(rows, ...)`` with each row in one piece; a copy where it is not."""
-    one_piece = tensor[:1].is_contiguous()
-    return tensor if one_piece else tensor.contiguous()
+    """``(rows, ...)`` with each row contiguous, copied if needed."""
+    return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
 
 
 @functools.lru_cache(maxsize=256)
 def _fill_pattern(fill: float, dtype: torch.dtype, word: torch.dtype) -> int:
-    """The word that is ``fill`` over and over."""
+    """The word whose bytes are repeated copies of ``fill``."""
     if fill == 0:
         return 0
     count = max(word.itemsize // dtype.itemsize, 1)
@@ -332,7 +343,7 @@ def _fill_pattern(fill: float, dtype: torch.dtype, word: torch.dtype) -> int:
     return int(filled.view(word)[0])
 
 
-# ------------------------------------------------------------- what torch.compile and autograd need
+# --------------------------------------------------------------- fakes for torch.compile, autograd
 
 
 @_unpad.register_fake
@@ -395,7 +406,7 @@ def _as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"tensors[{position}] must be a tensor, got {type(tensor).__name__}")
     if not several:
-        raise ValueError("tensors must hold at least one tensor, got none")
+        raise ValueError("tensors must hold at least one tensor, got an empty sequence")
     return several
 
 
@@ -404,13 +415,13 @@ def _require_leading(
 ) -> None:
     if tuple(tensor.shape[: len(leading)]) != leading:
         raise ValueError(
-            f"tensors[{position}] must begin with {meaning} = {leading}, "
-            f"got shape {tuple(tensor.shape)}"
+            f"tensors[{position}] must have a shape that starts with {meaning} = {leading}, "
+            f"got {tuple(tensor.shape)}"
         )
     if tensor.device != layout.device:
         raise ValueError(
-            f"tensors[{position}] is on {tensor.device} but the layout is on {layout.device}: "
-            "move one with .to(device)"
+            f"tensors[{position}] must be on {layout.device} like the layout, "
+            f"got {tensor.device}; move one with .to(device)"
         )
 
 
@@ -420,6 +431,6 @@ def _require_fill(value: float, dtype: torch.dtype) -> None:
     if dtype.is_complex:
         raise ValueError(f"fill must be 0 for {dtype}, got {value}")
     bounds = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    # The op takes fills as float, which not every int64 survives.
+    # The op takes fills as float, which cannot represent every int64.
     if not (bounds[0] <= value <= bounds[1] and int(value) == value == float(value)):
-        raise ValueError(f"fill must be a value of {dtype}, got {value}")
+        raise ValueError(f"fill must be representable in {dtype}, got {value}")

@@ -1,17 +1,20 @@
-"""Which class each token should give, and how the losses of tokens become one loss.
+"""Choose the target class of each token, and reduce token losses to one loss.
 
-    target[t] = labels[t], or with ``shift`` labels[t + 1] if t + 1 is in t's sequence
+    target[t] = labels[t], or with ``shift`` labels[t + 1] if token t + 1 is in the same sequence
     loss      = sum_t weight[t] * token_loss[t] / denominator
 
-One weight per token carries every reduction. With w[s] the weight of sequence s (1 by default) and
-n[s] its valid tokens, a valid token of s weighs
+Every reduction is expressed by one weight per token. Let w[s] be the weight of sequence s (default
+1) and n[s] its number of valid tokens, which are the tokens with a target. The weight of a valid
+token of s is
 
     w[s]           for "mean", "sum" and "none"
     w[s] / n[s]    for "sequence_mean" and "sequence"
 
-and the denominator of both means is the sum of the weights: the number of valid tokens, or of
-sequences that have any. Shifting here, by sequence, copies no labels and never asks the last token
-of one sequence for the first of the next.
+The denominator of both means is the sum of the weights. Without sequence weights, this is the
+number of valid tokens, or the number of sequences that have any.
+
+The shift is done here, per sequence. It copies no labels, and the target of the last token of a
+sequence is never the first label of the next sequence.
 """
 
 from __future__ import annotations
@@ -27,13 +30,14 @@ REDUCTIONS = ("mean", "sum", "none", "sequence_mean", "sequence")
 
 
 class TokenStats(NamedTuple):
-    """What the loss knows of each token, from the same pass over the logits. Without gradient.
+    """Statistics of each token, from the same pass over the logits. They have no gradient.
 
     Attributes:
-        loss: ``(total_tokens,)`` float32 (float64 for float64 logits), unweighted; 0 where ignored.
-        correct: ``(total_tokens,)`` bool, whether no class has a larger logit than the target, so
-            that a tie counts as correct. False where ignored.
-        valid: ``(total_tokens,)`` bool, whether the token has a target.
+        loss: ``(total_tokens,)`` float32 (float64 for float64 logits). Unweighted. 0 for tokens
+            without a target.
+        correct: ``(total_tokens,)`` bool. True if no class has a larger logit than the target, so
+            a tie counts as correct. False for tokens without a target.
+        valid: ``(total_tokens,)`` bool. True if the token has a target.
     """
 
     loss: Tensor
@@ -42,11 +46,14 @@ class TokenStats(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """How to reduce: see the formulas above.
+    """A reduction of token losses, by the formulas above.
 
     Attributes:
-        targets: ``(total_tokens,)`` int32, a class, or -1 for tokens without one.
-        weights: ``(total_tokens,)`` float32 or float64, 0 for tokens without a target.
+        kind: one of `REDUCTIONS`.
+        targets: ``(total_tokens,)`` int32. A class, or -1 for tokens without a target.
+        weights: ``(total_tokens,)`` float32 or float64. 0 for tokens without a target.
+        cu_seqlens: ``(num_seqs + 1,)`` int32, or None.
+        num_items: denominator of a mean, or None for the sum of the weights.
     """
 
     kind: str
@@ -61,14 +68,14 @@ class Reduction(NamedTuple):
             return weighted
         if self.kind == "sequence":
             assert self.cu_seqlens is not None
-            # unsafe: do not read the boundaries on the host to check them once more
+            # unsafe=True: skip a check of the offsets, which would wait for the device
             return torch.segment_reduce(
                 weighted, "sum", offsets=self.cu_seqlens.long(), unsafe=True
             )
         return self.divide(weighted.sum())
 
     def divide(self, total: Tensor) -> Tensor:
-        """The weighted sum by its denominator."""
+        """Divide the weighted sum by the denominator."""
         if self.kind == "sum":
             return total
         return total / (self.weights.sum() if self.num_items is None else self.num_items)
@@ -87,22 +94,28 @@ def plan_reduction(
     ignore_index: int,
     like: Tensor,
 ) -> Reduction:
-    """Check the arguments that all losses share, and weigh the tokens. Waits for no device.
+    """Check the arguments that all losses share, and compute targets and weights.
+
+    This does not wait for the device.
 
     Args:
-        total_tokens: rows that the loss is taken over.
-        num_classes: classes that a label may name.
-        like: tensor of the loss's dtype and device. Other arguments as in `packed_cross_entropy`.
+        total_tokens: number of tokens of the loss.
+        num_classes: number of classes. Labels must be less than it.
+        like: tensor with the dtype and device of the logits. The other arguments are those of
+            `packed_cross_entropy`.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid. The message names it.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     _check_labels(labels, total_tokens, like)
     _check_sequences(cu_seqlens, sequence_weights, shift, reduction, like)
     if num_items is not None and reduction not in ("mean", "sequence_mean"):
-        raise ValueError(f"num_items is the denominator of a mean; reduction is {reduction!r}")
+        raise ValueError(
+            "num_items must be None unless reduction is 'mean' or 'sequence_mean', "
+            f"got reduction={reduction!r}"
+        )
     if isinstance(num_items, Tensor):
         num_items = num_items.to(like.device)
     targets, weights = torch.ops.tokenpack.token_targets(
@@ -137,21 +150,21 @@ def _check_sequences(
     if cu_seqlens is None:
         if shift or sequence_weights is not None or reduction.startswith("sequence"):
             raise ValueError(
-                "cu_seqlens must say where sequences end, for shift, sequence_weights and "
-                f"reduction={reduction!r}; got None"
+                "cu_seqlens must be given for shift, sequence_weights and reductions over "
+                f"sequences, got None with reduction={reduction!r}"
             )
         return
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be (num_seqs + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens must be on {like.device}, got {cu_seqlens.device}")
     if sequence_weights is None:
         return
     if sequence_weights.shape != (cu_seqlens.numel() - 1,):
         raise ValueError(
-            f"sequence_weights must be ({cu_seqlens.numel() - 1},), one for each sequence, "
+            f"sequence_weights must be (num_seqs,) = ({cu_seqlens.numel() - 1},), "
             f"got {tuple(sequence_weights.shape)}"
         )
     if not sequence_weights.is_floating_point():
@@ -161,7 +174,10 @@ def _check_sequences(
             f"sequence_weights must be on {like.device}, got {sequence_weights.device}"
         )
     if sequence_weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError("sequence_weights get no gradient here: detach() them")
+        raise ValueError(
+            "sequence_weights must not require a gradient, got requires_grad=True; "
+            "pass sequence_weights.detach()"
+        )
 
 
 # ------------------------------------------------------------------ reference: CPU path and oracle
@@ -186,30 +202,31 @@ def _token_targets(
     lengths = bounds.diff()
     if int(bounds[0]) != 0 or int(bounds[-1]) != total or bool((lengths < 0).any()):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the {total} tokens, got {bounds.tolist()!s:.80}"
+            f"cu_seqlens must start at 0, not decrease, and end at total_tokens = {total}, "
+            f"got {bounds.tolist()!s:.80}"
         )
     sequence = torch.arange(lengths.numel(), device=labels.device).repeat_interleave(lengths)
-    own = labels.long()
+    targets = labels.long()
     if shift:
-        own = torch.nn.functional.pad(own, (0, 1), value=ignore_index)[1:]
+        targets = torch.nn.functional.pad(targets, (0, 1), value=ignore_index)[1:]
         is_last = torch.zeros(total, dtype=torch.bool, device=labels.device)
         is_last[bounds[1:][lengths > 0] - 1] = True
-        own.masked_fill_(is_last, ignore_index)
-    valid = own != ignore_index
-    wrong = valid & ((own < 0) | (own >= num_classes))
-    if bool(wrong.any()):
+        targets.masked_fill_(is_last, ignore_index)
+    valid = targets != ignore_index
+    invalid = valid & ((targets < 0) | (targets >= num_classes))
+    if bool(invalid.any()):
         raise ValueError(
             f"labels must be from 0 to {num_classes - 1} or ignore_index = {ignore_index}, "
-            f"got {int(own[wrong][0])}"
+            f"got {int(targets[invalid][0])}"
         )
-    unit = lengths.new_ones(lengths.numel(), dtype=dtype)
+    token_weight = lengths.new_ones(lengths.numel(), dtype=dtype)  # [num_seqs]
     if sequence_weights is not None:
-        unit = sequence_weights.to(dtype)
+        token_weight = sequence_weights.to(dtype)
     if per_sequence:
         counts = torch.zeros_like(lengths).index_add_(0, sequence, valid.long())
-        unit = unit / counts.clamp(min=1)
-    weights = torch.where(valid, unit[sequence], 0.0)
-    return own.masked_fill(~valid, -1).to(torch.int32), weights
+        token_weight = token_weight / counts.clamp(min=1)
+    weights = torch.where(valid, token_weight[sequence], 0.0)
+    return targets.masked_fill(~valid, -1).to(torch.int32), weights
 
 
 # ------------------------------------------------------------------------------------------ Triton
@@ -217,7 +234,7 @@ def _token_targets(
 
 @triton.jit
 def _load_label(labels, token, end, ignore_index, SHIFT: tl.constexpr):
-    """[BLOCK] the labels that tokens should give, ``ignore_index`` past the sequence's end."""
+    """[BLOCK] the target of each token, or ``ignore_index`` beyond the end of the sequence."""
     source = token + SHIFT
     return tl.load(labels + source, mask=source < end, other=ignore_index).to(tl.int64)
 
@@ -229,7 +246,7 @@ def _token_targets_kernel(
     sequence_weights,
     targets,
     weights,
-    wrongs,
+    errors,
     total_tokens,
     num_classes,
     ignore_index,
@@ -239,7 +256,10 @@ def _token_targets_kernel(
     PER_SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A program for each sequence. What is wrong with it goes to wrongs[seq], for the device to see.
+    """Each program handles one sequence, or all tokens if not BOUNDED.
+
+    ``errors[seq]`` is nonzero if a label or a boundary of the sequence is invalid.
+    """
     seq = tl.program_id(0)
     if BOUNDED:
         start = tl.load(cu_seqlens + seq).to(tl.int64)
@@ -247,32 +267,33 @@ def _token_targets_kernel(
         is_first, is_last = seq == 0, seq == tl.num_programs(0) - 1
         misplaced = (start < 0) | (end < start) | (end > total_tokens)
         misplaced |= (is_first & (start != 0)) | (is_last & (end != total_tokens))
+        # Stay within the tensors even if the boundaries are invalid.
         start = tl.maximum(start, 0)
         end = tl.minimum(end, total_tokens)
     else:
         start = tl.zeros([], tl.int64)
         end = start + total_tokens
         misplaced = end < start
-    unit = tl.full([], 1.0, weights.dtype.element_ty)
+    token_weight = tl.full([], 1.0, weights.dtype.element_ty)
     if WEIGHTED:
-        unit = tl.load(sequence_weights + seq).to(weights.dtype.element_ty)
+        token_weight = tl.load(sequence_weights + seq).to(weights.dtype.element_ty)
     if PER_SEQUENCE:
         valid = tl.zeros([BLOCK], tl.int32)
         for first in range(start, end, BLOCK):
             token = first + tl.arange(0, BLOCK)
             label = _load_label(labels, token, end, ignore_index, SHIFT)
             valid += (label != ignore_index).to(tl.int32)
-        unit = unit / tl.maximum(tl.sum(valid), 1).to(unit.dtype)
-    wrong = tl.zeros([BLOCK], tl.int32)
+        token_weight = token_weight / tl.maximum(tl.sum(valid), 1).to(token_weight.dtype)
+    invalid = tl.zeros([BLOCK], tl.int32)
     for first in range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
         label = _load_label(labels, token, end, ignore_index, SHIFT)
         is_valid = label != ignore_index
-        wrong |= (is_valid & ((label < 0) | (label >= num_classes))).to(tl.int32)
+        invalid |= (is_valid & ((label < 0) | (label >= num_classes))).to(tl.int32)
         target = tl.where(is_valid, label, -1).to(tl.int32)
         tl.store(targets + token, target, mask=token < end)
-        tl.store(weights + token, tl.where(is_valid, unit, 0.0), mask=token < end)
-    tl.store(wrongs + seq, misplaced.to(tl.int32) + tl.sum(wrong))
+        tl.store(weights + token, tl.where(is_valid, token_weight, 0.0), mask=token < end)
+    tl.store(errors + seq, misplaced.to(tl.int32) + tl.sum(invalid))
 
 
 @on_triton(_token_targets)
@@ -286,18 +307,19 @@ def token_targets_triton(
     ignore_index: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The op ``token_targets`` in one launch, and a check that does not wait for its outcome."""
+    """The op ``token_targets`` in one launch, and a device-side assertion on its input."""
     targets = torch.empty_like(labels, dtype=torch.int32)
     weights = torch.empty_like(labels, dtype=dtype)
     num_seqs = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
-    wrongs = torch.empty(num_seqs, dtype=torch.int32, device=labels.device)
+    errors = torch.empty(num_seqs, dtype=torch.int32, device=labels.device)
     _token_targets_kernel[(num_seqs,)](
         labels=labels.contiguous(),
+        # An absent tensor is replaced by one that the kernel does not read.
         cu_seqlens=labels if cu_seqlens is None else cu_seqlens.contiguous(),
         sequence_weights=weights if sequence_weights is None else sequence_weights.contiguous(),
         targets=targets,
         weights=weights,
-        wrongs=wrongs,
+        errors=errors,
         total_tokens=labels.numel(),
         num_classes=num_classes,
         ignore_index=ignore_index,
@@ -309,9 +331,9 @@ def token_targets_triton(
         num_warps=4,
     )
     torch._assert_async(
-        (wrongs == 0).all(),
+        (errors == 0).all(),
         f"labels must be from 0 to {num_classes - 1} or ignore_index = {ignore_index}, and "
-        f"cu_seqlens must rise from 0 to the {labels.numel()} tokens",
+        f"cu_seqlens must start at 0, not decrease, and end at total_tokens = {labels.numel()}",
     )
     return targets, weights
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._triton import tl, triton
-from ..loss import _tanh
+from ..loss_kernels import _tanh
 
 
 class Span(NamedTuple):

@@ -193,7 +193,7 @@ BAD_BATCHES = {
     "cu_seqlens must end at total_tokens = 5, got 4": lambda b: {
         "input_ids": b["input_ids"][:1, :5], "cu_seqlens": torch.tensor([0, 2, 4])
     },
-    "cu_seqlens must not fall": lambda b: {
+    "cu_seqlens must not decrease": lambda b: {
         "input_ids": b["input_ids"][:1, :5], "cu_seqlens": torch.tensor([0, 4, 3, 5])
     },
     "input_ids must be .1, total_tokens. when cu_seqlens": lambda b: {

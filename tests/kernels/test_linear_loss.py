@@ -469,7 +469,7 @@ def test_a_shape_that_does_not_fit_is_named(changes, shown):
     ],
 )
 def test_dtypes_that_differ_are_named(changes):
-    with pytest.raises(TypeError, match="hidden, weight and bias must share one floating-point"):
+    with pytest.raises(TypeError, match="hidden, weight and bias must have one floating-point"):
         packed_linear_cross_entropy(*make_inputs(60)._replace(**changes))
 
 
@@ -485,7 +485,7 @@ def test_labels_that_are_not_integers():
         ({"num_valid": 7}, "num_valid must be the number of tokens with a target, got 7 for"),
         ({"softcap": -1.0}, "softcap must be positive or None, got -1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing must be from 0 to 1, got -0.1"),
-        ({"shift": True}, "cu_seqlens must say where sequences end"),
+        ({"shift": True}, "cu_seqlens must be given for shift"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, shown):

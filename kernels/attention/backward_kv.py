@@ -18,7 +18,6 @@ from .primitives import (
     DropoutParams,
     Features,
     RowTile,
-    ScoreParams,
     StridedRows,
     TileRange,
     TileShape,
@@ -27,9 +26,9 @@ from .primitives import (
     dot_transposed,
     dropout_keep_mask,
     find_tile,
-    load_end_biases,
     load_lse,
     load_rows,
+    params_of_head,
     query_ranges,
     select_rows,
     store_rows,
@@ -55,15 +54,7 @@ class _KeyGrads(NamedTuple):
 
 @triton.jit
 def _backward_queries(
-    grads,
-    k,
-    v,
-    queries,
-    params,
-    dropout,
-    tiles,
-    FEATURES: tl.constexpr,
-    SHAPE: tl.constexpr,
+    grads, k, v, queries, params, dropout, tiles, FEATURES: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Add the gradients of one range of query tiles to dk and dv."""
     dk, dv = grads
@@ -105,33 +96,25 @@ def _backward_queries(
 
 @triton.jit
 def _backward_all_queries(
-    grads,
-    k,
-    v,
-    queries,
-    params,
-    dropout,
-    ranges,
-    FEATURES: tl.constexpr,
-    SHAPE: tl.constexpr,
+    grads, k, v, queries, params, dropout, ranges, FEATURES: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Add the gradients of all queries of one head that see the keys to dk and dv."""
     first, near, far, end = ranges
-    before, after = load_end_biases(params.table, params.limits.reach, FEATURES.BIAS)
     LIMITED: tl.constexpr = FEATURES.LEFT or FEATURES.RIGHT
     # fmt: off
     grads = _backward_queries(
         grads, k, v, queries, params, dropout,
-        TileRange(first, tl.minimum(near, end), after, LIMITED, False), FEATURES, SHAPE,
+        TileRange(first, tl.minimum(near, end), params.bias_after, LIMITED, False), FEATURES, SHAPE,
     )
     if FEATURES.BIAS:
         grads = _backward_queries(
             grads, k, v, queries, params, dropout,
-            TileRange(near, tl.minimum(far, end), after, LIMITED, True), FEATURES, SHAPE,
+            TileRange(near, tl.minimum(far, end), params.bias_after, LIMITED, True),
+            FEATURES, SHAPE,
         )
     return _backward_queries(
         grads, k, v, queries, params, dropout,
-        TileRange(far, end, before, FEATURES.LEFT, False), FEATURES, SHAPE,
+        TileRange(far, end, params.bias_before, FEATURES.LEFT, False), FEATURES, SHAPE,
     )
     # fmt: on
 
@@ -207,7 +190,7 @@ def _attention_backward_kv_kernel(
         dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride)
         head_start = head.to(tl.int64) * total_q + span_q.start
         queries = _Queries(q_rows, dout_rows, lse + head_start, delta + head_start)
-        params = ScoreParams(scale, softcap, table + head * (2 * reach + 1), limits)
+        params = params_of_head(scale, softcap, table, head, limits, BIAS)
         dropout = DropoutParams(seed_value, seq, head, dropout_p)
         grads = _backward_all_queries(
             grads, k_tile, v_tile, queries, params, dropout, ranges, FEATURES, SHAPE

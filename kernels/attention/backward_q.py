@@ -23,7 +23,6 @@ from .primitives import (
     DropoutParams,
     Features,
     RowTile,
-    ScoreParams,
     TileRange,
     TileShape,
     add_bias,
@@ -32,9 +31,9 @@ from .primitives import (
     dropout_keep_mask,
     find_tile,
     key_ranges,
-    load_end_biases,
     load_lse,
     load_rows,
+    params_of_head,
     select_rows,
     store_rows,
     visible_mask,
@@ -48,7 +47,6 @@ class _QueryTile(NamedTuple):
     dout: RowTile
     lse: tl.tensor  # [BM], base-2, +inf where no key is visible
     delta: tl.tensor  # [BM]
-    partial: tl.tensor  # pointer to the program's 2 * reach + 3 sums for the table
 
 
 class _QueryGrads(NamedTuple):
@@ -98,9 +96,9 @@ def _backward_keys(
     values,
     params,
     dropout,
+    partial,
     tiles,
     FEATURES: tl.constexpr,
-    DTABLE: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
     """Add the gradients of one range of key tiles to dq and to the sums for the table."""
@@ -126,18 +124,18 @@ def _backward_keys(
             keep = dropout_keep_mask(dropout, query[:, None], key[None, :])
             dweights = tl.where(keep, dweights / (1.0 - dropout.dropout_p), 0.0)
         dscores = weights * (dweights - queries.delta[:, None])  # of the score with its bias
-        if DTABLE:
+        if FEATURES.DTABLE:
             if tiles.TABLE:
                 nearer, farther = _sum_diagonals(dscores, SHAPE.QUERIES, SHAPE.KEYS)
                 base = start - (q.first + offset)
                 more_before, more_after = _write_distances(
-                    carry + farther, base, queries.partial, params.limits.reach, SHAPE.KEYS
+                    carry + farther, base, partial, params.limits.reach, SHAPE.KEYS
                 )
                 before += more_before
                 after += more_after
                 carry = nearer
             else:
-                far_sum += tl.sum(dscores, 1)  # per row: summed across threads once, after the loop
+                far_sum += tl.sum(dscores, 1)  # summed over rows once, after the loop
         dscores = dscores * slope
         if SHAPE.CHUNK:  # load k only now, so that it holds no registers during the products
             k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
@@ -152,18 +150,21 @@ def _backward_all_keys(
     values,
     params,
     dropout,
+    partials,
     FEATURES: tl.constexpr,
-    DTABLE: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """dq without scale, [BM, COLUMNS]. With DTABLE, also writes the program's partial sums."""
+    """dq without scale, [BM, COLUMNS]. With DTABLE, also stores the sums for the table."""
     q, reach = queries.q, params.limits.reach
-    bias_before, bias_after = load_end_biases(params.table, reach, FEATURES.BIAS)
     offset = keys.count - q.rows.count
-    last_query = tl.minimum(q.first + SHAPE.QUERIES, q.rows.count) - 1
+    first_position = q.first + offset
+    last_position = tl.minimum(q.first + SHAPE.QUERIES, q.rows.count) - 1 + offset
     first, near, far, visible_end, end = key_ranges(
-        q.first + offset, last_query + offset, keys.count, params.limits, FEATURES, SHAPE.KEYS
+        first_position, last_position, keys.count, params.limits, FEATURES, SHAPE.KEYS
     )
+    # This program's own row of sums for the table.
+    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    partial = partials + program * (2 * reach + 3)
     dq = tl.zeros([SHAPE.QUERIES, SHAPE.COLUMNS], tl.float32)
     rows_before = tl.zeros([SHAPE.QUERIES], tl.float32)
     rows_after = tl.zeros([SHAPE.QUERIES], tl.float32)
@@ -173,38 +174,38 @@ def _backward_all_keys(
     # fmt: off
     dq, rows_before, carry, before, after = _backward_keys(
         _QueryGrads(dq, rows_before, carry, before, after),
-        queries, keys, values, params, dropout,
-        TileRange(first, near, bias_before, FEATURES.LEFT, False), FEATURES, DTABLE, SHAPE,
+        queries, keys, values, params, dropout, partial,
+        TileRange(first, near, params.bias_before, FEATURES.LEFT, False), FEATURES, SHAPE,
     )
     if FEATURES.BIAS:
         dq, rows_before, carry, before, after = _backward_keys(
             _QueryGrads(dq, rows_before, carry, before, after),
-            queries, keys, values, params, dropout,
-            TileRange(near, tl.minimum(far, end), bias_before, True, True), FEATURES, DTABLE, SHAPE,
+            queries, keys, values, params, dropout, partial,
+            TileRange(near, tl.minimum(far, end), params.bias_before, True, True), FEATURES, SHAPE,
         )
-        if DTABLE:
+        if FEATURES.DTABLE:
             # The last tile's carry has no next tile. Write it as if one followed, at key `far`.
             more_before, more_after = _write_distances(
-                carry, far - (q.first + offset), queries.partial, reach, SHAPE.KEYS
+                carry, far - first_position, partial, reach, SHAPE.KEYS
             )
             before += more_before
             after += more_after
         if not FEATURES.RIGHT and not FEATURES.LEFT:
             dq, rows_after, carry, before, after = _backward_keys(
                 _QueryGrads(dq, rows_after, carry, before, after),
-                queries, keys, values, params, dropout,
-                TileRange(far, visible_end, bias_after, False, False), FEATURES, DTABLE, SHAPE,
+                queries, keys, values, params, dropout, partial,
+                TileRange(far, visible_end, params.bias_after, False, False), FEATURES, SHAPE,
             )
             far = visible_end
     dq, rows_after, carry, before, after = _backward_keys(
         _QueryGrads(dq, rows_after, carry, before, after),
-        queries, keys, values, params, dropout,
-        TileRange(far, end, bias_after, True, False), FEATURES, DTABLE, SHAPE,
+        queries, keys, values, params, dropout, partial,
+        TileRange(far, end, params.bias_after, True, False), FEATURES, SHAPE,
     )
     # fmt: on
-    if DTABLE:
-        tl.store(queries.partial, before + tl.sum(rows_before))
-        tl.store(queries.partial + 2 * reach + 2, after + tl.sum(rows_after))
+    if FEATURES.DTABLE:
+        tl.store(partial, before + tl.sum(rows_before))
+        tl.store(partial + 2 * reach + 2, after + tl.sum(rows_after))
     return dq
 
 
@@ -254,11 +255,12 @@ def _attention_backward_q_kernel(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT)
+    FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT, DTABLE)
     SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION)
     head, num_heads = tl.program_id(1), tl.num_programs(1)
-    program = tl.program_id(0)
-    seq, first, span_q, span_k = find_tile(program, cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES)
+    seq, first, span_q, span_k = find_tile(
+        tl.program_id(0), cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES
+    )
     if first >= span_q.count:  # the grid has a few programs without a tile
         return
     q_rows = select_rows(q, span_q, q_stride, head, q_head_stride)
@@ -277,9 +279,8 @@ def _attention_backward_q_kernel(
     keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride)
     values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
     limits = DistanceLimits(left, right, reach)
-    params = ScoreParams(scale, softcap, table + head * (2 * reach + 1), limits)
+    params = params_of_head(scale, softcap, table, head, limits, BIAS)
     dropout = DropoutParams(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
-    partial = partials + (program.to(tl.int64) * num_heads + head) * (2 * reach + 3)
-    queries = _QueryTile(q_tile, dout_tile, row_lse, row_delta, partial)
-    grad = _backward_all_keys(queries, keys, values, params, dropout, FEATURES, DTABLE, SHAPE)
+    queries = _QueryTile(q_tile, dout_tile, row_lse, row_delta)
+    grad = _backward_all_keys(queries, keys, values, params, dropout, partials, FEATURES, SHAPE)
     store_rows(dq_rows, grad * scale, first, QUERIES, SHAPE)

@@ -26,7 +26,6 @@ from .primitives import (
     DropoutParams,
     Features,
     RowTile,
-    ScoreParams,
     TileRange,
     TileShape,
     add_bias,
@@ -35,8 +34,8 @@ from .primitives import (
     dropout_keep_mask,
     find_tile,
     key_ranges,
-    load_end_biases,
     load_rows,
+    params_of_head,
     select_rows,
     store_rows,
     visible_mask,
@@ -55,15 +54,7 @@ class _Softmax(NamedTuple):
 
 @triton.jit
 def _attend_keys(
-    softmax,
-    q,
-    keys,
-    values,
-    params,
-    dropout,
-    tiles,
-    FEATURES: tl.constexpr,
-    SHAPE: tl.constexpr,
+    softmax, q, keys, values, params, dropout, tiles, FEATURES: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Add the key tiles of one range to the softmax of a tile of queries."""
     acc, row_max, row_sum = softmax
@@ -101,11 +92,11 @@ def _attend_keys(
 @triton.jit
 def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, SHAPE: tl.constexpr):
     """The softmax of a tile of queries over all visible keys, range by range."""
-    before, after = load_end_biases(params.table, params.limits.reach, FEATURES.BIAS)
     offset = keys.count - q.rows.count
-    last_query = tl.minimum(q.first + SHAPE.QUERIES, q.rows.count) - 1
+    first_position = q.first + offset
+    last_position = tl.minimum(q.first + SHAPE.QUERIES, q.rows.count) - 1 + offset
     first, near, far, visible_end, end = key_ranges(
-        q.first + offset, last_query + offset, keys.count, params.limits, FEATURES, SHAPE.KEYS
+        first_position, last_position, keys.count, params.limits, FEATURES, SHAPE.KEYS
     )
     softmax = _Softmax(
         tl.zeros([SHAPE.QUERIES, SHAPE.COLUMNS], tl.float32),
@@ -115,22 +106,22 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
     # fmt: off
     softmax = _attend_keys(
         softmax, q, keys, values, params, dropout,
-        TileRange(first, near, before, FEATURES.LEFT, False), FEATURES, SHAPE,
+        TileRange(first, near, params.bias_before, FEATURES.LEFT, False), FEATURES, SHAPE,
     )
     if FEATURES.BIAS:
         softmax = _attend_keys(
             softmax, q, keys, values, params, dropout,
-            TileRange(near, tl.minimum(far, end), before, True, True), FEATURES, SHAPE,
+            TileRange(near, tl.minimum(far, end), params.bias_before, True, True), FEATURES, SHAPE,
         )
         if not FEATURES.RIGHT and not FEATURES.LEFT:
             softmax = _attend_keys(
                 softmax, q, keys, values, params, dropout,
-                TileRange(far, visible_end, after, False, False), FEATURES, SHAPE,
+                TileRange(far, visible_end, params.bias_after, False, False), FEATURES, SHAPE,
             )
             far = visible_end
     return _attend_keys(
         softmax, q, keys, values, params, dropout,
-        TileRange(far, end, after, True, False), FEATURES, SHAPE,
+        TileRange(far, end, params.bias_after, True, False), FEATURES, SHAPE,
     )
     # fmt: on
 
@@ -190,7 +181,7 @@ def _attention_forward_kernel(
     values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
     outs = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)  # out is contiguous
     limits = DistanceLimits(left, right, reach)
-    params = ScoreParams(scale, softcap, table + head * (2 * reach + 1), limits)
+    params = params_of_head(scale, softcap, table, head, limits, BIAS)
     dropout = DropoutParams(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     acc, row_max, row_sum = _attend_all_keys(q_tile, keys, values, params, dropout, FEATURES, SHAPE)
     sees_any = row_sum > 0.0  # a query that sees no key gives 0, and a logsumexp of -inf

@@ -62,6 +62,8 @@ class ScoreParams(NamedTuple):
     scale: tl.tensor
     softcap: tl.tensor
     table: tl.tensor  # pointer to this head's 2 * reach + 1 biases, in base-2 units
+    bias_before: tl.tensor  # of all keys beyond the reach before the query, or 0 without a bias
+    bias_after: tl.tensor  # of all keys beyond the reach after the query
     limits: DistanceLimits
 
 
@@ -85,13 +87,14 @@ class TileRange(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The options of a call that change the code. LEFT and RIGHT: that side has a limit."""
+    """The options of a call that change the code."""
 
-    LEFT: tl.constexpr
-    RIGHT: tl.constexpr
+    LEFT: tl.constexpr  # the window has a limit on the left
+    RIGHT: tl.constexpr  # the window has a limit on the right, or the mask is causal
     SOFTCAP: tl.constexpr
     BIAS: tl.constexpr
     DROPOUT: tl.constexpr
+    DTABLE: tl.constexpr = False  # in the kernel of dq: compute the table's gradient
 
 
 class TileShape(NamedTuple):
@@ -131,12 +134,14 @@ def select_rows(base, span, stride, head, head_stride):
 
 
 @triton.jit
-def load_end_biases(table, reach, BIAS: tl.constexpr):
-    """The bias of all keys beyond the reach: before the query, and after it."""
+def params_of_head(scale, softcap, table, head, limits, BIAS: tl.constexpr):
+    """The `ScoreParams` of one head."""
+    row = table + head * (2 * limits.reach + 1)
     if BIAS:
-        return tl.load(table), tl.load(table + 2 * reach)
+        before, after = tl.load(row), tl.load(row + 2 * limits.reach)
     else:
-        return 0.0, 0.0
+        before, after = 0.0, 0.0
+    return ScoreParams(scale, softcap, row, before, after, limits)
 
 
 @triton.jit
@@ -216,7 +221,7 @@ def query_ranges(
 @triton.jit
 def load_rows(rows, first, SIZE: tl.constexpr, MASKED: tl.constexpr, SHAPE: tl.constexpr):
     """[SIZE, COLUMNS] from row ``first`` on; MASKED if the rows may end within the tile."""
-    return load_columns(rows, first, 0, SIZE, SHAPE.COLUMNS, SHAPE.HEAD_DIM, MASKED)
+    return load_columns(rows, first, 0, SIZE, SHAPE.COLUMNS, MASKED, SHAPE)
 
 
 @triton.jit
@@ -226,8 +231,8 @@ def load_columns(
     first_column,
     SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """[SIZE, COLUMNS] from a row and a column on, 0 past the last row and the last column."""
     row = tl.arange(0, SIZE)
@@ -237,11 +242,11 @@ def load_columns(
     tile = tile + row[:, None] * rows.stride + column[None, :]
     if MASKED:
         inside = (first + row < rows.count)[:, None]
-        if HEAD_DIM % COLUMNS:
-            inside = inside & (column < HEAD_DIM)[None, :]
+        if SHAPE.HEAD_DIM % COLUMNS:
+            inside = inside & (column < SHAPE.HEAD_DIM)[None, :]
         return tl.load(tile, mask=inside, other=0.0)
-    if HEAD_DIM % COLUMNS:  # every row exists, but not every column
-        return tl.load(tile, mask=(column < HEAD_DIM)[None, :], other=0.0)
+    if SHAPE.HEAD_DIM % COLUMNS:  # every row exists, but not every column
+        return tl.load(tile, mask=(column < SHAPE.HEAD_DIM)[None, :], other=0.0)
     return tl.load(tile)
 
 
@@ -278,22 +283,10 @@ def dot_transposed(left, right, MASKED: tl.constexpr, SHAPE: tl.constexpr):
         product = tl.zeros([left.data.shape[0], right.data.shape[0]], tl.float32)
         for column in range(0, SHAPE.HEAD_DIM, SHAPE.CHUNK):
             a = load_columns(
-                left.rows,
-                left.first,
-                column,
-                left.data.shape[0],
-                SHAPE.CHUNK,
-                SHAPE.HEAD_DIM,
-                True,
+                left.rows, left.first, column, left.data.shape[0], SHAPE.CHUNK, True, SHAPE
             )
             b = load_columns(
-                right.rows,
-                right.first,
-                column,
-                right.data.shape[0],
-                SHAPE.CHUNK,
-                SHAPE.HEAD_DIM,
-                MASKED,
+                right.rows, right.first, column, right.data.shape[0], SHAPE.CHUNK, MASKED, SHAPE
             )
             product = tl.dot(a, tl.trans(b), product, input_precision=SHAPE.PRECISION)
     else:

@@ -1,7 +1,8 @@
-"""What a token budget consists of: its fields, their defaults, and where they are checked.
+"""The options of a token budget: their defaults, help and checks.
 
-The trainers take the fields as keywords, `TokenBudgetArguments` carries them for scripts and
-`HfArgumentParser`. A keyword outweighs the field of the arguments.
+`TokenBudget` declares each option once. `TokenBudgetArguments` copies the defaults and the help for
+scripts and `HfArgumentParser`. The trainers take the options as keywords, which take precedence
+over the fields of the arguments.
 """
 
 from __future__ import annotations
@@ -17,13 +18,26 @@ Overlong = Literal["error", "truncate", "drop"]
 
 
 class _FromArgs:
-    """Default of a keyword that is looked up in the arguments, then in `TokenBudget`."""
+    """Default of a trainer's keyword: take the value from the arguments, then `TokenBudget`."""
 
     def __repr__(self) -> str:
         return "FROM_ARGS"
 
 
 FROM_ARGS: Final[Any] = _FromArgs()
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    """Declare an option of `TokenBudget`.
+
+    Args:
+        default: the default value. If it is True or False, the option accepts only these two.
+        help: the help text of the command-line flag.
+        metadata: ``minimum``, the smallest accepted integer; ``optional``, True if None is accepted
+            too; ``choices``, the accepted values; ``args_name``, the name in
+            `TokenBudgetArguments`, if it differs.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
@@ -61,59 +75,77 @@ class TokenBudget:
             and count it, instead of an error.
     """
 
-    max_tokens_per_batch: int = 8192
-    max_tokens_per_microbatch: int = 1024
-    max_eval_tokens_per_microbatch: int = 512
-    max_encoder_len: int | None = 512
-    max_decoder_len: int | None = 256
-    overlong: Overlong = "error"
-    length_column_name: str = "input_length"
-    use_cpu_microbatch: bool = True
-    pack: bool = True
-    auto_find_microbatch: bool = False
-    log_longest_every: int = 100
-    debug: bool = False
-    oom_max_retries: int = 3
-    oom_skip_batch_on_fail: bool = False
+    max_tokens_per_batch: int = _option(
+        8192, "Tokens of a batch, over all ranks together.", minimum=1
+    )
+    max_tokens_per_microbatch: int = _option(
+        1024, "Tokens of one forward and backward on one rank.", minimum=1
+    )
+    max_eval_tokens_per_microbatch: int = _option(
+        512, "The same in evaluation and prediction.", minimum=1
+    )
+    max_encoder_len: int | None = _option(
+        512, "Longest sequence on the encoder's side.", minimum=1, optional=True
+    )
+    max_decoder_len: int | None = _option(
+        256, "Longest sequence on the decoder's side.", minimum=1, optional=True
+    )
+    overlong: Overlong = _option(
+        "error",
+        "What happens to an example over a limit.",
+        choices=["error", "truncate", "drop"],
+    )
+    length_column_name: str = _option(
+        "input_length", "Column of the dataset that knows the lengths."
+    )
+    use_cpu_microbatch: bool = _option(
+        True, "Leave the batch in host memory, copy one piece ahead."
+    )
+    pack: bool = _option(True, "Patch the model to compute real tokens alone.")
+    auto_find_microbatch: bool = _option(False, "Find the largest micro-batch that fits first.")
+    log_longest_every: int = _option(
+        100, "Steps between logs of the longest sequence; 0: never.", minimum=0
+    )
+    debug: bool = _option(
+        False, "Print the first planned batches as a table.", args_name="debug_batches"
+    )
+    oom_max_retries: int = _option(
+        3, "Times that a step which ran out of memory is done again.", minimum=0
+    )
+    oom_skip_batch_on_fail: bool = _option(False, "Then leave out what does not fit, and count it.")
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}")
-            object.__setattr__(self, name, int(value))
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.overlong not in ("error", "truncate", "drop"):
-            raise ValueError(
-                f"overlong must be 'error', 'truncate' or 'drop', got {self.overlong!r}"
-            )
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
 
 
-_LEAST = {
-    "max_tokens_per_batch": 1,
-    "max_tokens_per_microbatch": 1,
-    "max_eval_tokens_per_microbatch": 1,
-    "max_encoder_len": 1,
-    "max_decoder_len": 1,
-    "log_longest_every": 0,
-    "oom_max_retries": 0,
-}
-_SWITCHES = (
-    "use_cpu_microbatch",
-    "pack",
-    "auto_find_microbatch",
-    "debug",
-    "oom_skip_batch_on_fail",
-)
-_OPTIONAL = ("max_encoder_len", "max_decoder_len")
-# `TrainingArguments.debug` is something else.
-_IN_ARGS = {"debug": "debug_batches"}
+def _checked(option: dataclasses.Field[Any], value: Any) -> Any:
+    """Return ``value``, as an int if the option has a minimum.
+
+    Raises:
+        TypeError: if ``value`` has the wrong type.
+        ValueError: if ``value`` is out of range or not among the choices.
+    """
+    name, checks = option.name, option.metadata
+    if isinstance(option.default, bool) and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    if "choices" in checks and value not in checks["choices"]:
+        *others, last = map(repr, checks["choices"])
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+    if "minimum" not in checks or (value is None and checks.get("optional")):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < checks["minimum"]:
+        raise ValueError(f"{name} must be {checks['minimum']} or more, got {value}")
+    return int(value)
+
+
+def _copied(name: str) -> Any:
+    """A field with the default of an option, and the metadata that `HfArgumentParser` accepts."""
+    option = TokenBudget.__dataclass_fields__[name]
+    metadata = {key: option.metadata[key] for key in ("help", "choices") if key in option.metadata}
+    return field(default=option.default, metadata=metadata)
 
 
 @dataclass
@@ -126,57 +158,25 @@ class TokenBudgetArguments(Seq2SeqTrainingArguments):
     `IterableDataset`, which cannot be planned.
     """
 
-    max_tokens_per_batch: int = field(
-        default=8192, metadata={"help": "Tokens of a batch, over all ranks together."}
-    )
-    max_tokens_per_microbatch: int = field(
-        default=1024, metadata={"help": "Tokens of one forward and backward on one rank."}
-    )
-    max_eval_tokens_per_microbatch: int = field(
-        default=512, metadata={"help": "The same in evaluation and prediction."}
-    )
-    max_encoder_len: int | None = field(
-        default=512, metadata={"help": "Longest sequence on the encoder's side."}
-    )
-    max_decoder_len: int | None = field(
-        default=256, metadata={"help": "Longest sequence on the decoder's side."}
-    )
-    overlong: str = field(
-        default="error",
-        metadata={
-            "help": "What happens to an example over a limit.",
-            "choices": ["error", "truncate", "drop"],
-        },
-    )
-    length_column_name: str = field(
-        default="input_length", metadata={"help": "Column of the dataset that knows the lengths."}
-    )
-    use_cpu_microbatch: bool = field(
-        default=True, metadata={"help": "Leave the batch in host memory, copy one piece ahead."}
-    )
-    pack: bool = field(
-        default=True, metadata={"help": "Patch the model to compute real tokens alone."}
-    )
-    auto_find_microbatch: bool = field(
-        default=False, metadata={"help": "Find the largest micro-batch that fits first."}
-    )
-    log_longest_every: int = field(
-        default=100, metadata={"help": "Steps between logs of the longest sequence; 0: never."}
-    )
-    debug_batches: bool = field(
-        default=False, metadata={"help": "Print the first planned batches as a table."}
-    )
-    oom_max_retries: int = field(
-        default=3, metadata={"help": "Times that a step which ran out of memory is done again."}
-    )
-    oom_skip_batch_on_fail: bool = field(
-        default=False, metadata={"help": "Then leave out what does not fit, and count it."}
-    )
+    max_tokens_per_batch: int = _copied("max_tokens_per_batch")
+    max_tokens_per_microbatch: int = _copied("max_tokens_per_microbatch")
+    max_eval_tokens_per_microbatch: int = _copied("max_eval_tokens_per_microbatch")
+    max_encoder_len: int | None = _copied("max_encoder_len")
+    max_decoder_len: int | None = _copied("max_decoder_len")
+    overlong: str = _copied("overlong")
+    length_column_name: str = _copied("length_column_name")
+    use_cpu_microbatch: bool = _copied("use_cpu_microbatch")
+    pack: bool = _copied("pack")
+    auto_find_microbatch: bool = _copied("auto_find_microbatch")
+    log_longest_every: int = _copied("log_longest_every")
+    debug_batches: bool = _copied("debug")
+    oom_max_retries: int = _copied("oom_max_retries")
+    oom_skip_batch_on_fail: bool = _copied("oom_skip_batch_on_fail")
 
 
-def args_name(name: str) -> str:
-    """What `TokenBudgetArguments` call a field of `TokenBudget`."""
-    return _IN_ARGS.get(name, name)
+def args_name(option: str) -> str:
+    """The name of an option of `TokenBudget` in `TokenBudgetArguments`."""
+    return TokenBudget.__dataclass_fields__[option].metadata.get("args_name", option)
 
 
 def budget_of(

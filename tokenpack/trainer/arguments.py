@@ -42,77 +42,80 @@ def _option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """How much is computed at once, and what happens to what does not fit.
+    """How many tokens are computed at once, and how the trainers handle what does not fit.
 
-    A token is a token of the encoder's or the decoder's input. Without packing (``pack=False``) a
-    padded slot counts for one too.
+    Tokens are input tokens of the encoder and the decoder. Without packing (``pack=False``), padded
+    slots count as tokens too.
 
     Attributes:
-        max_tokens_per_batch: tokens of a batch, over all ranks together. An optimizer step takes
-            ``gradient_accumulation_steps`` batches, so neither the number of ranks nor that of
-            micro-batches changes what it learns from.
-        max_tokens_per_microbatch: tokens of one forward and backward on one rank.
-        max_eval_tokens_per_microbatch: the same in evaluation and prediction; a longer sequence is
-            evaluated by itself.
-        max_encoder_len: longest sequence on the encoder's side (or of a causal model), None for
-            no limit.
-        max_decoder_len: longest sequence on the decoder's side, None for no limit.
-        overlong: what happens to a training example over a length limit or over
-            ``max_tokens_per_microbatch``: an ``"error"`` before training, ``"truncate"`` or
-            ``"drop"`` it, counted.
-        length_column_name: column of the dataset that knows the lengths, if there is one; see
+        max_tokens_per_batch: maximum number of tokens of a batch, over all ranks. An optimizer step
+            takes ``gradient_accumulation_steps`` batches. The result of training therefore does not
+            depend on the number of ranks or micro-batches.
+        max_tokens_per_microbatch: maximum number of tokens of one forward and backward on one rank.
+        max_eval_tokens_per_microbatch: maximum number of slots (rows x columns) of a batch in
+            evaluation and prediction, on one rank. A longer sequence gets a batch of its own.
+        max_encoder_len: maximum length of an encoder sequence, or of a sequence of a causal model.
+            None means no limit.
+        max_decoder_len: maximum length of a decoder sequence. None means no limit.
+        overlong: how to handle a training example that exceeds a length limit or
+            ``max_tokens_per_microbatch``: ``"error"`` raises an error before training,
+            ``"truncate"`` shortens the example, ``"drop"`` removes it. The trainer counts truncated
+            and dropped examples.
+        length_column_name: dataset column that contains the lengths, if there is one. See
             `tokenpack.trainer.dataset_lengths`.
-        use_cpu_microbatch: leave the batch in (pinned) host memory and copy one micro-batch ahead;
-            else it goes to the device whole and is cut there.
-        pack: patch the model, so that it computes real tokens alone.
-        auto_find_microbatch: find the largest ``max_tokens_per_microbatch`` that fits, up to
-            ``max_tokens_per_batch``, before the first step.
-        log_longest_every: log the longest sequence every so many steps; 0 for never.
+        use_cpu_microbatch: keep the batch in (pinned) host memory, and copy the next micro-batch to
+            the device during the current one. If False, copy the whole batch to the device and
+            split it there.
+        pack: patch the model so that it computes real tokens only.
+        auto_find_microbatch: before the first step, search for the largest
+            ``max_tokens_per_microbatch`` that fits in memory, up to ``max_tokens_per_batch``.
+        log_longest_every: log the longest sequence every this many steps. 0 means never.
         debug: print the first planned batches.
-        oom_max_retries: how often a step is done again with a smaller budget after it ran out of
-            memory. With 0, DDP overlaps its communication with the last backward again.
-        oom_skip_batch_on_fail: after that, or where a single sequence does not fit, leave it out
-            and count it, instead of an error.
+        oom_max_retries: how often a step that ran out of memory is repeated, each time with smaller
+            micro-batches. With 0, steps are not repeated, and DDP overlaps its communication with
+            the last backward.
+        oom_skip_batch_on_fail: if a step or a single sequence still does not fit, skip it and count
+            it, instead of raising an error.
     """
 
     max_tokens_per_batch: int = _option(
-        8192, "Tokens of a batch, over all ranks together.", minimum=1
+        8192, "Maximum number of tokens of a batch, over all ranks.", minimum=1
     )
     max_tokens_per_microbatch: int = _option(
-        1024, "Tokens of one forward and backward on one rank.", minimum=1
+        1024, "Maximum number of tokens of a forward and backward on a rank.", minimum=1
     )
     max_eval_tokens_per_microbatch: int = _option(
-        512, "The same in evaluation and prediction.", minimum=1
+        512, "Maximum number of slots of an evaluation batch on a rank.", minimum=1
     )
     max_encoder_len: int | None = _option(
-        512, "Longest sequence on the encoder's side.", minimum=1, optional=True
+        512, "Maximum length of an encoder sequence.", minimum=1, optional=True
     )
     max_decoder_len: int | None = _option(
-        256, "Longest sequence on the decoder's side.", minimum=1, optional=True
+        256, "Maximum length of a decoder sequence.", minimum=1, optional=True
     )
     overlong: Overlong = _option(
         "error",
-        "What happens to an example over a limit.",
+        "How to handle a training example that exceeds a limit.",
         choices=["error", "truncate", "drop"],
     )
-    length_column_name: str = _option(
-        "input_length", "Column of the dataset that knows the lengths."
-    )
+    length_column_name: str = _option("input_length", "Dataset column that contains the lengths.")
     use_cpu_microbatch: bool = _option(
-        True, "Leave the batch in host memory, copy one piece ahead."
+        True, "Keep the batch in host memory, and prefetch micro-batches."
     )
-    pack: bool = _option(True, "Patch the model to compute real tokens alone.")
-    auto_find_microbatch: bool = _option(False, "Find the largest micro-batch that fits first.")
+    pack: bool = _option(True, "Patch the model so that it computes real tokens only.")
+    auto_find_microbatch: bool = _option(False, "Search for the largest micro-batch that fits.")
     log_longest_every: int = _option(
-        100, "Steps between logs of the longest sequence; 0: never.", minimum=0
+        100, "Steps between logs of the longest sequence. 0 means never.", minimum=0
     )
     debug: bool = _option(
         False, "Print the first planned batches as a table.", args_name="debug_batches"
     )
     oom_max_retries: int = _option(
-        3, "Times that a step which ran out of memory is done again.", minimum=0
+        3, "How often to repeat a step that ran out of memory.", minimum=0
     )
-    oom_skip_batch_on_fail: bool = _option(False, "Then leave out what does not fit, and count it.")
+    oom_skip_batch_on_fail: bool = _option(
+        False, "Skip what still does not fit, instead of raising an error."
+    )
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -152,10 +155,11 @@ def _copied(name: str) -> Any:
 class TokenBudgetArguments(Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the fields of a `TokenBudget`.
 
-    But ``debug`` is ``debug_batches`` here: transformers has a ``debug`` of its own.
+    The field ``debug`` is called ``debug_batches`` here, because transformers has a ``debug`` of
+    its own.
 
-    ``per_device_train_batch_size`` plays no part where batches are planned; it still counts for an
-    `IterableDataset`, which cannot be planned.
+    ``per_device_train_batch_size`` has no effect on planned batches. It sets the number of rows in
+    the batches of an `IterableDataset`, which cannot be planned.
     """
 
     max_tokens_per_batch: int = _copied("max_tokens_per_batch")
@@ -182,10 +186,19 @@ def args_name(option: str) -> str:
 def budget_of(
     args: TrainingArguments, given: dict[str, Any], defaults: dict[str, Any]
 ) -> TokenBudget:
-    """The keywords that were given, then fields of ``args``, then ``defaults``, then the class's.
+    """Build the budget of a trainer.
+
+    The value of each option is the keyword of the trainer if it was passed, else the field of
+    ``args`` if these are `TokenBudgetArguments`, else the default of the trainer's class, else the
+    default of `TokenBudget`.
+
+    Args:
+        args: the trainer's arguments.
+        given: the trainer's keyword for each option, or ``FROM_ARGS``.
+        defaults: defaults of the trainer's class.
 
     Raises:
-        TypeError, ValueError: if a number is none, or out of range.
+        TypeError, ValueError: if an option has the wrong type or is out of range.
     """
     values = {} if isinstance(args, TokenBudgetArguments) else dict(defaults)
     for each in dataclasses.fields(TokenBudget):

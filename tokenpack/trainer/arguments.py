@@ -14,8 +14,6 @@ from typing import Any, Final, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-Overlong = Literal["error", "truncate", "drop"]
-
 
 class _FromArgs:
     """Default of a trainer's keyword: take the value from the arguments, then `TokenBudget`."""
@@ -93,7 +91,7 @@ class TokenBudget:
     max_decoder_len: int | None = _option(
         256, "Maximum length of a decoder sequence.", minimum=1, optional=True
     )
-    overlong: Overlong = _option(
+    overlong: Literal["error", "truncate", "drop"] = _option(
         "error",
         "How to handle a training example that exceeds a limit.",
         choices=["error", "truncate", "drop"],

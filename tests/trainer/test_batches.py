@@ -154,7 +154,7 @@ def test_a_collator_that_joins_examples_leaves_no_names_to_give(tmp_path):
         return collate([*several, {"input_ids": [5] * 200, "labels": [5] * 200}])
 
     trainer = make_trainer("Llama", tmp_path, make_examples(6, causal=True), data_collator=collator)
-    with pytest.raises(ValueError, match="every sequence, but a row takes 200"):
+    with pytest.raises(ValueError, match="every sequence, got 100, but a row has 200"):
         trainer.train()
 
 

@@ -519,7 +519,7 @@ def test_packed_batches_generate(tmp_path):
 def test_packers_that_lose_a_row_are_refused(tmp_path):
     examples = examples_of("Llama")
     trainer = ours("Llama", tmp_path, data_collator=packed_collate_fn(35, overlong="split"))
-    with pytest.raises(ValueError, match="one sequence"):
+    with pytest.raises(ValueError, match="one sequence per sample"):
         trainer.evaluate(examples)
 
 

@@ -8,7 +8,8 @@ import torch
 
 from tokenpack import packing_stats
 from tokenpack.data import CappedSeq2SeqCollator, packed_collate_fn
-from tokenpack.trainer.microbatch import measure, plan_microbatches
+from tokenpack.trainer.measure import measure
+from tokenpack.trainer.microbatch import plan_microbatches
 
 from ..adapters.models import EOS, PAD
 from .setting import (
@@ -41,7 +42,7 @@ class Seen(KeepGradients):
         super().on_pre_optimizer_step(args, state, control, **kwargs)
         batches = self.trainer._step_batches
         self.examples.append([i for b in batches if not b.filler for i in b.examples])
-        self.microbatches.append(self.trainer.runner.done.microbatches)
+        self.microbatches.append(self.trainer.runner.progress.microbatches)
 
 
 def train(name, folder, *, microbatches=1, accumulation=1, **options):
@@ -101,7 +102,7 @@ def test_seven_microbatches_in_one_batch(name, tmp_path):
     """7 to the letter: a bound is found that cuts the batch so."""
     causal = is_causal(name)
     examples = make_examples(30, causal=causal)
-    rows = measure(collate(examples), two_sided=not causal, shifts_labels=causal)
+    rows = measure(collate(examples), is_encoder_decoder=not causal, shifts_labels=causal)
     bounds = (bound for bound in range(200, 40, -1) if len(plan_microbatches(rows, bound)) == 7)
     seen = Seen()
     trainer = make_trainer(

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from tokenpack.trainer import OutOfMemoryInStepError
-from tokenpack.trainer.step import is_out_of_memory
+from tokenpack.trainer.out_of_memory import is_out_of_memory
 
 from .setting import CASES, KeepGradients, distance, make_examples, make_trainer, on_ranks
 
@@ -137,7 +137,7 @@ def test_other_errors_are_not_caught(tmp_path):
 
 
 def test_gives_up_after_the_retries(tmp_path):
-    with pytest.raises(OutOfMemoryInStepError, match=r"after 2 smaller tries.*oom_max_retries"):
+    with pytest.raises(OutOfMemoryInStepError, match=r"after 2 retries .*oom_max_retries"):
         run(
             "T5",
             tmp_path,

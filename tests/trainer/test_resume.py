@@ -215,7 +215,7 @@ class KilledInSaving:
             (trainer.model, "save_pretrained"),
             (torch, "save"),
             (checkpoints, "_sizes"),
-            (checkpoints, "_write_whole"),
+            (checkpoints, "_write_json"),
             (checkpoints, "_delete"),
         ]:
             setattr(owner, name, self._killing(getattr(owner, name), name))
@@ -367,7 +367,8 @@ def test_what_is_not_whole_is_passed_over(fault, whole, tmp_path, warned):
     else:
         (folder / "model.safetensors").unlink()
     check_same(run(tmp_path, resume=True), whole, since=2)
-    assert "checkpoint-4 is passed over" in warned[0]
+    assert "Skipping" in warned[0]
+    assert "checkpoint-4: " in warned[0]
 
 
 def test_what_is_not_whole_counts_for_nothing(tmp_path):
@@ -387,11 +388,11 @@ def test_a_text_in_it_may_be_edited(whole, tmp_path, warned):
 
 
 def test_nothing_to_resume_from(tmp_path):
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True.* holds none"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint must .* contains no checkpoint"):
         run(tmp_path, resume=True)
     run(tmp_path, At(2, end_training))
     (tmp_path / "checkpoint-2" / STATE_NAME).unlink()
-    with pytest.raises(ValueError, match=r"holds only checkpoint-2, not whole"):
+    with pytest.raises(ValueError, match=r"only the incomplete checkpoint-2"):
         run(tmp_path, resume=True)
 
 
@@ -607,7 +608,7 @@ def test_of_transformers_own_trainer(tmp_path):
         callbacks=[At(4, end_training)],
     )
     theirs.train()
-    with pytest.raises(ValueError, match="name it"):
+    with pytest.raises(ValueError, match="must name a checkpoint"):
         run(tmp_path, resume=True)
     resumed = run(tmp_path, resume=str(tmp_path / "checkpoint-4"))
     assert [entry[0] for entry in resumed.diary.steps] == list(range(4, 9))
@@ -622,7 +623,7 @@ def test_of_the_model_alone(tmp_path, warned):
     resumed = run(tmp_path, resume=True)
     assert resumed.state.global_step == 9
     assert len(resumed.diary.steps) == 5
-    assert "holds the model alone" in warned[0]
+    assert "contains only the model" in warned[0]
 
 
 BEST = {
@@ -838,12 +839,12 @@ def test_workers_are_mortal_outside_of_training(tmp_path):
     """Where a loader is not waited for, at exit, its workers are ended by SIGTERM."""
     stop = StopSignals()
     with stop:
-        batches = iter(stop.leave_to_us(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
+        batches = iter(stop.shield_workers(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
         next(batches)
         worker = batches._workers[0]
         worker.terminate()
         assert [int(batch) for batch in batches] == list(range(1, 9))
-        batches = iter(stop.leave_to_us(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
+        batches = iter(stop.shield_workers(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
         next(batches)
         worker = batches._workers[0]
     with contextlib.suppress(RuntimeError):  # torch notices, and says so at any time

@@ -273,7 +273,7 @@ def test_a_collator_that_lengthens_cannot_break_the_bound(tmp_path):
         return collate([{**each, "input_ids": each["input_ids"] * 3} for each in examples])
 
     trainer = make_trainer("T5", tmp_path, make_examples(10), data_collator=doubling)
-    with pytest.raises(ValueError, match=r"example \d+ takes \d+ after collating"):
+    with pytest.raises(ValueError, match=r"example \d+ has \d+ tokens after collation"):
         trainer.train()
 
 

@@ -1,7 +1,8 @@
-"""What a token budget consists of: its fields, their defaults, and where they are checked.
+"""The options of a token budget: their defaults, help and checks.
 
-The trainers take the fields as keywords, `TokenBudgetArguments` carries them for scripts and
-`HfArgumentParser`. A keyword outweighs the field of the arguments.
+`TokenBudget` declares each option once. `TokenBudgetArguments` copies the defaults and the help for
+scripts and `HfArgumentParser`. The trainers take the options as keywords, which take precedence
+over the fields of the arguments.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from typing import Any, Final, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-Overlong = Literal["error", "truncate", "drop"]
-
 
 class _FromArgs:
-    """Default of a keyword that is looked up in the arguments, then in `TokenBudget`."""
+    """Default of a trainer's keyword: take the value from the arguments, then `TokenBudget`."""
 
     def __repr__(self) -> str:
         return "FROM_ARGS"
@@ -26,166 +25,178 @@ class _FromArgs:
 FROM_ARGS: Final[Any] = _FromArgs()
 
 
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    """Declare an option of `TokenBudget`.
+
+    Args:
+        default: the default value. If it is True or False, the option accepts only these two.
+        help: the help text of the command-line flag.
+        metadata: ``minimum``, the smallest accepted integer; ``optional``, True if None is accepted
+            too; ``choices``, the accepted values; ``args_name``, the name in
+            `TokenBudgetArguments`, if it differs.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass(frozen=True)
 class TokenBudget:
-    """How much is computed at once, and what happens to what does not fit.
+    """How many tokens are computed at once, and how the trainers handle what does not fit.
 
-    A token is a token of the encoder's or the decoder's input. Without packing (``pack=False``) a
-    padded slot counts for one too.
+    Tokens are input tokens of the encoder and the decoder. Without packing (``pack=False``), padded
+    slots count as tokens too.
 
     Attributes:
-        max_tokens_per_batch: tokens of a batch, over all ranks together. An optimizer step takes
-            ``gradient_accumulation_steps`` batches, so neither the number of ranks nor that of
-            micro-batches changes what it learns from.
-        max_tokens_per_microbatch: tokens of one forward and backward on one rank.
-        max_eval_tokens_per_microbatch: the same in evaluation and prediction; a longer sequence is
-            evaluated by itself.
-        max_encoder_len: longest sequence on the encoder's side (or of a causal model), None for
-            no limit.
-        max_decoder_len: longest sequence on the decoder's side, None for no limit.
-        overlong: what happens to a training example over a length limit or over
-            ``max_tokens_per_microbatch``: an ``"error"`` before training, ``"truncate"`` or
-            ``"drop"`` it, counted.
-        length_column_name: column of the dataset that knows the lengths, if there is one; see
+        max_tokens_per_batch: maximum number of tokens of a batch, over all ranks. An optimizer step
+            takes ``gradient_accumulation_steps`` batches. The result of training therefore does not
+            depend on the number of ranks or micro-batches.
+        max_tokens_per_microbatch: maximum number of tokens of one forward and backward on one rank.
+        max_eval_tokens_per_microbatch: maximum number of slots (rows x columns) of a batch in
+            evaluation and prediction, on one rank. A longer sequence gets a batch of its own.
+        max_encoder_len: maximum length of an encoder sequence, or of a sequence of a causal model.
+            None means no limit.
+        max_decoder_len: maximum length of a decoder sequence. None means no limit.
+        overlong: how to handle a training example that exceeds a length limit or
+            ``max_tokens_per_microbatch``: ``"error"`` raises an error before training,
+            ``"truncate"`` shortens the example, ``"drop"`` removes it. The trainer counts truncated
+            and dropped examples.
+        length_column_name: dataset column that contains the lengths, if there is one. See
             `tokenpack.trainer.dataset_lengths`.
-        use_cpu_microbatch: leave the batch in (pinned) host memory and copy one micro-batch ahead;
-            else it goes to the device whole and is cut there.
-        pack: patch the model, so that it computes real tokens alone.
-        auto_find_microbatch: find the largest ``max_tokens_per_microbatch`` that fits, up to
-            ``max_tokens_per_batch``, before the first step.
-        log_longest_every: log the longest sequence every so many steps; 0 for never.
+        use_cpu_microbatch: keep the batch in (pinned) host memory, and copy the next micro-batch to
+            the device during the current one. If False, copy the whole batch to the device and
+            split it there.
+        pack: patch the model so that it computes real tokens only.
+        auto_find_microbatch: before the first step, search for the largest
+            ``max_tokens_per_microbatch`` that fits in memory, up to ``max_tokens_per_batch``.
+        log_longest_every: log the longest sequence every this many steps. 0 means never.
         debug: print the first planned batches.
-        oom_max_retries: how often a step is done again with a smaller budget after it ran out of
-            memory. With 0, DDP overlaps its communication with the last backward again.
-        oom_skip_batch_on_fail: after that, or where a single sequence does not fit, leave it out
-            and count it, instead of an error.
+        oom_max_retries: how often a step that ran out of memory is repeated, each time with smaller
+            micro-batches. With 0, steps are not repeated, and DDP overlaps its communication with
+            the last backward.
+        oom_skip_batch_on_fail: if a step or a single sequence still does not fit, skip it and count
+            it, instead of raising an error.
     """
 
-    max_tokens_per_batch: int = 8192
-    max_tokens_per_microbatch: int = 1024
-    max_eval_tokens_per_microbatch: int = 512
-    max_encoder_len: int | None = 512
-    max_decoder_len: int | None = 256
-    overlong: Overlong = "error"
-    length_column_name: str = "input_length"
-    use_cpu_microbatch: bool = True
-    pack: bool = True
-    auto_find_microbatch: bool = False
-    log_longest_every: int = 100
-    debug: bool = False
-    oom_max_retries: int = 3
-    oom_skip_batch_on_fail: bool = False
+    max_tokens_per_batch: int = _option(
+        8192, "Maximum number of tokens of a batch, over all ranks.", minimum=1
+    )
+    max_tokens_per_microbatch: int = _option(
+        1024, "Maximum number of tokens of a forward and backward on a rank.", minimum=1
+    )
+    max_eval_tokens_per_microbatch: int = _option(
+        512, "Maximum number of slots of an evaluation batch on a rank.", minimum=1
+    )
+    max_encoder_len: int | None = _option(
+        512, "Maximum length of an encoder sequence.", minimum=1, optional=True
+    )
+    max_decoder_len: int | None = _option(
+        256, "Maximum length of a decoder sequence.", minimum=1, optional=True
+    )
+    overlong: Literal["error", "truncate", "drop"] = _option(
+        "error",
+        "How to handle a training example that exceeds a limit.",
+        choices=["error", "truncate", "drop"],
+    )
+    length_column_name: str = _option("input_length", "Dataset column that contains the lengths.")
+    use_cpu_microbatch: bool = _option(
+        True, "Keep the batch in host memory, and prefetch micro-batches."
+    )
+    pack: bool = _option(True, "Patch the model so that it computes real tokens only.")
+    auto_find_microbatch: bool = _option(False, "Search for the largest micro-batch that fits.")
+    log_longest_every: int = _option(
+        100, "Steps between logs of the longest sequence. 0 means never.", minimum=0
+    )
+    debug: bool = _option(
+        False, "Print the first planned batches as a table.", args_name="debug_batches"
+    )
+    oom_max_retries: int = _option(
+        3, "How often to repeat a step that ran out of memory.", minimum=0
+    )
+    oom_skip_batch_on_fail: bool = _option(
+        False, "Skip what still does not fit, instead of raising an error."
+    )
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}")
-            object.__setattr__(self, name, int(value))
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.overlong not in ("error", "truncate", "drop"):
-            raise ValueError(
-                f"overlong must be 'error', 'truncate' or 'drop', got {self.overlong!r}"
-            )
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
 
 
-_LEAST = {
-    "max_tokens_per_batch": 1,
-    "max_tokens_per_microbatch": 1,
-    "max_eval_tokens_per_microbatch": 1,
-    "max_encoder_len": 1,
-    "max_decoder_len": 1,
-    "log_longest_every": 0,
-    "oom_max_retries": 0,
-}
-_SWITCHES = (
-    "use_cpu_microbatch",
-    "pack",
-    "auto_find_microbatch",
-    "debug",
-    "oom_skip_batch_on_fail",
-)
-_OPTIONAL = ("max_encoder_len", "max_decoder_len")
-# `TrainingArguments.debug` is something else.
-_IN_ARGS = {"debug": "debug_batches"}
+def _checked(option: dataclasses.Field[Any], value: Any) -> Any:
+    """Return ``value``, as an int if the option has a minimum.
+
+    Raises:
+        TypeError: if ``value`` has the wrong type.
+        ValueError: if ``value`` is out of range or not among the choices.
+    """
+    name, checks = option.name, option.metadata
+    if isinstance(option.default, bool) and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    if "choices" in checks and value not in checks["choices"]:
+        *others, last = map(repr, checks["choices"])
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+    if "minimum" not in checks or (value is None and checks.get("optional")):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < checks["minimum"]:
+        raise ValueError(f"{name} must be {checks['minimum']} or more, got {value}")
+    return int(value)
+
+
+def _copied(name: str) -> Any:
+    """A field with the default of an option, and the metadata that `HfArgumentParser` accepts."""
+    option = TokenBudget.__dataclass_fields__[name]
+    metadata = {key: option.metadata[key] for key in ("help", "choices") if key in option.metadata}
+    return field(default=option.default, metadata=metadata)
 
 
 @dataclass
 class TokenBudgetArguments(Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the fields of a `TokenBudget`.
 
-    But ``debug`` is ``debug_batches`` here: transformers has a ``debug`` of its own.
+    The field ``debug`` is called ``debug_batches`` here, because transformers has a ``debug`` of
+    its own.
 
-    ``per_device_train_batch_size`` plays no part where batches are planned; it still counts for an
-    `IterableDataset`, which cannot be planned.
+    ``per_device_train_batch_size`` has no effect on planned batches. It sets the number of rows in
+    the batches of an `IterableDataset`, which cannot be planned.
     """
 
-    max_tokens_per_batch: int = field(
-        default=8192, metadata={"help": "Tokens of a batch, over all ranks together."}
-    )
-    max_tokens_per_microbatch: int = field(
-        default=1024, metadata={"help": "Tokens of one forward and backward on one rank."}
-    )
-    max_eval_tokens_per_microbatch: int = field(
-        default=512, metadata={"help": "The same in evaluation and prediction."}
-    )
-    max_encoder_len: int | None = field(
-        default=512, metadata={"help": "Longest sequence on the encoder's side."}
-    )
-    max_decoder_len: int | None = field(
-        default=256, metadata={"help": "Longest sequence on the decoder's side."}
-    )
-    overlong: str = field(
-        default="error",
-        metadata={
-            "help": "What happens to an example over a limit.",
-            "choices": ["error", "truncate", "drop"],
-        },
-    )
-    length_column_name: str = field(
-        default="input_length", metadata={"help": "Column of the dataset that knows the lengths."}
-    )
-    use_cpu_microbatch: bool = field(
-        default=True, metadata={"help": "Leave the batch in host memory, copy one piece ahead."}
-    )
-    pack: bool = field(
-        default=True, metadata={"help": "Patch the model to compute real tokens alone."}
-    )
-    auto_find_microbatch: bool = field(
-        default=False, metadata={"help": "Find the largest micro-batch that fits first."}
-    )
-    log_longest_every: int = field(
-        default=100, metadata={"help": "Steps between logs of the longest sequence; 0: never."}
-    )
-    debug_batches: bool = field(
-        default=False, metadata={"help": "Print the first planned batches as a table."}
-    )
-    oom_max_retries: int = field(
-        default=3, metadata={"help": "Times that a step which ran out of memory is done again."}
-    )
-    oom_skip_batch_on_fail: bool = field(
-        default=False, metadata={"help": "Then leave out what does not fit, and count it."}
-    )
+    max_tokens_per_batch: int = _copied("max_tokens_per_batch")
+    max_tokens_per_microbatch: int = _copied("max_tokens_per_microbatch")
+    max_eval_tokens_per_microbatch: int = _copied("max_eval_tokens_per_microbatch")
+    max_encoder_len: int | None = _copied("max_encoder_len")
+    max_decoder_len: int | None = _copied("max_decoder_len")
+    overlong: str = _copied("overlong")
+    length_column_name: str = _copied("length_column_name")
+    use_cpu_microbatch: bool = _copied("use_cpu_microbatch")
+    pack: bool = _copied("pack")
+    auto_find_microbatch: bool = _copied("auto_find_microbatch")
+    log_longest_every: int = _copied("log_longest_every")
+    debug_batches: bool = _copied("debug")
+    oom_max_retries: int = _copied("oom_max_retries")
+    oom_skip_batch_on_fail: bool = _copied("oom_skip_batch_on_fail")
 
 
-def args_name(name: str) -> str:
-    """What `TokenBudgetArguments` call a field of `TokenBudget`."""
-    return _IN_ARGS.get(name, name)
+def args_name(option: str) -> str:
+    """The name of an option of `TokenBudget` in `TokenBudgetArguments`."""
+    return TokenBudget.__dataclass_fields__[option].metadata.get("args_name", option)
 
 
 def budget_of(
     args: TrainingArguments, given: dict[str, Any], defaults: dict[str, Any]
 ) -> TokenBudget:
-    """The keywords that were given, then fields of ``args``, then ``defaults``, then the class's.
+    """Build the budget of a trainer.
+
+    The value of each option is the keyword of the trainer if it was passed, else the field of
+    ``args`` if these are `TokenBudgetArguments`, else the default of the trainer's class, else the
+    default of `TokenBudget`.
+
+    Args:
+        args: the trainer's arguments.
+        given: the trainer's keyword for each option, or ``FROM_ARGS``.
+        defaults: defaults of the trainer's class.
 
     Raises:
-        TypeError, ValueError: if a number is none, or out of range.
+        TypeError, ValueError: if an option has the wrong type or is out of range.
     """
     values = {} if isinstance(args, TokenBudgetArguments) else dict(defaults)
     for each in dataclasses.fields(TokenBudget):

@@ -1,24 +1,25 @@
-"""Checkpoints that are whole or not there, and runs that go on from one as if never stopped.
+"""Checkpoints that are complete or ignored, and runs that resume from them exactly.
 
-transformers writes a checkpoint file by file, and deletes older ones before it is sure to have a
-newer. A process that is killed meanwhile leaves a folder that cannot be resumed from. Here a mark
-is written last, once all ranks have written their files; only then are older checkpoints deleted;
-and ``resume_from_checkpoint=True`` takes the last checkpoint that bears the mark and holds the
-files that the mark names.
+transformers writes a checkpoint file by file, and may delete older checkpoints first. If the
+process is killed meanwhile, the folder cannot be resumed from. Here, a state file is written last,
+after all ranks have written their files. Only then are older checkpoints deleted.
+``resume_from_checkpoint=True`` uses the last checkpoint that has a state file and all files that it
+lists.
 
-    tokenpack_state.json    the mark, with what transformers does not save:
+    tokenpack_state.json    marks the checkpoint as complete, and stores what transformers does not:
         files               size of each file of the checkpoint
-        plan                what batches were planned by: with another plan, others would follow
-        epoch, batch        where in it to go on; epochs may have been ended early
-        loss                each rank's sum over the steps since the last log; which step that was
-        evaluate            an evaluation was due, and put off because training was to stop
-        model_alone         by ``save_only_model``
+        plan                the inputs of the plan; other inputs would give other batches
+        epoch, batch        position to resume from; the epoch may have been ended early
+        loss                each rank's sum over the steps since the last log, and that log's step
+        evaluate            an evaluation was due, and was postponed because of a stop request
+        model_alone         whether ``save_only_model`` was set
         max_tokens_per_microbatch, counts, num_ranks
 
-The random numbers of training are drawn by training alone: an evaluation gives them back, loaders
-have generators of their own, and a resumed run has them before its first batch is collated. So with
-``dataloader_num_workers=0`` a collator that draws from them makes the same batches; in workers,
-which begin anew, one that draws by example and epoch does (`T5SpanCorruptionCollatorFast`).
+Only training draws from the global random number generators: an evaluation restores them, loaders
+have generators of their own, and a resumed run restores them before it collates its first batch.
+With ``dataloader_num_workers=0``, a collator that draws random numbers therefore makes the same
+batches after a resume. Worker processes start again, so there the random numbers of a collator must
+depend only on the example and the epoch (`T5SpanCorruptionCollatorFast`).
 """
 
 from __future__ import annotations
@@ -33,119 +34,117 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
-from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 from transformers.utils import logging
 
 from ..files import written_whole
-from .step import Counts, Dice
-
-if TYPE_CHECKING:
-    from .sampler import TokenBudgetBatchSampler
+from .out_of_memory import Counts, RngSnapshot
+from .planning import PlanningMixin
+from .sampler import TokenBudgetBatchSampler
 
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "tokenpack_state.json"
-_ASIDE = "-before"  # of a checkpoint whose step is being saved again
-_FOLDER = re.compile(rf"checkpoint-(\d+)({_ASIDE})?")
+_BACKUP = "-before"  # suffix of the previous checkpoint of a step that is saved again
+_FOLDER = re.compile(rf"checkpoint-(\d+)({_BACKUP})?")
 
 
-class CheckpointsMixin(Trainer):
-    """Saving and finding checkpoints.
+class CheckpointsMixin(PlanningMixin):
+    """Saves and finds checkpoints.
 
     Attributes:
-        first_epoch: the epoch that `train` began with.
+        first_epoch: the epoch in which `train` began.
         budget_resumed: whether the micro-batch budget in force comes from a checkpoint.
     """
 
     first_epoch = 0
     budget_resumed = False
-    _resumed: dict[str, Any] | None = None  # the mark of the checkpoint that is resumed from
-    _rng_due: str | None = None  # where the random numbers of the next batches lie
+    _resumed: dict[str, Any] | None = None  # state of the checkpoint that the run resumes from
+    _rng_due: str | None = None  # checkpoint with the random number generators of the next batches
     _rng_loaded: str | None = None
-    _put_off_evaluation = False
+    _evaluation_postponed = False
 
-    # --------------------------------------------------------------------------------------- saving
+    # -------------------------------------------------------------------------------------- saving
 
-    def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        aside = folder.with_name(folder.name + _ASIDE)
+        backup = folder.with_name(folder.name + _BACKUP)
         if self.args.should_save and folder.exists():
-            # A step that is saved again. Until that is done, what was whole must stay so; and what
-            # another number of ranks left must not be taken for this run's.
-            _delete(aside)
+            # The step is saved again. Keep a complete checkpoint until that is done. Delete other
+            # files, because they may come from a run with another number of ranks.
+            _delete(backup)
             if _missing(folder) is None:
-                folder.rename(aside)
+                folder.rename(backup)
             else:
                 _delete(folder)
         self.accelerator.wait_for_everyone()
-        with self._deleting_none():
+        with self._without_rotation():
             super()._save_checkpoint(model, trial)
-        self._mark_whole(folder)
+        self._write_state(folder)
         if self.args.should_save:
-            _delete(aside)
+            _delete(backup)
             self._delete_older(folder)
 
-    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
-        """What is uploaded bears the mark as well."""
-        self._mark_whole(Path(checkpoint_folder))
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Write the state file before an upload."""
+        self._write_state(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _finalize_training(self: Any, *args: Any) -> Any:
-        """A run that was stopped keeps its last checkpoint, though it may not be the best."""
-        with self._deleting_none() if self.stop_agreed else contextlib.nullcontext():
+    def _finalize_training(self, *args: Any) -> Any:
+        """Keep the last checkpoint of a run that was stopped, even if it is not the best."""
+        with self._without_rotation() if self.stop_agreed else contextlib.nullcontext():
             return super()._finalize_training(*args)
 
     @contextlib.contextmanager
-    def _deleting_none(self: Any) -> Iterator[None]:
+    def _without_rotation(self) -> Iterator[None]:
+        """Keep transformers from deleting older checkpoints."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
         finally:
             self.args.save_total_limit = limit
 
-    def _mark_whole(self: Any, folder: Path) -> None:
-        """Once all ranks have come here."""
+    def _write_state(self, folder: Path) -> None:
+        """Mark the checkpoint as complete, after all ranks have written their files."""
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
         runner = self.runner
-        in_force = {"set": self.budget.max_tokens_per_microbatch, "in_force": runner.max_tokens}
+        budget = {"set": self.budget.max_tokens_per_microbatch, "in_force": runner.max_tokens}
         _write_json(
             folder / STATE_NAME,
             {
                 "files": _sizes(folder),
-                "plan": None if self.plan is None else _described(self.plan),
+                "plan": None if self.plan is None else _describe(self.plan),
                 **self._position(),
                 "loss": {"sums": losses, "since": self._globalstep_last_logged},
-                "evaluate": self._put_off_evaluation,
+                "evaluate": self._evaluation_postponed,
                 "model_alone": self.args.save_only_model,
-                "max_tokens_per_microbatch": in_force,
+                "max_tokens_per_microbatch": budget,
                 "counts": dataclasses.asdict(runner.counts),
                 "num_ranks": self.args.world_size,
             },
         )
 
-    def _position(self: Any) -> dict[str, int]:
-        """The epoch to go on in, and how many of its batches are done."""
-        plan: TokenBudgetBatchSampler | None = self.plan
-        if plan is None:
+    def _position(self) -> dict[str, int]:
+        """The epoch to resume in, and the number of its batches that are done."""
+        if self.plan is None:
             return {}
-        done = round((self.state.epoch - plan.epoch) * len(plan))
-        if self.control.should_epoch_stop or done >= len(plan):
-            return {"epoch": plan.epoch + 1, "batch": 0}
-        return {"epoch": plan.epoch, "batch": done}
+        epoch = self.plan.epoch
+        done = round((self.state.epoch - epoch) * len(self.plan))
+        if self.control.should_epoch_stop or done >= len(self.plan):
+            return {"epoch": epoch + 1, "batch": 0}
+        return {"epoch": epoch, "batch": done}
 
-    def _delete_older(self: Any, newest: Path) -> None:
-        """Keep ``save_total_limit`` checkpoints, the newest and the best among them.
+    def _delete_older(self, newest: Path) -> None:
+        """Keep ``save_total_limit`` checkpoints, including the newest and the best.
 
-        Those that are not whole go first.
+        Incomplete checkpoints are deleted first.
         """
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
@@ -153,154 +152,155 @@ class CheckpointsMixin(Trainer):
         kept = {newest, Path(self.state.best_model_checkpoint or newest)}
         found = sort_checkpoints(output_dir=str(newest.parent), use_mtime=True)
         others = [folder for folder in map(Path, found) if folder not in kept]
-        others.sort(key=lambda folder: (folder / STATE_NAME).exists())  # else the oldest first
+        others.sort(key=lambda folder: (folder / STATE_NAME).exists())  # stable: oldest first
         surplus = len(found) - max(limit, len(found) - len(others))
         for folder in others[: max(surplus, 0)]:
             _delete(folder)
 
-    # ------------------------------------------------------------------------------------- resuming
+    # ------------------------------------------------------------------------------------ resuming
 
-    def _whole_checkpoint(self: Any, asked: str | bool | None) -> str | None:
-        """The checkpoint to resume from, its budget put in force.
+    def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Find the checkpoint to resume from, and restore its budget and counts.
 
         Raises:
-            ValueError: if the last one is asked for and there is none, or none that is whole.
+            ValueError: if ``resume_from_checkpoint`` is True and there is no complete checkpoint.
         """
         self._resumed = self._rng_due = self._rng_loaded = None
-        self._put_off_evaluation = self.budget_resumed = False
-        if not asked:
+        self._evaluation_postponed = self.budget_resumed = False
+        if not resume_from_checkpoint:
             return None
-        folder = self._last_whole() if asked is True else str(asked)
+        if resume_from_checkpoint is True:
+            folder = self._last_complete_checkpoint()
+        else:
+            folder = str(resume_from_checkpoint)
         missing = _missing(Path(folder))
         if missing is not None:
-            logger.warning(f"{folder}: {missing}. It is another trainer's, or not whole.")
-        mark = Path(folder, STATE_NAME)
-        if not mark.is_file():
+            logger.warning(
+                f"{folder}: {missing}. The checkpoint is incomplete, or another trainer wrote it."
+            )
+        state = Path(folder, STATE_NAME)
+        if not state.is_file():
             return folder
-        self._resumed = json.loads(mark.read_text())
+        self._resumed = json.loads(state.read_text())
         budget = self._resumed["max_tokens_per_microbatch"]
-        if budget["set"] == self.budget.max_tokens_per_microbatch:  # else the user set it anew
+        if budget["set"] == self.budget.max_tokens_per_microbatch:  # the user has not changed it
             self.runner.max_tokens, self.budget_resumed = budget["in_force"], True
         self.runner.counts = Counts(**self._resumed["counts"])
         if self._resumed["model_alone"]:
             logger.warning(
-                f"{folder} holds the model alone (save_only_model=True): optimizer, learning rate "
-                "and random numbers begin anew"
+                f"{folder} contains only the model (save_only_model=True): the optimizer, the "
+                "learning rate schedule and the random number generators start again"
             )
         return folder
 
-    def _last_whole(self: Any) -> str:
-        """The last checkpoint that every rank finds whole."""
+    def _last_complete_checkpoint(self) -> str:
+        """The last checkpoint that is complete on every rank."""
         output_dir = Path(self.args.output_dir)
         if self.args.should_save:
-            _put_back(output_dir)
+            _restore_backups(output_dir)
         self.accelerator.wait_for_everyone()
         found = _checkpoints(output_dir)
-        whole = []
+        complete = []
         for folder in found:
             missing = _missing(folder)
             if missing is None:
-                whole.append(folder.name)
+                complete.append(folder.name)
             elif self.args.should_save:
-                logger.warning(f"{folder} is passed over: {missing}")
+                logger.warning(f"Skipping {folder}: {missing}")
         if self.args.world_size > 1:
-            everyone = gather_object([whole])
-            whole = [name for name in whole if all(name in names for names in everyone)]
-        if whole:
-            return str(output_dir / whole[-1])
+            by_rank = gather_object([complete])
+            complete = [name for name in complete if all(name in names for names in by_rank)]
+        if complete:
+            return str(output_dir / complete[-1])
         raise ValueError(
-            f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds "
-            + (f"only {found[-1].name}, not whole (name it to use it)" if found else "none")
+            "resume_from_checkpoint must name a checkpoint if output_dir contains no complete one, "
+            f"got True and output_dir={self.args.output_dir!r}, which contains "
+            + (f"only the incomplete {found[-1].name}" if found else "no checkpoint")
         )
 
     def _init_training_state(
-        self: Any,
+        self,
         max_steps: int,
         num_update_steps_per_epoch: int,
         num_train_epochs: int,
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """The epoch to go on in, and batches of it to skip."""
+        """The epoch to resume in, and the number of its batches to skip."""
         epoch, skipped = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        mark = self._resumed or {}
-        if "epoch" in mark and self.plan is not None:
-            was, now = mark["plan"], _described(self.plan)
-            if was == now:
-                whole_steps = mark["batch"] - mark["batch"] % self.args.gradient_accumulation_steps
-                epoch, skipped = mark["epoch"], 0 if self.args.ignore_data_skip else whole_steps
+        state = self._resumed or {}
+        if "epoch" in state and self.plan is not None:
+            before, now = state["plan"], _describe(self.plan)
+            if before == now:
+                batch = state["batch"] - state["batch"] % self.args.gradient_accumulation_steps
+                epoch, skipped = state["epoch"], 0 if self.args.ignore_data_skip else batch
             elif skipped:
                 changed = ", ".join(
-                    f"{name}={now[name]!r} (was {was.get(name)!r})"
+                    f"{name}={now[name]!r} (was {before.get(name)!r})"
                     for name in now
-                    if now[name] != was.get(name)
+                    if now[name] != before.get(name)
                 )
                 logger.warning(
-                    f"Batches are not those of the run that is resumed: {changed}. In this epoch, "
-                    "examples may be left out or come again."
+                    f"The batches differ from those of the resumed run: {changed}. This epoch may "
+                    "repeat or skip examples."
                 )
         if resume_from_checkpoint is not None and self.state.global_step >= max_steps:
-            # It was complete, and only the end of `train` was not reached. transformers would train
-            # a further step.
+            # The run was complete except for the end of `train`. transformers would train one more
+            # step.
             epoch, skipped = num_train_epochs, 0
         self._rng_due = resume_from_checkpoint if skipped else None
         self.first_epoch = epoch
         return epoch, skipped
 
-    def _load_rng_state(self: Any, checkpoint: str | None) -> None:
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and checkpoint == self._rng_loaded:
-            self._rng_loaded = None  # transformers' way is to do this after the first batches
+            self._rng_loaded = None  # transformers loads it again, after the first batches
             return
         super()._load_rng_state(checkpoint)
 
-    def take_up_random_numbers(self: Any) -> None:
-        """Before the first batches of a resumed epoch are collated."""
+    def restore_rng(self) -> None:
+        """Restore the random number generators before a resumed epoch collates its first batch."""
         if self._rng_due is not None:
             self._load_rng_state(self._rng_due)
             self._rng_loaded, self._rng_due = self._rng_due, None
 
-    def take_up_loss(self: Any) -> None:
-        """Go on with the sum that the next log is the mean of."""
+    def restore_loss(self) -> None:
+        """Restore the sum of losses since the last log."""
         if self._resumed is None:
             return
         sums = self._resumed["loss"]["sums"]
         mean = sum(sums) / len(sums)
         same_ranks = len(sums) == self.args.world_size
         self._tr_loss += sums[self.args.process_index] if same_ranks else mean
-        self._total_loss_scalar -= mean  # which is of this call to `train` alone
+        self._total_loss_scalar -= mean  # this total covers only the current call of `train`
         self._globalstep_last_logged = self._resumed["loss"]["since"]
 
-    def take_up_evaluation(self: Any) -> None:
-        """Evaluate if that was put off when the run that is resumed was stopped."""
+    def run_postponed_evaluation(self) -> None:
+        """Run the evaluation that the resumed run postponed when it was stopped, if any."""
         if (self._resumed or {}).get("evaluate") and self.args.eval_strategy != IntervalStrategy.NO:
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics=metrics, trial=None)
 
-    def put_off_evaluation(self: Any) -> None:
-        """Note in the next checkpoint that an evaluation was due."""
-        self._put_off_evaluation = True
+    def postpone_evaluation(self) -> None:
+        """Record in the next checkpoint that an evaluation was due."""
+        self._evaluation_postponed = True
 
-    def _evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """In training: whether and when one evaluates changes nothing in what is trained."""
-        dice = Dice(self.accelerator.device)
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate during training without changing the random numbers of training."""
+        rng = RngSnapshot(self.accelerator.device)
         python, numpy = random.getstate(), np.random.get_state()
         try:
             return super()._evaluate(*args, **kwargs)
         finally:
-            dice.roll_back()
+            rng.restore()
             random.setstate(python)
             np.random.set_state(numpy)
 
 
-def seeded(seed: int, epoch: int, generator: torch.Generator) -> None:
-    """Let a loader give its workers seeds that follow from these."""
-    generator.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-
-
-def _described(plan: TokenBudgetBatchSampler) -> dict[str, Any]:
-    """What a plan's batches follow from; the number of ranks is not of it."""
+def _describe(plan: TokenBudgetBatchSampler) -> dict[str, Any]:
+    """The inputs that determine the batches of a plan. The number of ranks does not matter."""
     return {
         "examples": len(plan.lengths),
         "lengths": zlib.crc32(plan.lengths.tobytes()),
@@ -312,24 +312,25 @@ def _described(plan: TokenBudgetBatchSampler) -> dict[str, Any]:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """By step."""
+    """The checkpoints in ``output_dir``, without backups, sorted by step."""
     found = [(_FOLDER.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*")]
-    ours = [(int(match[1]), path) for match, path in found if match and not match[2]]
-    return [path for _, path in sorted(ours) if path.is_dir()]
+    by_step = [(int(match[1]), path) for match, path in found if match and not match[2]]
+    return [path for _, path in sorted(by_step) if path.is_dir()]
 
 
-def _put_back(output_dir: Path) -> None:
-    """What was put aside for a checkpoint of the same step, if that was never finished."""
-    for aside in output_dir.glob(f"checkpoint-*{_ASIDE}"):
-        folder = aside.with_name(aside.name.removesuffix(_ASIDE))
+def _restore_backups(output_dir: Path) -> None:
+    """Restore the backup of each checkpoint that was being saved again and is incomplete."""
+    for backup in output_dir.glob(f"checkpoint-*{_BACKUP}"):
+        folder = backup.with_name(backup.name.removesuffix(_BACKUP))
         if _missing(folder) is None:
-            _delete(aside)
+            _delete(backup)
         else:
             _delete(folder)
-            aside.rename(folder)
+            backup.rename(folder)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
+    """The size in bytes of each file in ``folder``, except for the state file."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
@@ -339,22 +340,22 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _missing(folder: Path) -> str | None:
-    """What a checkpoint lacks to be whole, if anything."""
-    mark = folder / STATE_NAME
-    if not mark.is_file():
-        return f"there is no {STATE_NAME} in it, which is written last"
-    for name, size in json.loads(mark.read_text()).get("files", {}).items():
+    """What is missing in a checkpoint, or None if it is complete."""
+    state = folder / STATE_NAME
+    if not state.is_file():
+        return f"{STATE_NAME}, which is written last, is missing"
+    for name, size in json.loads(state.read_text()).get("files", {}).items():
         path = folder / name
         if not path.is_file():
-            return f"there is no {name}"
-        # Whoever edits a text may well shorten it.
+            return f"{name} is missing"
+        # A user may edit a JSON file and make it shorter.
         if path.stat().st_size < (1 if path.suffix == ".json" else size):
-            return f"{name} is cut short"
+            return f"{name} is truncated"
     return None
 
 
 def _delete(folder: Path) -> None:
-    """What is left of this when it is cut short is not whole: it lacks what the mark names."""
+    """Delete a checkpoint. If this is interrupted, the rest counts as incomplete."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

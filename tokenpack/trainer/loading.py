@@ -1,8 +1,8 @@
-"""From a planned list of indices to a collated batch: dataset view and collate function.
+"""Dataset view and collate function that turn a planned list of indices into a collated batch.
 
-The sampler's integers reach the dataset here, so that whoever gets a batch knows which examples it
-holds. A filler (``-1 - index``) is an example that a rank without a share gets, to have something
-to run; see `TokenBudgetBatchSampler`.
+The sampler's integers reach the dataset here, so a batch records which examples it contains. A
+filler (``-1 - index``) is an example for a rank that has no share of a batch; see
+`TokenBudgetBatchSampler`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch.utils.data import Dataset
 from .microbatch import PlannedBatch
 
 _TOKENS = ("input_ids",)
-_BESIDE_TOKENS = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
+_PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
 
 
 class Caps(NamedTuple):
-    """Where examples are cut: ``(n,)`` longest source and target of each, by index."""
+    """Maximum lengths of the source and target of each example, ``(n,)`` int64, by index."""
 
     source: NDArray[np.int64]
     target: NDArray[np.int64]
 
 
 class PlannedDataset(Dataset[Any]):
-    """A map-style dataset as a plan sees it: some of its examples, maybe cut, with their indices.
+    """A view of a map-style dataset: selected examples, optionally truncated, with their indices.
 
     Attributes:
-        kept: ``(n,)`` int64, index in the dataset of what the plan calls 0, 1, ...
+        kept: ``(n,)`` int64, the dataset index of each example of the plan.
     """
 
     def __init__(self, dataset: Any, kept: NDArray[np.int64], caps: Caps | None = None) -> None:
@@ -44,31 +44,34 @@ class PlannedDataset(Dataset[Any]):
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: Sequence[int]) -> list[tuple[int, Any]]:
-        """``(index, example)`` each; the index of a filler is ``-1 - index``."""
+        """``(index, example)`` for each item. The index of a filler is ``-1 - index``."""
         indices = [int(self.kept[item if item >= 0 else -1 - item]) for item in items]
-        several = getattr(self.dataset, "__getitems__", None)
-        if several is not None:
-            examples = list(several(indices))
+        get_many = getattr(self.dataset, "__getitems__", None)
+        if get_many is not None:
+            examples = list(get_many(indices))
         else:
             examples = [self.dataset[index] for index in indices]
         if self.caps is not None:
-            examples = [self._cut(index, example) for index, example in zip(indices, examples)]
+            examples = [
+                _truncated(example, int(self.caps.source[index]), int(self.caps.target[index]))
+                for index, example in zip(indices, examples)
+            ]
         marked = [index if item >= 0 else -1 - index for index, item in zip(indices, items)]
         return list(zip(marked, examples))
 
-    def _cut(self, index: int, example: Any) -> Any:
-        assert self.caps is not None
-        source, target = int(self.caps.source[index]), int(self.caps.target[index])
-        changed = {}
-        for name in (*_TOKENS, *_BESIDE_TOKENS):
-            if name in example and _is_sequence(example[name]):
-                changed[name] = _cut(example[name], source, keep_last=name in _TOKENS)
-        labels = example.get("labels")
-        if target > 0 and _is_sequence(labels):
-            changed["labels"] = _cut(labels, target, keep_last=True)
-        elif _is_sequence(labels) and len(labels) == _length(example.get("input_ids")):
-            changed["labels"] = _cut(labels, source, keep_last=True)
-        return {**example, **changed}
+
+def _truncated(example: Any, source: int, target: int) -> Any:
+    """Truncate the sequences of an example to the maximum lengths of its source and target."""
+    changed = {}
+    for name in (*_TOKENS, *_PER_TOKEN):
+        if name in example and _is_sequence(example[name]):
+            changed[name] = _cut(example[name], source, keep_last=name in _TOKENS)
+    labels = example.get("labels")
+    if target > 0 and _is_sequence(labels):
+        changed["labels"] = _cut(labels, target, keep_last=True)
+    elif _is_sequence(labels) and len(labels) == _length(example.get("input_ids")):
+        changed["labels"] = _cut(labels, source, keep_last=True)
+    return {**example, **changed}
 
 
 def _length(value: Any) -> int:
@@ -76,27 +79,28 @@ def _length(value: Any) -> int:
 
 
 def _is_sequence(value: Any) -> bool:
-    """Of tokens, and not a text, or the class of the whole."""
+    """Whether ``value`` holds tokens, and is not a text or the class of the example."""
     if isinstance(value, (list, tuple)):
         return True
     return getattr(value, "ndim", 0) > 0
 
 
-def _cut(tokens: Any, at_most: int, *, keep_last: bool) -> Any:
-    """The first tokens; if asked, the last among them the sequence's own last: an end mark."""
-    if len(tokens) <= at_most:
+def _cut(tokens: Any, max_length: int, *, keep_last: bool) -> Any:
+    """The first ``max_length`` tokens. ``keep_last`` replaces the last by the sequence's EOS."""
+    if len(tokens) <= max_length:
         return tokens
     if not keep_last:
-        return tokens[:at_most]
+        return tokens[:max_length]
     if isinstance(tokens, (list, tuple)):
-        return type(tokens)([*tokens[: at_most - 1], tokens[-1]])
-    cut = tokens[:at_most].copy() if isinstance(tokens, np.ndarray) else tokens[:at_most].clone()
+        return type(tokens)([*tokens[: max_length - 1], tokens[-1]])
+    cut = tokens[:max_length]
+    cut = cut.copy() if isinstance(tokens, np.ndarray) else cut.clone()
     cut[-1] = tokens[-1]
     return cut
 
 
 class PlannedCollator:
-    """Collates what `PlannedDataset` gives, by the collator that the user has."""
+    """Collates the items of a `PlannedDataset` with the user's collator."""
 
     def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
         self.collator = collator
@@ -105,7 +109,7 @@ class PlannedCollator:
         """Collate ``(index, example)`` pairs.
 
         Raises:
-            TypeError: if the collator returns no mapping.
+            TypeError: if the collator does not return a mapping.
         """
         inputs = self.collator([example for _, example in pairs])
         if not isinstance(inputs, Mapping):

@@ -1,8 +1,9 @@
-"""SIGTERM and Ctrl-C as a request to stop after the step, and not in the midst of it.
+"""Treat SIGTERM and Ctrl-C as a request to stop after the current step.
 
-A terminal sends Ctrl-C to all processes in it, torchrun and batch systems send SIGTERM to all of a
-job's: a loader's workers get it too. Were they to end by it, training would fail for want of them
-before it comes to its checkpoint. So they leave signals to the process that they work for.
+A terminal sends Ctrl-C to all of its processes, and torchrun and batch systems send SIGTERM to all
+processes of a job. The workers of a data loader receive the signal too. If they ended, training
+would fail before it could save a checkpoint. So the workers ignore the signal, and the process that
+they work for handles it.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ logger = logging.get_logger(__name__)
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT sets `requested`; a second Ctrl-C interrupts.
+    """In this context, the first SIGTERM or SIGINT sets `requested`; a second Ctrl-C interrupts.
 
-    Python runs signal handlers in the main thread alone, and lets only it set them: entered
-    elsewhere, this does nothing. A handler that was set for SIGTERM before is called as well. A
-    signal that is ignored stays ignored, and one that is handled outside of Python stays so.
+    Python allows only the main thread to set signal handlers. In other threads, this context has no
+    effect. A SIGTERM handler that was set before is called as well. Signals that were ignored, or
+    that are handled outside Python, keep their handling.
 
     Attributes:
-        requested: whether to stop.
+        requested: whether a signal has requested a stop.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
         self._interrupts = 0
         self._process = os.getpid()
         self._entered = torch.zeros((), dtype=torch.uint8)
@@ -46,7 +47,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                    self._before[number] = signal.signal(number, self._on_signal)
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -56,20 +57,20 @@ class StopSignals:
         traceback: TracebackType | None,
     ) -> None:
         self._entered.fill_(0)
-        while self._before:
-            signal.signal(*self._before.popitem())
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
-    def leave_to_us(self, loader: DataLoader) -> DataLoader:
-        """Let the loader's workers outlive signals while this is entered."""
+    def shield_workers(self, loader: DataLoader) -> DataLoader:
+        """Make the loader's workers ignore signals inside this context."""
         if loader.num_workers:
-            inner = getattr(loader, "base_dataloader", loader)  # of one that accelerate prepared
-            inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn, self._entered)
+            inner = getattr(loader, "base_dataloader", loader)  # if accelerate prepared it
+            inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn, self._entered)
         return loader
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        before = self._before.get(number)
-        if os.getpid() != self._process:  # a child, of a pool for example, inherits handlers
-            signal.signal(number, before)
+        previous = self._previous.get(number)
+        if os.getpid() != self._process:  # a child process, for example of a pool
+            signal.signal(number, previous)
             os.kill(os.getpid(), number)
             return
         self._interrupts += number == signal.SIGINT
@@ -77,16 +78,16 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.requested:
             name = signal.Signals(number).name
-            logger.warning(f"{name}: training saves a checkpoint after this step, and ends.")
+            logger.warning(f"{name}: saving a checkpoint after this step, then ending training")
         self.requested = True
-        if number != signal.SIGINT and callable(before):
-            before(number, frame)
+        if number != signal.SIGINT and callable(previous):
+            previous(number, frame)
 
 
-def _begin_worker(begin: Any, in_training: Tensor, worker: int) -> None:
-    """In a loader's worker: ignore Ctrl-C, and in training SIGTERM.
+def _init_worker(worker_init_fn: Any, in_training: Tensor, worker: int) -> None:
+    """In a loader's worker: ignore Ctrl-C, and ignore SIGTERM during training.
 
-    When that is over, a loader that is not waited for ends its workers by SIGTERM.
+    After training, SIGTERM ends the worker, because a loader ends its workers that way.
     """
 
     def on_terminate(number: int, frame: FrameType | None) -> None:
@@ -96,5 +97,5 @@ def _begin_worker(begin: Any, in_training: Tensor, worker: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_terminate)
-    if begin is not None:
-        begin(worker)
+    if worker_init_fn is not None:
+        worker_init_fn(worker)

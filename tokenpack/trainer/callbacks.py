@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-if TYPE_CHECKING:
-    from .trainer import TokenBudgetTrainer
+from .checkpoints import CheckpointsMixin
 
 
 class PlanCallback(TrainerCallback):
     """Tells the plan of each epoch, prints it if asked, and ends training after a signal."""
 
-    def __init__(self, trainer: TokenBudgetTrainer) -> None:
+    def __init__(self, trainer: CheckpointsMixin) -> None:
         self._trainer = trainer
         self._epoch = 0
         self._stopping = False

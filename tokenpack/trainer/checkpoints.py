@@ -38,11 +38,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
 from transformers.utils import logging
 
 from ..files import written_whole
+from .base import TrainerBase
 from .step import Counts, Dice
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ _ASIDE = "-before"  # of a checkpoint whose step is being saved again
 _FOLDER = re.compile(rf"checkpoint-(\d+)({_ASIDE})?")
 
 
-class CheckpointsMixin(Trainer):
+class CheckpointsMixin(TrainerBase):
     """Saving and finding checkpoints.
 
     Attributes:
@@ -72,7 +72,7 @@ class CheckpointsMixin(Trainer):
 
     # --------------------------------------------------------------------------------------- saving
 
-    def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         aside = folder.with_name(folder.name + _ASIDE)
         if self.args.should_save and folder.exists():
@@ -91,25 +91,25 @@ class CheckpointsMixin(Trainer):
             _delete(aside)
             self._delete_older(folder)
 
-    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What is uploaded bears the mark as well."""
         self._mark_whole(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _finalize_training(self: Any, *args: Any) -> Any:
+    def _finalize_training(self, *args: Any) -> Any:
         """A run that was stopped keeps its last checkpoint, though it may not be the best."""
         with self._deleting_none() if self.stop_agreed else contextlib.nullcontext():
             return super()._finalize_training(*args)
 
     @contextlib.contextmanager
-    def _deleting_none(self: Any) -> Iterator[None]:
+    def _deleting_none(self) -> Iterator[None]:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
         finally:
             self.args.save_total_limit = limit
 
-    def _mark_whole(self: Any, folder: Path) -> None:
+    def _mark_whole(self, folder: Path) -> None:
         """Once all ranks have come here."""
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         self.accelerator.wait_for_everyone()
@@ -132,7 +132,7 @@ class CheckpointsMixin(Trainer):
             },
         )
 
-    def _position(self: Any) -> dict[str, int]:
+    def _position(self) -> dict[str, int]:
         """The epoch to go on in, and how many of its batches are done."""
         plan: TokenBudgetBatchSampler | None = self.plan
         if plan is None:
@@ -142,7 +142,7 @@ class CheckpointsMixin(Trainer):
             return {"epoch": plan.epoch + 1, "batch": 0}
         return {"epoch": plan.epoch, "batch": done}
 
-    def _delete_older(self: Any, newest: Path) -> None:
+    def _delete_older(self, newest: Path) -> None:
         """Keep ``save_total_limit`` checkpoints, the newest and the best among them.
 
         Those that are not whole go first.
@@ -160,7 +160,7 @@ class CheckpointsMixin(Trainer):
 
     # ------------------------------------------------------------------------------------- resuming
 
-    def _whole_checkpoint(self: Any, asked: str | bool | None) -> str | None:
+    def _whole_checkpoint(self, asked: str | bool | None) -> str | None:
         """The checkpoint to resume from, its budget put in force.
 
         Raises:
@@ -189,7 +189,7 @@ class CheckpointsMixin(Trainer):
             )
         return folder
 
-    def _last_whole(self: Any) -> str:
+    def _last_whole(self) -> str:
         """The last checkpoint that every rank finds whole."""
         output_dir = Path(self.args.output_dir)
         if self.args.should_save:
@@ -214,7 +214,7 @@ class CheckpointsMixin(Trainer):
         )
 
     def _init_training_state(
-        self: Any,
+        self,
         max_steps: int,
         num_update_steps_per_epoch: int,
         num_train_epochs: int,
@@ -249,19 +249,19 @@ class CheckpointsMixin(Trainer):
         self.first_epoch = epoch
         return epoch, skipped
 
-    def _load_rng_state(self: Any, checkpoint: str | None) -> None:
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and checkpoint == self._rng_loaded:
             self._rng_loaded = None  # transformers' way is to do this after the first batches
             return
         super()._load_rng_state(checkpoint)
 
-    def take_up_random_numbers(self: Any) -> None:
+    def take_up_random_numbers(self) -> None:
         """Before the first batches of a resumed epoch are collated."""
         if self._rng_due is not None:
             self._load_rng_state(self._rng_due)
             self._rng_loaded, self._rng_due = self._rng_due, None
 
-    def take_up_loss(self: Any) -> None:
+    def take_up_loss(self) -> None:
         """Go on with the sum that the next log is the mean of."""
         if self._resumed is None:
             return
@@ -272,17 +272,17 @@ class CheckpointsMixin(Trainer):
         self._total_loss_scalar -= mean  # which is of this call to `train` alone
         self._globalstep_last_logged = self._resumed["loss"]["since"]
 
-    def take_up_evaluation(self: Any) -> None:
+    def take_up_evaluation(self) -> None:
         """Evaluate if that was put off when the run that is resumed was stopped."""
         if (self._resumed or {}).get("evaluate") and self.args.eval_strategy != IntervalStrategy.NO:
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics=metrics, trial=None)
 
-    def put_off_evaluation(self: Any) -> None:
+    def put_off_evaluation(self) -> None:
         """Note in the next checkpoint that an evaluation was due."""
         self._put_off_evaluation = True
 
-    def _evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """In training: whether and when one evaluates changes nothing in what is trained."""
         dice = Dice(self.accelerator.device)
         python, numpy = random.getstate(), np.random.get_state()

@@ -19,6 +19,7 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import (
     EvalPrediction,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -37,6 +37,7 @@ from transformers import (
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from .base import TrainerBase
 from .loading import PlannedDataset
 from .microbatch import PlannedBatch, is_packed, rounded_up
 
@@ -156,12 +157,12 @@ class _Evaluation(TrainerCallback):
         self.step += 1
 
 
-class EvaluationMixin(Trainer):
+class EvaluationMixin(TrainerBase):
     """Evaluation for the trainers."""
 
     _evaluation: _Evaluation | None = None
 
-    def get_eval_dataloader(self: Any, eval_dataset: Any = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Batches of at most ``max_eval_tokens_per_microbatch`` slots, of this rank's rows.
 
         Those of an `IterableDataset` are of ``per_device_eval_batch_size`` rows, as in `Trainer`.
@@ -174,14 +175,14 @@ class EvaluationMixin(Trainer):
         with self._collating_rows():
             return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self: Any, test_dataset: Any) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The same for `predict`."""
         if can_be_planned(test_dataset):
             return self._evaluation_loader(test_dataset, "test")
         with self._collating_rows():
             return super().get_test_dataloader(test_dataset)
 
-    def _evaluation_loader(self: Any, dataset: Any, description: str) -> DataLoader:
+    def _evaluation_loader(self, dataset: Any, description: str) -> DataLoader:
         lengths = self._lengths_of(dataset)
         # Lists of batches, and metrics by batch, are in the order of the dataset only if these are.
         in_order = not self.args.eval_do_concat_batches or self.args.batch_eval_metrics
@@ -198,7 +199,7 @@ class EvaluationMixin(Trainer):
             return self._planned_loader(view, sampler, description)
 
     @contextlib.contextmanager
-    def _collating_rows(self: Any) -> Iterator[None]:
+    def _collating_rows(self) -> Iterator[None]:
         collator = self.data_collator
         pad = getattr(self.processing_class, "pad_token_id", None)
         if pad is None:
@@ -210,7 +211,7 @@ class EvaluationMixin(Trainer):
             self.data_collator = collator
 
     def evaluation_loop(
-        self: Any,
+        self,
         dataloader: DataLoader,
         description: str,
         prediction_loss_only: bool | None = None,
@@ -225,7 +226,7 @@ class EvaluationMixin(Trainer):
         self._evaluation = running
         self.add_callback(running)
         if plan is not None:
-            self.gather_function = self._gathered_once
+            self.gather_function = partial(self._gather_without_repeats, plan, running)
             if user_metrics is not None:
                 self.compute_metrics = _metrics_by(plan, running, user_metrics)
         try:
@@ -233,7 +234,7 @@ class EvaluationMixin(Trainer):
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
-            loss = self._mean_evaluation_loss()
+            loss = self._mean_evaluation_loss(running)
         finally:
             self._last_logged += time.perf_counter() - begun  # tokens/s are those of training
             self.remove_callback(running)
@@ -249,7 +250,7 @@ class EvaluationMixin(Trainer):
         )
 
     @contextlib.contextmanager
-    def _prepared_for_now(self: Any) -> Iterator[None]:
+    def _prepared_for_now(self) -> Iterator[None]:
         """Before training, leave no trace of how the model was prepared for evaluation.
 
         Accelerate would not prepare it once more, and ranks would train without DDP, each with the
@@ -266,21 +267,22 @@ class EvaluationMixin(Trainer):
             self.accelerator._models.clear()
             self.model_wrapped = wrapped
             for name in {"_is_accelerate_prepared", "_original_forward", "forward"} - before:
-                vars(self.model).pop(name, None)
+                self.model.__dict__.pop(name, None)
 
-    def _gathered_once(self: Any, values: Any) -> Any:
-        """What the ranks made of a step, without repeated rows."""
-        running = self._evaluation
-        real = running.plan.real(running.step)
+    def _gather_without_repeats(
+        self, plan: EvaluationSampler, running: _Evaluation, values: Any
+    ) -> Any:
+        """Gather the outputs of a step from all ranks, and drop those of repeated rows."""
+        real = plan.real(running.step)
         rows, repeats = real.shape[1], self.args.eval_batch_size
         if isinstance(values, Tensor) and values.dim() == 1 and len(values) == repeats != rows:
             values = values[:1].repeat(rows)  # the loss of a batch, for as many as are usual
         gathered = self.accelerator.gather(values)
         return gathered if real.all() else _chosen(gathered, np.flatnonzero(real), real.size)
 
-    def _mean_evaluation_loss(self: Any) -> float | None:
-        """Over all targets, or not a number if there is none; None where no loss was asked for."""
-        losses, counts = self._evaluation.losses, self._evaluation.counts
+    def _mean_evaluation_loss(self, running: _Evaluation) -> float | None:
+        """The mean over all targets, NaN without targets, None if no loss was computed."""
+        losses, counts = running.losses, running.counts
         if not losses:
             return None
         means = torch.stack(losses).tolist()
@@ -294,7 +296,7 @@ class EvaluationMixin(Trainer):
         return total / count if count else float("nan")
 
     def prediction_step(
-        self: Any,
+        self,
         model: Any,
         inputs: Any,
         prediction_loss_only: bool,
@@ -326,7 +328,7 @@ class EvaluationMixin(Trainer):
             labels = _with_last_repeated(labels, own, rows - own)
         return loss, logits, labels
 
-    def _rows(self: Any, inputs: Any) -> tuple[int, int]:
+    def _rows(self, inputs: Any) -> tuple[int, int]:
         """Rows of this rank's batch, and how many of them, the first, are not there to fill it."""
         if isinstance(inputs, PlannedBatch) and inputs.examples is not None:
             rows = len(inputs.examples)
@@ -339,7 +341,7 @@ class EvaluationMixin(Trainer):
         return rows, int(np.clip(state.remainder - self.args.process_index * rows, 0, rows))
 
     @contextlib.contextmanager
-    def _told_of_targets(self: Any) -> Iterator[None]:
+    def _told_of_targets(self) -> Iterator[None]:
         """transformers tells ``compute_loss`` how many there are; a user's may not want to know."""
         compute = self.compute_loss
         parameters = inspect.signature(compute).parameters.values()
@@ -359,7 +361,7 @@ class EvaluationMixin(Trainer):
             if of_instance:
                 self.compute_loss = compute
 
-    def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Targets of one batch on this rank: losses are weighed afterwards."""
         with self._by_itself():
             return super()._get_num_items_in_batch(batch_samples, device)

@@ -10,23 +10,21 @@ as Adam does, unless the optimizer has its state already.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .base import TrainerBase
 from .batches import cut_groups
 from .microbatch import rounded_up
 from .step import Dice, is_out_of_memory, release_memory
 
-if TYPE_CHECKING:
-    from .trainer import TokenBudgetTrainer
-
 _CLOSE = 16
 
 
-def largest_budget(trainer: TokenBudgetTrainer) -> int:
+def largest_budget(trainer: TrainerBase) -> int:
     """Probe, on all ranks alike, and take what fits on each.
 
     Returns:
@@ -62,9 +60,10 @@ def largest_budget(trainer: TokenBudgetTrainer) -> int:
 
 
 class _Probe:
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: TrainerBase) -> None:
         self.trainer = trainer
         self.model = self.trainer.model_wrapped
+        assert trainer.plan is not None
         shape, sides = trainer.runner.shape, trainer.plan.lengths.astype(np.int64)
         self._sides = rounded_up(sides, shape.multiple) if shape.padded else sides
         whole = self._sides.sum(1)

@@ -215,7 +215,7 @@ class KilledInSaving:
             (trainer.model, "save_pretrained"),
             (torch, "save"),
             (checkpoints, "_sizes"),
-            (checkpoints, "_write_whole"),
+            (checkpoints, "_write_json"),
             (checkpoints, "_delete"),
         ]:
             setattr(owner, name, self._killing(getattr(owner, name), name))

@@ -838,12 +838,12 @@ def test_workers_are_mortal_outside_of_training(tmp_path):
     """Where a loader is not waited for, at exit, its workers are ended by SIGTERM."""
     stop = StopSignals()
     with stop:
-        batches = iter(stop.leave_to_us(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
+        batches = iter(stop.protect_workers(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
         next(batches)
         worker = batches._workers[0]
         worker.terminate()
         assert [int(batch) for batch in batches] == list(range(1, 9))
-        batches = iter(stop.leave_to_us(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
+        batches = iter(stop.protect_workers(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
         next(batches)
         worker = batches._workers[0]
     with contextlib.suppress(RuntimeError):  # torch notices, and says so at any time

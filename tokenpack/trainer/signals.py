@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C as a request to stop after the step, and not in the midst of it.
+"""Stop training after the current step on SIGTERM or Ctrl-C.
 
-A terminal sends Ctrl-C to all processes in it, torchrun and batch systems send SIGTERM to all of a
-job's: a loader's workers get it too. Were they to end by it, training would fail for want of them
-before it comes to its checkpoint. So they leave signals to the process that they work for.
+A terminal sends Ctrl-C to all of its processes. torchrun and batch systems send SIGTERM to all
+processes of a job. The workers of a `DataLoader` get these signals too. If they ended, training
+would fail before it could save a checkpoint. Therefore the workers ignore signals during training.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ logger = logging.get_logger(__name__)
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT sets `requested`; a second Ctrl-C interrupts.
+    """A context in which the first SIGTERM or Ctrl-C sets `requested`.
 
-    Python runs signal handlers in the main thread alone, and lets only it set them: entered
-    elsewhere, this does nothing. A handler that was set for SIGTERM before is called as well. A
-    signal that is ignored stays ignored, and one that is handled outside of Python stays so.
+    A second Ctrl-C raises KeyboardInterrupt. An earlier Python handler for SIGTERM is called too.
+    Signals that are ignored, or handled outside of Python, are left as they are. Python can set and
+    run signal handlers only in the main thread. In any other thread, the context does nothing.
 
     Attributes:
-        requested: whether to stop.
+        requested: whether training must stop.
     """
 
     def __init__(self) -> None:
@@ -59,16 +59,16 @@ class StopSignals:
         while self._before:
             signal.signal(*self._before.popitem())
 
-    def leave_to_us(self, loader: DataLoader) -> DataLoader:
-        """Let the loader's workers outlive signals while this is entered."""
+    def protect_workers(self, loader: DataLoader) -> DataLoader:
+        """Let the loader's workers ignore signals in this context."""
         if loader.num_workers:
-            inner = getattr(loader, "base_dataloader", loader)  # of one that accelerate prepared
-            inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn, self._entered)
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps loaders
+            inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn, self._entered)
         return loader
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(number)
-        if os.getpid() != self._process:  # a child, of a pool for example, inherits handlers
+        if os.getpid() != self._process:  # a forked child, for example of a pool, inherits handlers
             signal.signal(number, before)
             os.kill(os.getpid(), number)
             return
@@ -77,16 +77,16 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.requested:
             name = signal.Signals(number).name
-            logger.warning(f"{name}: training saves a checkpoint after this step, and ends.")
+            logger.warning(f"{name}: training saves a checkpoint after this step and stops.")
         self.requested = True
         if number != signal.SIGINT and callable(before):
             before(number, frame)
 
 
-def _begin_worker(begin: Any, in_training: Tensor, worker: int) -> None:
-    """In a loader's worker: ignore Ctrl-C, and in training SIGTERM.
+def _init_worker(init: Any, in_training: Tensor, worker: int) -> None:
+    """Initialize a loader's worker: ignore Ctrl-C, and SIGTERM during training.
 
-    When that is over, a loader that is not waited for ends its workers by SIGTERM.
+    After training, SIGTERM must work: a loader terminates its remaining workers with it.
     """
 
     def on_terminate(number: int, frame: FrameType | None) -> None:
@@ -96,5 +96,5 @@ def _begin_worker(begin: Any, in_training: Tensor, worker: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_terminate)
-    if begin is not None:
-        begin(worker)
+    if init is not None:
+        init(worker)

@@ -194,7 +194,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
             ValueError: if there is no dataset, or ``overlong="error"`` and an example is.
         """
         if not can_be_planned(self.train_dataset):
-            return self._stop.leave_to_us(super().get_train_dataloader())
+            return self._stop.protect_workers(super().get_train_dataloader())
         sampler = self._get_train_sampler()
         return self._planned_loader(self.planned_dataset, sampler, "Training")
 
@@ -318,7 +318,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
             generator=generator,
             **options,
         )
-        return self._stop.leave_to_us(loader)
+        return self._stop.protect_workers(loader)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Examples of an optimizer step, on average; for what transformers logs and measures."""

@@ -1,4 +1,4 @@
-"""The same lengths from a column, from Arrow and from items, which are made no more than once."""
+"""A column, Arrow and items give the same lengths, and each item is created at most once."""
 
 import gc
 import logging
@@ -32,16 +32,16 @@ def arrow(**columns):
 
 
 class Items(torch.utils.data.Dataset):
-    """A map-style dataset that counts how often it is asked."""
+    """A map-style dataset that counts its reads."""
 
     def __init__(self, columns, make=lambda tokens: tokens):
-        self.columns, self.make, self.asked = columns, make, 0
+        self.columns, self.make, self.reads = columns, make, 0
 
     def __len__(self):
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, at):
-        self.asked += 1
+        self.reads += 1
         return {name: self.make(column[at]) for name, column in self.columns.items()}
 
 
@@ -103,7 +103,7 @@ def test_columns_of_other_names(make):
     assert found.tolist() == BOTH
 
 
-def test_items_are_asked_for_in_blocks_where_they_can_be(monkeypatch):
+def test_items_are_read_in_blocks_if_possible(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 2)
     dataset = InBlocks(rows())
     assert dataset_lengths(dataset).tolist() == BOTH
@@ -113,7 +113,7 @@ def test_items_are_asked_for_in_blocks_where_they_can_be(monkeypatch):
 @pytest.mark.parametrize(
     "hold", [list, tuple, np.array, torch.tensor, lambda tokens: torch.tensor(tokens).int()]
 )
-def test_whatever_holds_the_tokens_of_an_item(hold):
+def test_lists_arrays_and_tensors_are_accepted(hold):
     columns = rows(attention_mask=[[1] * len(each) for each in SOURCES])
     assert dataset_lengths(Items(columns, hold)).tolist() == BOTH
     sizes = {"input_length": [3, 1, 2]}
@@ -148,7 +148,7 @@ SELECTED = {
 
 @pytest.mark.parametrize("name", SELECTED)
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_a_dataset_selects(name, masked):
+def test_selected_and_reordered_datasets(name, masked):
     masks = [[1, 0, 1], [1], [0, 1], [1, 1, 0, 0], [1]]
     dataset = SELECTED[name](arrow(attention_mask=masks if masked else None))
     plain = dataset.with_format(None)
@@ -157,7 +157,7 @@ def test_what_a_dataset_selects(name, masked):
     assert dataset_lengths(dataset).tolist() == want
 
 
-def test_random_padding_is_counted_as_item_by_item():
+def test_masks_in_columns_are_counted_like_masks_in_items():
     rng = np.random.default_rng(0)
     masks = [rng.integers(0, 2, rng.integers(0, 9)).tolist() for _ in range(300)]
     labels = [rng.choice([-100, 5], rng.integers(0, 7)).tolist() for _ in range(300)]
@@ -168,14 +168,14 @@ def test_random_padding_is_counted_as_item_by_item():
     assert (dataset_lengths(dataset) == dataset_lengths(Items(columns))).all()
 
 
-def test_arrow_is_asked_by_column_and_not_by_item(monkeypatch):
+def test_arrow_is_read_by_column_and_not_by_item(monkeypatch):
     dataset = arrow()
-    monkeypatch.setattr(type(dataset), "__getitem__", lambda *_: pytest.fail("asked for an item"))
-    monkeypatch.setattr(module, "_by_item", lambda *_: pytest.fail("asked by item"))
+    monkeypatch.setattr(type(dataset), "__getitem__", lambda *_: pytest.fail("read an item"))
+    monkeypatch.setattr(module, "_by_item", lambda *_: pytest.fail("read by item"))
     assert dataset_lengths(dataset).tolist() == BOTH
 
 
-def test_a_transform_makes_the_items():
+def test_a_dataset_with_a_transform_is_read_by_item():
     dataset = datasets.Dataset.from_dict({"text": ["a b", "c", "d e f"]})
     split = dataset.with_transform(
         lambda batch: {"input_ids": [[1] * len(text.split()) for text in batch["text"]]}
@@ -193,7 +193,7 @@ class Halves:
         return np.stack([raw_lengths - raw_lengths // 2, raw_lengths // 2], axis=1)
 
 
-def test_a_collator_that_makes_the_pairs_says_their_lengths(make):
+def test_a_collator_may_change_the_lengths(make):
     dataset = make(labels=None)
     assert dataset_lengths(dataset, collator=Halves()).tolist() == [
         [2, 1], [1, 0], [1, 1], [2, 2], [1, 0]
@@ -208,32 +208,32 @@ def test_a_collator_that_makes_the_pairs_says_their_lengths(make):
         dataset_lengths(dataset, collator=Wrong())
 
 
-# ------------------------------------------------------------------------------------- remembering
+# ----------------------------------------------------------------------------------------- caching
 
 
-def test_items_are_made_once_while_the_dataset_lives():
+def test_items_are_created_once_while_the_dataset_exists():
     dataset = Items(rows())
     dataset_lengths(dataset)
     changed = dataset_lengths(dataset)
-    assert dataset.asked == 5
+    assert dataset.reads == 5
     changed[:] = 0  # a copy
     assert dataset_lengths(dataset).tolist() == BOTH
-    assert dataset.asked == 5
+    assert dataset.reads == 5
     dataset_lengths(dataset, target_column="other")
-    assert dataset.asked == 10
+    assert dataset.reads == 10
     dataset_lengths(dataset, cache=False)
-    assert dataset.asked == 15
+    assert dataset.reads == 15
     number = id(dataset)
     unkept = Items(rows())
     dataset_lengths(unkept, cache=False)
-    assert id(unkept) not in module._remembered
-    assert number in module._remembered
+    assert id(unkept) not in module._cached
+    assert number in module._cached
     del dataset
     gc.collect()
-    assert number not in module._remembered
+    assert number not in module._cached
 
 
-def test_another_dataset_that_compares_equal_is_another():
+def test_datasets_that_compare_equal_are_cached_separately():
     class Equal(Items):
         __hash__ = None
 
@@ -253,7 +253,7 @@ def test_a_dataset_that_has_grown_is_measured_again():
     assert dataset_lengths(dataset).tolist() == [[2, 0], [3, 0]]
 
 
-def test_a_format_set_in_place_is_another_dataset():
+def test_a_format_set_in_place_is_measured_again():
     dataset = datasets.Dataset.from_dict({"text": ["a b", "c"]})
     for words in (1, 2):
         dataset.set_transform(
@@ -269,18 +269,18 @@ def on_disk(tmp_path):
     return tmp_path / "saved"
 
 
-def kept(folder):
+def cache_files(folder):
     return list(folder.glob("tokenpack-lengths-*"))
 
 
-def test_a_dataset_on_disk_keeps_its_lengths_beside_it(on_disk, monkeypatch):
+def test_lengths_are_cached_next_to_a_dataset_on_disk(on_disk, monkeypatch):
     assert dataset_lengths(datasets.load_from_disk(on_disk), cache=False).tolist() == BOTH
-    assert not kept(on_disk)
+    assert not cache_files(on_disk)
     assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
-    (file,) = kept(on_disk)
+    (file,) = cache_files(on_disk)
     selected = datasets.load_from_disk(on_disk).select([3, 1])
-    assert dataset_lengths(selected).tolist() == [BOTH[3], BOTH[1]]  # of another fingerprint
-    assert len(kept(on_disk)) == 2
+    assert dataset_lengths(selected).tolist() == [BOTH[3], BOTH[1]]  # the fingerprint differs
+    assert len(cache_files(on_disk)) == 2
     with monkeypatch.context() as patched:
         patched.setattr(module, "_by_column", lambda *_: pytest.fail("measured again"))
         assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
@@ -291,7 +291,7 @@ def test_a_dataset_on_disk_keeps_its_lengths_beside_it(on_disk, monkeypatch):
     assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(on_disk, monkeypatch, caplog):
+def test_a_folder_without_write_permission_is_not_an_error(on_disk, monkeypatch, caplog):
     def refuse(*args, **options):
         raise PermissionError("read-only")
 
@@ -299,24 +299,24 @@ def test_a_folder_that_cannot_be_written_is_no_error(on_disk, monkeypatch, caplo
     with caplog.at_level(logging.INFO, module.__name__):
         assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
     assert "read-only" in caplog.text
-    assert not kept(on_disk)
+    assert not cache_files(on_disk)
 
 
-def test_a_write_that_fails_leaves_nothing_behind(on_disk, monkeypatch):
+def test_a_failed_write_leaves_no_file(on_disk, monkeypatch):
     def refuse(*args, **options):
         raise OSError("disk full")
 
     monkeypatch.setattr(module.np, "save", refuse)
     assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
-    assert not kept(on_disk)
+    assert not cache_files(on_disk)
 
 
-def test_progress_is_shown_when_asked_for_or_as_transformers_does(capfd, monkeypatch):
+def test_progress_follows_the_argument_or_transformers(capfd, monkeypatch):
     dataset_lengths(Items(rows()), show_progress=True)
     assert "Measuring examples" in capfd.readouterr().err
     dataset_lengths(Items(rows()), show_progress=False)
     assert not capfd.readouterr().err
-    monkeypatch.undo()  # of the fixture
+    monkeypatch.undo()  # restore what the fixture replaced
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -331,7 +331,7 @@ def test_progress_is_shown_when_asked_for_or_as_transformers_does(capfd, monkeyp
 # ------------------------------------------------------------------------------------------- errors
 
 
-def test_what_has_no_lengths():
+def test_datasets_without_lengths():
     with pytest.raises(TypeError, match=r"dataset must have a length, .* got IterableDataset"):
         dataset_lengths(arrow().to_iterable_dataset())
     with pytest.raises(TypeError, match=r"dataset\[0\] must be a mapping, got list"):
@@ -354,7 +354,7 @@ def test_neither_lengths_nor_tokens(make):
         ({"input_length": [1.5] * 5}, "input_length.* must be .*integer"),
     ],
 )
-def test_columns_that_hold_no_tokens(make, columns, message):
+def test_columns_without_tokens(make, columns, message):
     with pytest.raises((TypeError, ValueError), match=message):
         dataset_lengths(make(**columns))
 

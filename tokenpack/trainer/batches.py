@@ -1,29 +1,31 @@
-"""An epoch's examples to batches of tokens: full, mixed, and other ones in each epoch.
+"""Plan the batches of an epoch: full, random, and different in each epoch.
 
-    sum of lengths in a batch <= max_tokens,   number of batches: of the lengths alone
+    sum of lengths in a batch <= max_tokens,   number of batches = a function of the lengths only
 
-A packer of bins finds the fewest bins, and the same ones each time, with long sequences side by
-side. Training wants batches at random, equally full, and as many in each epoch. So the number of
-batches is fixed first, and examples are dealt out to them, longest first by jittered lengths:
+A bin packer finds the fewest bins, but it finds the same bins each time, and it puts long sequences
+next to each other. Training needs random batches, equally full, and the same number in each epoch.
+Therefore the number of batches is fixed first. Then examples are dealt to the batches, in order of
+decreasing jittered length, by two rules:
 
-    while many tokens are left:   a run of batches, from a random one on, gets an example each,
-                                  unless that lifts it over the mean of all by a whole example
-    then, of the shortest:        the emptier half gets them, the emptiest batch the longest
+    random:   a run of batches, starting at a random one, gets one example each, unless that lifts a
+              batch above the mean of all batches by more than one example
+    level:    for the shortest examples: the emptier half of the batches gets one example each, the
+              emptiest batch the longest
 
-The first rule mixes: any two examples may meet that fit. The second is longest processing time
-first (Graham 1969) for many batches at once, and levels them: on log-normal lengths to 1 % of each
-other. A round is a few NumPy calls over half the batches, and there are about three rounds to each
-example of a batch. What would be too much for its batch waits for the next round.
+The first rule mixes: any two examples that fit together may meet. The second rule is longest
+processing time first (Graham 1969) for many batches at once. It levels the batches: log-normal
+lengths end within 1 % of each other. A round is a few NumPy calls over half the batches, and there
+are about three rounds per example of a batch. Examples that do not fit wait for the next round.
 
-Where lengths leave no such freedom (many of them over a third of a batch), less is dealt at random
-and lengths are jittered less, in the end not at all; the last resort are best fit's bins. Such
-plans are mixed afterwards, by swapping examples of similar lengths between batches.
+If many lengths are over a third of a batch, random dealing often fails. Then fewer examples are
+dealt at random, and lengths get less jitter, finally none. The last resort is the bins of best-fit
+packing. Afterwards, batches swap examples of similar lengths, so that these plans are random too.
 
-The number of batches is the smallest, in steps of a quarter to half a percent, that a deal of the
-sorted lengths with fixed seeds gets by with. So it is the same for any order of the lengths, and
-there always is a plan for it: that one, with equal lengths shuffled.
+The number of batches is the smallest, in steps of a quarter to half a percent, for which dealing
+the sorted lengths with fixed seeds succeeds. Therefore it does not depend on the order of the
+lengths, and a plan with this number always exists: that deal, with equal lengths shuffled.
 
-With padding a batch is filled by slots instead, which examples have in groups of similar lengths:
+With padding, batches are limited by slots instead. Examples of similar lengths form groups:
 
     slots of a group = rows * (longest source + longest target)
 """
@@ -41,24 +43,24 @@ from ..packing.lengths import Lengths, as_lengths, fit
 from ..packing.packer import pack_lengths
 from ..segments import Plan, group_by_bin, longest_first, stable_argsort
 
-_NEAR = (0.0, 0.0025, 0.005)  # batches over the least there can be, tried in turn,
-_OVER_BEST_FIT = 0.02  # and at most this over what best fit needs
-_CLUMP = 64  # examples of which several make this part of a batch are dealt together,
-_SINGLE = 16  # but no more of them than this part of what is left for a batch
-_TRIALS = 3  # seeds that a number of batches must do for,
-_ALIKE = 1_000_000  # examples, from which on a deal goes like any other
-_LOOK_AHEAD = 64  # rows that a group is first thought to have
-_SWAPS = 16  # per batch, where the deal was not random
-_PATIENCE = 64  # rounds that place less than half, before a deal is given up
-_REPEATS = 2  # seeds tried before the deal gets stricter
+_EXTRA = (0.0, 0.0025, 0.005)  # batches above the lower bound, as shares of it; tried in this order
+_OVER_BEST_FIT = 0.02  # most batches above those of best fit, as a share of them
+_CLUMP = 64  # a batch takes several examples per round while they are under 1/64 of max_tokens,
+_SINGLE = 16  # but in the second rule at most 1/16 of the examples left per batch
+_TRIALS = 3  # seeds that must all succeed with a number of batches,
+_ONE_TRIAL = 1_000_000  # or one seed if there are this many examples, because deals differ little
+_LOOK_AHEAD = 64  # rows that `cut_groups` examines first
+_SWAPS = 16  # per batch, if the deal was not random
+_PATIENCE = 64  # rounds that may place less than half of their examples before a deal fails
+_REPEATS = 2  # seeds to try before the deal becomes less random
 
 
 class _Freedom(NamedTuple):
-    """How much of a deal is left to chance.
+    """How random a deal is.
 
     Attributes:
-        strict: share of the tokens, in the shortest examples, that is dealt to level batches.
-        jitter: lengths are ordered as if up to ``2 ** jitter`` times shorter.
+        strict: share of the tokens, in the shortest examples, that the second rule deals.
+        jitter: lengths are divided by random factors of up to ``2 ** jitter`` before sorting.
     """
 
     strict: float
@@ -70,25 +72,25 @@ _STRICT = (_Freedom(1.0, 0.1), _Freedom(1.0, 0.0))
 
 
 def count_batches(lengths: Lengths, max_tokens: int, *, spare: float = 0.0) -> int:
-    """How many batches `plan_batches` makes of these lengths, in any order and with any seed.
+    """Return a number of batches for which `plan_batches` succeeds, in any order and with any seed.
 
     Args:
         lengths: ``(n,)`` integers from 1 to ``max_tokens``.
-        max_tokens: what a batch holds at most.
-        spare: room to leave, as a share of the batches, for lengths that vary a little.
+        max_tokens: the largest number of tokens in a batch.
+        spare: batches to add, as a share, for lengths that vary a little.
 
     Returns:
         At most 2 % above the number of bins that best-fit decreasing needs, plus ``spare``.
 
     Raises:
-        TypeError: if lengths or ``max_tokens`` are no integers.
+        TypeError: if lengths or ``max_tokens`` are not integers.
         ValueError: if there are no lengths, or one is below 1 or over ``max_tokens``.
     """
     checked = _checked(lengths, max_tokens)
     ordered = checked[longest_first(checked)]
-    low = _fewest(ordered, max_tokens)
+    low = _lower_bound(ordered, max_tokens)
     start = low + int(low * spare)
-    for count, _ in _canonical(ordered, max_tokens, _steps(start, _NEAR), _FREE):
+    for count, _ in _canonical(ordered, max_tokens, _steps(start, _EXTRA), _FREE):
         return count
     best = pack_lengths(ordered, max_tokens).num_bins
     most = best + int(best * (spare + _OVER_BEST_FIT))
@@ -96,7 +98,7 @@ def count_batches(lengths: Lengths, max_tokens: int, *, spare: float = 0.0) -> i
         between = [count for count in ((best + most) // 2, most) if count >= start]
         for count, _ in _canonical(ordered, max_tokens, between, _FREE):
             return count
-        counts = [*_steps(start, _NEAR), *_steps(best + int(best * spare), _NEAR), most]
+        counts = [*_steps(start, _EXTRA), *_steps(best + int(best * spare), _EXTRA), most]
         tried = sorted(count for count in counts if count <= most)
         for count, _ in _canonical(ordered, max_tokens, tried, _STRICT):
             return count
@@ -110,25 +112,25 @@ def plan_batches(
 
     Args:
         lengths: ``(n,)`` integers from 1 to ``max_tokens``.
-        max_tokens: what a batch holds at most.
-        num_batches: as `count_batches` says.
-        seed: an integer of 0 or more, or several, as (seed, epoch). The same ones give the same
-            plan on every machine; others give other batches.
+        max_tokens: the largest number of tokens in a batch.
+        num_batches: the number of batches, from `count_batches`.
+        seed: an integer of 0 or more, or several, for example (seed, epoch). Equal seeds give the
+            same plan on every machine; different seeds give different batches.
 
     Returns:
         ``items (n,)`` and ``offsets (num_batches + 1,)``, both int64: batch b has the examples
-        ``items[offsets[b]:offsets[b + 1]]``. Batches, and the examples in each, come in random
-        order; none is empty.
+        ``items[offsets[b]:offsets[b + 1]]``. The batches and the examples in each batch are in
+        random order. No batch is empty.
 
     Raises:
-        TypeError: if lengths, ``max_tokens``, ``num_batches`` or ``seed`` are no integers.
-        ValueError: if there are no lengths, one is below 1 or over ``max_tokens``, or no plan with
-            ``num_batches`` was found.
+        TypeError: if lengths, ``max_tokens``, ``num_batches`` or ``seed`` are not integers.
+        ValueError: if there are no lengths, if one is below 1 or over ``max_tokens``, or if no plan
+            with ``num_batches`` was found.
     """
     plan = find_plan(lengths, max_tokens, num_batches, seed)
     if plan is None:
         raise ValueError(
-            f"num_batches must be what count_batches says for these lengths and max_tokens = "
+            f"num_batches must be the result of count_batches for these lengths and max_tokens = "
             f"{max_tokens}, got {num_batches}"
         )
     return plan
@@ -137,11 +139,11 @@ def plan_batches(
 def find_plan(
     lengths: Lengths, max_tokens: int, num_batches: int, seed: int | Sequence[int] = 0
 ) -> Plan | None:
-    """`plan_batches`, but None where it finds no plan with ``num_batches``."""
+    """Like `plan_batches`, but return None if no plan with ``num_batches`` is found."""
     checked = _checked(lengths, max_tokens)
     count = at_least_one("num_batches", num_batches)
     bits = _bits(seed)
-    order = _shuffle(len(checked), bits)  # the order of equal lengths, and within a batch
+    order = _shuffle(len(checked), bits)  # shuffles equal lengths, and the examples of a batch
     shuffled = checked[order]
     batch_of = _deal_freely(shuffled, max_tokens, count, bits)
     if batch_of is None:
@@ -159,18 +161,19 @@ def group_similar(
     seed: int | Sequence[int] = 0,
     jitter: float = 0.0,
 ) -> Plan:
-    """Group examples of similar lengths, which waste little where a group is padded.
+    """Group examples of similar lengths, so that padding a group wastes little.
 
-    Sources are sorted. Where there are targets too, that is cut into about as many strips as a
-    strip then has groups, and each sorted by target: what is left unequal is as much on both sides.
+    Examples are sorted by source length. If there are targets, the sorted examples are cut into
+    strips, about as many as each strip has groups, and each strip is sorted by target length. Then
+    source and target lengths vary about equally within a group.
 
     Args:
         lengths: ``(n, 2)``, source and target, or ``(n,)``; a row's sum from 1 to ``max_slots``.
-        max_slots: what rows * (longest source + longest target) of a group may come to.
-        seed: what shuffles equal lengths, and jitters.
-        jitter: sort by lengths up to ``2 ** jitter`` times shorter, at random, so that other seeds
-            give other groups. Without, the slots of all groups are the same for every seed and
-            order of the examples.
+        max_slots: the largest rows * (longest source + longest target) of a group.
+        seed: seed of the shuffle of equal lengths, and of the jitter.
+        jitter: divide the lengths by random factors of up to ``2 ** jitter`` before sorting, so
+            that groups depend on the seed. With 0, the number of slots of each group does not
+            depend on the seed or on the order of the examples.
 
     Returns:
         ``items (n,)`` and ``offsets (num_groups + 1,)``, both int64.
@@ -192,14 +195,14 @@ def group_similar(
 
 
 def cut_groups(lengths: NDArray[np.integer], max_slots: int) -> NDArray[np.int64]:
-    """Cut examples, in the order they are in, into groups of at most ``max_slots`` slots.
+    """Cut examples, in the given order, into groups of at most ``max_slots`` slots.
 
     Args:
         lengths: ``(n, 2)``, source and target, or ``(n,)``; a row's sum is at most ``max_slots``.
-        max_slots: what rows * (longest source + longest target) of a group may come to.
+        max_slots: the largest rows * (longest source + longest target) of a group.
 
     Returns:
-        ``offsets (num_groups + 1,)`` int64: group g is from ``offsets[g]`` to the next.
+        ``offsets (num_groups + 1,)`` int64, the first row of each group, and at the end n.
     """
     sides = lengths.reshape(len(lengths), -1).astype(np.int64, copy=False)
     offsets = [0]
@@ -227,10 +230,10 @@ def _checked(lengths: Lengths, max_tokens: int) -> NDArray[np.int32]:
     return fit(given, capacity, "error", False, "lengths").lengths.astype(np.int32)
 
 
-def _fewest(ordered: NDArray[np.int32], max_tokens: int) -> int:
-    """Fewer batches cannot hold these: by tokens, and by those of which no two fit together."""
-    alone = int(np.count_nonzero(ordered > max_tokens // 2))
-    return max(alone, -(-int(ordered.sum(dtype=np.int64)) // max_tokens))
+def _lower_bound(lengths: NDArray[np.int32], max_tokens: int) -> int:
+    """A lower bound of the number of batches: total tokens, and lengths over half a batch."""
+    over_half = int(np.count_nonzero(lengths > max_tokens // 2))
+    return max(over_half, -(-int(lengths.sum(dtype=np.int64)) // max_tokens))
 
 
 def _steps(count: int, shares: Sequence[float]) -> list[int]:
@@ -240,8 +243,8 @@ def _steps(count: int, shares: Sequence[float]) -> list[int]:
 def _canonical(
     ordered: NDArray[np.int32], max_tokens: int, counts: Sequence[int], freedoms: Sequence[_Freedom]
 ) -> Iterator[tuple[int, NDArray[np.int32]]]:
-    """``(count, batch_of)`` of what can be dealt by fixed seeds, to lengths longest first."""
-    trials = _TRIALS if len(ordered) < _ALIKE else 1
+    """Deal lengths, longest first, with fixed seeds; yield ``(count, batch_of)`` if all succeed."""
+    trials = _TRIALS if len(ordered) < _ONE_TRIAL else 1
     for count in dict.fromkeys(counts):
         for freedom in freedoms:
             dealt = (
@@ -256,7 +259,7 @@ def _canonical(
 def _deal_freely(
     lengths: NDArray[np.int32], max_tokens: int, count: int, bits: np.random.PCG64
 ) -> NDArray[np.int32] | None:
-    """``(n,)`` int32, the batch of each, at random for the most part; None if that cannot be."""
+    """``(n,)`` int32, the batch of each example, mostly random; None if that fails."""
     for freedom in _FREE:
         for _ in range(_REPEATS):
             batch_of = _deal(lengths, max_tokens, count, freedom, bits)
@@ -268,7 +271,7 @@ def _deal_freely(
 def _deal_strictly(
     lengths: NDArray[np.int32], max_tokens: int, count: int, bits: np.random.PCG64
 ) -> NDArray[np.int32] | None:
-    """``(n,)`` int32, the batch of each, as `count_batches` found it if nothing else goes."""
+    """Like `_deal_freely`, with less freedom; if need be, the deal that `count_batches` found."""
     for freedom in _STRICT:
         batch_of = _deal(lengths, max_tokens, count, freedom, bits)
         if batch_of is not None:
@@ -292,16 +295,16 @@ def _deal(
     freedom: _Freedom,
     bits: np.random.PCG64,
 ) -> NDArray[np.int32] | None:
-    """``(n,)`` int32, the batch of each example; None if that freedom leaves no room for some."""
-    if not _fewest(lengths, max_tokens) <= count <= len(lengths):
+    """``(n,)`` int32, the batch of each example; None if some do not fit or a batch is empty."""
+    if not _lower_bound(lengths, max_tokens) <= count <= len(lengths):
         return None
     order = _jittered_order(lengths, freedom.jitter, bits)
     tokens = lengths[order]
-    behind = np.cumsum(tokens[::-1], dtype=np.int64)[::-1]  # its own tokens and those of all later
-    at_random = int(np.count_nonzero(behind > freedom.strict * behind[0]))
+    left = np.cumsum(tokens[::-1], dtype=np.int64)[::-1]  # tokens of this example and all later
+    num_random = int(np.count_nonzero(left > freedom.strict * left[0]))
     deal = _Deal(tokens, max_tokens, count)
-    waiting = deal.at_random(at_random, bits) if at_random else np.empty(0, np.int32)
-    if waiting is None or not deal.level(waiting, at_random) or not deal.fill.all():
+    waiting = deal.at_random(num_random, bits) if num_random else np.empty(0, np.int32)
+    if waiting is None or not deal.level(waiting, num_random) or not deal.fill.all():
         return None
     batch_of = np.empty(len(order), np.int32)
     batch_of[order] = deal.batch_of
@@ -309,12 +312,12 @@ def _deal(
 
 
 class _Deal:
-    """Examples in the order in which they are dealt, and what the batches hold so far.
+    """The examples in the order of dealing, and the content of the batches so far.
 
     Attributes:
-        tokens: ``(n,)`` int32, lengths.
-        batch_of: ``(n,)`` int32, set for those that were dealt.
-        fill: ``(count,)`` int64, tokens of each batch.
+        tokens: ``(n,)`` int32, the length of each example.
+        batch_of: ``(n,)`` int32, the batch of each example that has been dealt.
+        fill: ``(count,)`` int64, the tokens of each batch.
     """
 
     def __init__(self, tokens: NDArray[np.int32], max_tokens: int, count: int) -> None:
@@ -323,7 +326,7 @@ class _Deal:
         self.fill = np.zeros(count, np.int64)
 
     def at_random(self, end: int, bits: np.random.PCG64) -> NDArray[np.int32] | None:
-        """Deal the first ``end``; returns those left over, or None if they hardly go in."""
+        """Deal the first ``end`` examples; return those left over, or None if most do not fit."""
         run = (len(self.fill) + 1) // 2
         dealt = stalls = 0
         waiting = np.empty(0, np.int32)
@@ -331,8 +334,9 @@ class _Deal:
             clump = self._clump(waiting, dealt, run)
             now = self._with_next(waiting, dealt, min(dealt + run * clump - len(waiting), end))
             dealt += max(len(now) - len(waiting), 0)
-            longest, coming = self._of(now[: run * clump])
-            level = int((self.fill.sum() + coming) / len(self.fill) + clump * longest)
+            next_tokens = self.tokens[now[: run * clump]]
+            mean = (self.fill.sum() + int(next_tokens.sum(dtype=np.int64))) / len(self.fill)
+            level = int(mean + clump * int(next_tokens.max()))
             first = int(bits.random_raw() % len(self.fill))
             batches = (first + np.arange(run)) % len(self.fill)
             waiting = self._put(now, batches, clump, min(level, self.max_tokens))
@@ -340,14 +344,14 @@ class _Deal:
         return waiting if dealt == end else None
 
     def level(self, waiting: NDArray[np.int32], dealt: int) -> bool:
-        """Deal all from ``dealt`` on and those that wait; returns whether they went in."""
+        """Deal the examples from ``dealt`` on and those that wait; return whether all fit."""
         stalls = 0
         while len(waiting) or dealt < len(self.tokens):
             roomy = np.flatnonzero(self.fill <= self.fill.mean())
             batches = roomy[stable_argsort(self.fill[roomy], self.max_tokens + 1)]
             left = len(self.tokens) - dealt + len(waiting)
             clump = self._clump(waiting, dealt, len(batches))
-            clump = max(min(clump, left // (_SINGLE * len(self.fill))), 1)  # ever finer to the end
+            clump = max(min(clump, left // (_SINGLE * len(self.fill))), 1)  # 1 towards the end
             now = self._with_next(waiting, dealt, dealt + len(batches) * clump - len(waiting))
             dealt += len(now) - len(waiting)
             now = now[longest_first(self.tokens[now])]
@@ -360,27 +364,23 @@ class _Deal:
         return True
 
     def _clump(self, waiting: NDArray[np.int32], dealt: int, run: int) -> int:
-        """How many examples a batch takes at once: several where they are short beside it."""
+        """The number of examples that a batch takes per round: several if they are very short."""
         longest = self.tokens[waiting].max(initial=1)
         longest = self.tokens[dealt : dealt + run].max(initial=longest)
         return max(self.max_tokens // (_CLUMP * int(longest)), 1)
 
     def _with_next(self, waiting: NDArray[np.int32], dealt: int, end: int) -> NDArray[np.int32]:
+        """The waiting examples, followed by those from ``dealt`` to ``end``."""
         end = min(end, len(self.tokens))
         return np.concatenate((waiting, np.arange(dealt, end, dtype=np.int32)))
-
-    def _of(self, examples: NDArray[np.int32]) -> tuple[int, int]:
-        """Tokens of the longest, and of all."""
-        tokens = self.tokens[examples]
-        return int(tokens.max()), int(tokens.sum(dtype=np.int64))
 
     def _put(
         self, examples: NDArray[np.int32], batches: NDArray[np.int64], clump: int, level: int
     ) -> NDArray[np.int32]:
-        """Give ``clump`` examples to each batch that they do not fill over ``level``.
+        """Give each batch ``clump`` examples, unless they would fill it above ``level``.
 
         Returns:
-            The examples not given.
+            The examples that no batch got.
         """
         clump = max(min(clump, len(examples) // len(batches)), 1)
         batches = batches[: len(examples) // clump]
@@ -396,28 +396,28 @@ class _Deal:
 def _jittered_order(
     lengths: NDArray[np.int32], jitter: float, bits: np.random.PCG64
 ) -> NDArray[np.int64]:
-    """Indices by falling ``length / 2 ** (jitter * noise)``, noise from 0 to 1."""
+    """The indices that sort by decreasing ``length / 2 ** (jitter * noise)``, noise in [0, 1)."""
     if not jitter:
         return longest_first(lengths)
     noise = _uniform(len(lengths), bits)
-    # On a scale of logarithms 16 bits, which sort by radix, tell lengths 0.03 % apart.
+    # 16-bit keys are radix-sorted. On a logarithmic scale they resolve lengths to 0.03 %.
     keys = np.log2(lengths.astype(np.float32)) + np.float32(1) - np.float32(jitter) * noise
     return longest_first((keys * 2048).astype(np.int32))
 
 
 def _bits(seed: int | Sequence[int]) -> np.random.PCG64:
-    """Raw bits, which NumPy keeps the same over versions, unlike what it makes of them."""
+    """A generator of raw bits. NumPy keeps these the same across versions, unlike its samples."""
     seeds = [check_seed(each) for each in (seed if isinstance(seed, Sequence) else [seed])]
     return np.random.PCG64([len(seeds), *seeds])
 
 
 def _uniform(count: int, bits: np.random.PCG64) -> NDArray[np.float32]:
-    """From 0 to 1."""
+    """``(count,)`` float32 in [0, 1)."""
     return (bits.random_raw(count) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def _shuffle(count: int, bits: np.random.PCG64) -> NDArray[np.int64]:
-    """A permutation; of 32 bits each, which sort in half the time of 64."""
+    """A random permutation, from 32-bit keys: they sort in half the time of 64-bit keys."""
     return stable_argsort((bits.random_raw(count) >> np.uint64(32)).astype(np.uint32), 1 << 32)
 
 
@@ -428,7 +428,7 @@ def _swap_similar(
     count: int,
     bits: np.random.PCG64,
 ) -> None:
-    """Mix a plan in place: batches swap examples of similar lengths, where both have room."""
+    """Randomize a plan in place: batches swap examples of similar lengths if both have room."""
     items, offsets = group_by_bin(batch_of, count)
     fill = np.add.reduceat(lengths[items], offsets[:-1], dtype=np.int64)
     counts = np.diff(offsets).astype(np.uint64)
@@ -442,6 +442,6 @@ def _swap_similar(
         longer, shorter, more = longer[fits], shorter[fits], more[fits]
         fill[batches[longer]] -= more
         fill[batches[shorter]] += more
-        here, there = chosen[longer], chosen[shorter]
-        items[here], items[there] = items[there], items[here]
+        first, second = chosen[longer], chosen[shorter]
+        items[first], items[second] = items[second], items[first]
     batch_of[items] = np.repeat(np.arange(count, dtype=np.int32), np.diff(offsets))

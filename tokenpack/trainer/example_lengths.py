@@ -1,12 +1,12 @@
-"""Tokens of every example of a dataset, by the cheapest way that it offers.
+"""Count the tokens of every example of a dataset, in the cheapest way that the dataset offers.
 
-    source[i] = dataset[i][length column], or ones in its attention_mask, or len(input_ids)
-    target[i] = len(labels) without trailing -100, or 0 where there are none
+    source[i] = dataset[i][length column], or the ones in its attention_mask, or len(input_ids)
+    target[i] = len(labels) without trailing -100, or 0 without labels
 
-A plan needs the lengths of all examples before the first step. A length column says them. Else the
-columns of a `datasets.Dataset` do, of which Arrow keeps the offsets: the differences of those are
-the lengths, and no token is read (of masks and of labels that end in -100, the values are). Only
-where items are made when they are asked for, each has to be made once; that is remembered.
+A plan needs the lengths of all examples before the first step. The cheapest source is a length
+column. Next is a `datasets.Dataset`: Arrow stores the offsets of the rows of a column, and their
+differences are the lengths. No tokens are read, except for masks and for labels that end in -100.
+Any other dataset creates its items on access, so each item is created once. The result is cached.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,16 @@ from ..segments import offsets_of
 
 logger = logging.getLogger(__name__)
 
+_Count = Callable[[NDArray[Any], NDArray[np.int64]], NDArray[np.int64]]
+
 KINDS = ("seq2seq", "causal")
 _MASK = "attention_mask"
 _TARGET_LENGTHS = ("labels_length", "label_length")
-_BLOCK = 1000  # items that are asked for together
+_BLOCK = 1000  # items per call of __getitems__
 
-# By id, as many datasets compare by content or not at all. An entry goes with its dataset.
-_remembered: dict[int, tuple[weakref.ref[Any], dict[tuple[Any, ...], NDArray[np.int64]]]] = {}
+# Keyed by id, because many datasets compare by content or are not hashable. An entry is deleted
+# with its dataset.
+_cached: dict[int, tuple[weakref.ref[Any], dict[tuple[Any, ...], NDArray[np.int64]]]] = {}
 
 
 def dataset_lengths(
@@ -47,63 +50,63 @@ def dataset_lengths(
     show_progress: bool | None = None,
     cache: bool = True,
 ) -> NDArray[np.int64]:
-    """How many tokens each example has.
+    """Count the tokens of each example.
 
-    Sources are, in this order: the column ``length_column_name``; ones in ``attention_mask``, as
-    padding is no token; ``source_column``. Targets are ``target_column`` without trailing -100, or
-    a column ``labels_length`` or ``label_length`` of numbers, or else 0.
+    The source length is the first of these that exists: the column ``length_column_name``; the
+    number of ones in ``attention_mask``; the length of ``source_column``. The target length is the
+    length of ``target_column`` without trailing -100, or an integer column ``labels_length`` or
+    ``label_length``, or 0.
 
-    A `datasets.Dataset` is asked by column, through whatever ``select``, ``shuffle`` or
-    ``train_test_split`` made of it; any other dataset, and one with a transform, item by item.
+    A `datasets.Dataset` is read by column, also after ``select``, ``shuffle`` or
+    ``train_test_split``. Any other dataset, or one with a transform, is read item by item.
 
     Args:
-        dataset: map-style: it has a length, and its items are mappings of lists, arrays or tensors.
-        length_column_name: a column, or key of items, that says the tokens of the source, or of the
-            whole example where no target is found.
+        dataset: a map-style dataset with a length. Its items are mappings to lists, arrays or
+            tensors.
+        length_column_name: a column, or key of the items, with the number of source tokens, or of
+            all tokens if no target is found.
         source_column: token ids of the encoder, or of a causal model.
         target_column: token ids of the decoder.
-        kind: "seq2seq", or "causal", whose examples are one sequence.
-        collator: one that changes how long sources and targets are, if its
-            ``lengths(raw_lengths (n, 2)) -> (n, 2)`` says so; others do not matter.
-        show_progress: of a pass over items; by default as transformers does, by its verbosity.
-        cache: remember lengths that take a pass over values or items: while the dataset lives, and
-            for a `datasets.Dataset` with files, beside these by its fingerprint.
+        kind: "seq2seq", or "causal" if an example is one sequence.
+        collator: the data collator. If it changes the lengths, it must have a method
+            ``lengths(raw_lengths (n, 2)) -> (n, 2)``. A collator without one has no effect.
+        show_progress: show a progress bar while items are read. By default, follow transformers'
+            verbosity.
+        cache: cache lengths that require reading values or items: in memory while the dataset
+            exists, and for a `datasets.Dataset` with files, next to these by its fingerprint.
 
     Returns:
-        ``(n, 2)`` int64, source and target; ``(n,)`` if ``kind`` is "causal".
+        ``(n, 2)`` int64, source and target; ``(n,)``, their sum, if ``kind`` is "causal".
 
     Raises:
-        TypeError: if the dataset has no length, an item is no mapping, or a column is no lists of
-            integers.
-        ValueError: if neither the length column nor the sources are there, a sequence is no single
-            row of tokens, or ``kind`` is unknown.
+        TypeError: if the dataset has no length, an item is not a mapping, or a column does not
+            hold lists of integers.
+        ValueError: if there is neither a length column nor a source column, if a sequence is not
+            one-dimensional, or if ``kind`` is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     columns = _Columns(length_column_name, source_column, target_column if kind == KINDS[0] else "")
     count = _length_of(dataset)
-    found = _recall(dataset, columns.key, count) if cache else None
-    if found is None:
-        found = _measure(dataset, columns, count, show_progress, cache)
-    if (offers := getattr(collator, "lengths", None)) is not None:
-        found = _from_collator(offers(found), count)
-    return found.sum(1) if kind == "causal" else found.copy()
+    lengths = _from_memory(dataset, columns, count) if cache else None
+    if lengths is None:
+        lengths = _measure(dataset, columns, count, show_progress, cache)
+    if (lengths_after := getattr(collator, "lengths", None)) is not None:
+        lengths = _from_collator(lengths_after(lengths), count)
+    return lengths.sum(1) if kind == "causal" else lengths.copy()
 
 
-class _Columns:
-    """What columns are called. ``target`` is empty where there is nothing to ask for."""
+class _Columns(NamedTuple):
+    """Names of the columns. ``target`` is empty for causal models."""
 
-    def __init__(self, length: str, source: str, target: str) -> None:
-        self.length, self.source, self.target = length, source, target
+    length: str
+    source: str
+    target: str
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        return (self.length, self.source, self.target)
-
-    def missing(self, found: Any) -> ValueError:
+    def missing(self, found: Iterable[str]) -> ValueError:
         return ValueError(
             f"dataset must have a column {self.length!r} of lengths (length_column_name) or "
-            f"{self.source!r} of token ids (source_column), got {', '.join(found) or 'none'}"
+            f"{self.source!r} of token ids (source_column), got {', '.join(found) or 'no columns'}"
         )
 
 
@@ -113,7 +116,7 @@ def _length_of(dataset: Any) -> int:
     except TypeError:
         raise TypeError(
             f"dataset must have a length, to plan batches of all its examples, got "
-            f"{type(dataset).__name__}, which has none"
+            f"{type(dataset).__name__} without __len__"
         ) from None
 
 
@@ -126,21 +129,21 @@ def _measure(
         raise columns.missing(names)
     cheap = names is not None and (columns.length in names or _MASK not in names)
     path = None if cheap or not cache else _cache_file(dataset, columns)
-    found = None if path is None else _load(path, count)
-    if found is None:
+    lengths = None if path is None else _load(path, count)
+    if lengths is None:
         if names is not None:
-            found = _by_column(dataset, columns, names)
+            lengths = _by_column(dataset, columns, names)
         else:
-            found = _by_item(dataset, columns, count, show_progress)
+            lengths = _by_item(dataset, columns, count, show_progress)
         if path is not None:
-            _save(path, found)
+            _save(path, lengths)
     if cache and not cheap:
-        _remember(dataset, columns.key, found)
-    return found
+        _keep_in_memory(dataset, columns, lengths)
+    return lengths
 
 
-def _from_collator(offered: Any, count: int) -> NDArray[np.int64]:
-    lengths = np.asarray(offered)
+def _from_collator(returned: Any, count: int) -> NDArray[np.int64]:
+    lengths = np.asarray(returned)
     if lengths.shape != (count, 2) or lengths.dtype.kind not in "iu":
         raise ValueError(
             f"collator.lengths must return ({count}, 2) integers, source and target of each "
@@ -153,12 +156,12 @@ def _from_collator(offered: Any, count: int) -> NDArray[np.int64]:
 
 
 def _arrow_columns(dataset: Any) -> list[str] | None:
-    """Columns of a `datasets.Dataset` whose items are its rows; None of anything else."""
+    """The columns of a `datasets.Dataset` without a transform; None for any other dataset."""
     if not (hasattr(dataset, "with_format") and hasattr(dataset, "data")):
         return None
     form = getattr(dataset, "format", None)
     if isinstance(form, Mapping) and form.get("type") == "custom":
-        return None  # a transform makes the items, of whatever columns
+        return None  # the items come from the transform, not from the columns
     return list(dataset.column_names)
 
 
@@ -171,15 +174,16 @@ def _by_column(dataset: Any, columns: _Columns, names: list[str]) -> NDArray[np.
         source = _count_rows(dataset, columns.source, None)
     target = np.zeros_like(source)
     if columns.target:
-        given = [name for name in _TARGET_LENGTHS if name in names]
+        length_columns = [name for name in _TARGET_LENGTHS if name in names]
         if columns.target in names:
             target = _count_rows(dataset, columns.target, _without_trailing)
-        elif given:
-            target = _numbers(dataset, given[0])
+        elif length_columns:
+            target = _numbers(dataset, length_columns[0])
     return np.stack([source, target], axis=1)
 
 
 def _numbers(dataset: Any, name: str) -> NDArray[np.int64]:
+    """``(n,)`` int64, a column of integers."""
     column = dataset.data.column(name)
     if column.null_count:
         raise TypeError(f"{name} must be integers, got a column with {column.null_count} nulls")
@@ -189,11 +193,11 @@ def _numbers(dataset: Any, name: str) -> NDArray[np.int64]:
     return _rows_of(dataset, values.astype(np.int64))
 
 
-def _count_rows(dataset: Any, name: str, count: Any) -> NDArray[np.int64]:
-    """Of each row of a column of lists its length, or what ``count`` says by values and offsets.
+def _count_rows(dataset: Any, name: str, count: _Count | None) -> NDArray[np.int64]:
+    """``(n,)`` int64, the length of each row of a column of lists, or ``count(values, offsets)``.
 
-    Asked of the whole table, and only then of the rows that the dataset selects: to take numbers is
-    cheaper than to take lists.
+    This counts the whole table and then selects the rows of the dataset, because selecting numbers
+    is cheaper than selecting lists.
     """
     import pyarrow.compute
 
@@ -214,26 +218,26 @@ def _count_rows(dataset: Any, name: str, count: Any) -> NDArray[np.int64]:
 
 
 def _rows_of(dataset: Any, values: NDArray[Any]) -> NDArray[Any]:
-    """Of a table's rows those that the dataset has, in its order."""
+    """Select the rows of the table that the dataset has, in its order."""
     indices = getattr(dataset, "_indices", None)
     return values if indices is None else values[indices.column(0).to_numpy()]
 
 
 def _ones(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(n,)``, how many values of each row are not 0."""
+    """``(n,)`` int64, the number of nonzero values of each row."""
     zeros = np.flatnonzero(values == 0)
     return np.diff(offsets) - np.diff(np.searchsorted(zeros, offsets))
 
 
 def _without_trailing(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(n,)``, lengths of rows up to their last label that is not ignored."""
+    """``(n,)`` int64, the length of each row up to its last label that is not ignored."""
     lengths = np.diff(offsets)
     ends = offsets[1:][lengths > 0]
     if not (values[ends - 1] == IGNORE_INDEX).any():
         return lengths
-    kept = np.flatnonzero(values != IGNORE_INDEX)
-    kept_ends = np.concatenate(([0], kept + 1))[np.searchsorted(kept, offsets[1:])]
-    return np.maximum(kept_ends - offsets[:-1], 0)
+    labels = np.flatnonzero(values != IGNORE_INDEX)
+    last_ends = np.concatenate(([0], labels + 1))[np.searchsorted(labels, offsets[1:])]
+    return np.maximum(last_ends - offsets[:-1], 0)
 
 
 # ----------------------------------------------------------------------------------------- by item
@@ -293,10 +297,10 @@ def _target_of(item: Mapping[str, Any], at: int, columns: _Columns) -> int:
 
 
 def _row(tokens: Any, name: str) -> NDArray[Any]:
-    """Tokens of one example, whatever holds them."""
+    """The tokens of one example, from a list, an array or a tensor."""
     array = np.asarray(tokens.cpu() if hasattr(tokens, "cpu") else tokens)
     if array.ndim != 1:
-        raise ValueError(f"{name} must be one row of tokens, got shape {array.shape}")
+        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
     if array.size and array.dtype.kind not in "iub":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     return array
@@ -309,54 +313,54 @@ def _number(value: Any, name: str) -> int:
     return int(array.reshape(()))
 
 
-# ------------------------------------------------------------------------------------- remembering
+# ----------------------------------------------------------------------------------------- caching
 
 
-def _state(dataset: Any, key: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``key``, and what of the dataset may change: a format is set in place."""
-    return (*key, getattr(dataset, "_fingerprint", None))
+def _key(dataset: Any, columns: _Columns) -> tuple[Any, ...]:
+    """The columns and the fingerprint, which changes if a format is set in place."""
+    return (*columns, getattr(dataset, "_fingerprint", None))
 
 
-def _recall(dataset: Any, key: tuple[Any, ...], count: int) -> NDArray[np.int64] | None:
-    _, entries = _remembered.get(id(dataset), (None, {}))
-    found = entries.get(_state(dataset, key))
-    return found if found is not None and len(found) == count else None
+def _from_memory(dataset: Any, columns: _Columns, count: int) -> NDArray[np.int64] | None:
+    _, entries = _cached.get(id(dataset), (None, {}))
+    lengths = entries.get(_key(dataset, columns))
+    return lengths if lengths is not None and len(lengths) == count else None
 
 
-def _remember(dataset: Any, key: tuple[Any, ...], lengths: NDArray[np.int64]) -> None:
+def _keep_in_memory(dataset: Any, columns: _Columns, lengths: NDArray[np.int64]) -> None:
     number = id(dataset)
-    if number not in _remembered:
+    if number not in _cached:
         try:
-            gone = weakref.ref(dataset, lambda _: _remembered.pop(number, None))
-        except TypeError:  # a list, say, whose end nobody would be told of
+            reference = weakref.ref(dataset, lambda _: _cached.pop(number, None))
+        except TypeError:  # for example a list: its entry would never be deleted
             return
-        _remembered[number] = gone, {}
-    _remembered[number][1][_state(dataset, key)] = lengths
+        _cached[number] = reference, {}
+    _cached[number][1][_key(dataset, columns)] = lengths
 
 
 def _cache_file(dataset: Any, columns: _Columns) -> Path | None:
-    """Beside the files of a `datasets.Dataset`; None if it has none."""
+    """The path of the cache file, next to the files of a `datasets.Dataset`; None without files."""
     files = getattr(dataset, "cache_files", None)
     fingerprint = getattr(dataset, "_fingerprint", None)
     if not files or not fingerprint:
         return None
-    name = hashlib.sha256(repr((fingerprint, *columns.key)).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr((fingerprint, *columns)).encode()).hexdigest()[:16]
     return Path(files[0]["filename"]).parent / f"tokenpack-lengths-{name}.npy"
 
 
 def _load(path: Path, count: int) -> NDArray[np.int64] | None:
     try:
         lengths = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # not there, or not whole
+    except (OSError, ValueError, EOFError):  # the file is missing or damaged
         return None
-    whole = lengths.shape == (count, 2) and lengths.dtype == np.int64
-    return lengths if whole else None
+    valid = lengths.shape == (count, 2) and lengths.dtype == np.int64
+    return lengths if valid else None
 
 
 def _save(path: Path, lengths: NDArray[np.int64]) -> None:
-    """Write the cache file. Other ranks may read or write it at the same time."""
+    """Write the cache file. Other ranks may read or write it concurrently."""
     try:
         with written_whole(path) as partial, partial.open("wb") as file:
             np.save(file, lengths)
     except OSError as error:
-        logger.info("lengths are not kept in %s: %s", path, error)
+        logger.info("Could not write the cache of lengths %s: %s", path, error)

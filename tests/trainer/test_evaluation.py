@@ -1,4 +1,4 @@
-"""Evaluation and prediction: losses of all targets alike, and rows in the order of the dataset."""
+"""Evaluation: the loss weights all targets equally, and rows are in dataset order."""
 
 import time
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from ..adapters.models import BY_NAME, EOS, PAD, VOCABULARY
 from .setting import CASES, collate, collate_left, make_examples, make_trainer, on_ranks
 
 TOLERANCE = 1e-6
-BUDGET = 90  # of some 30 tokens an example
+BUDGET = 90  # an example has about 30 tokens
 TOKENIZER = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS, padding_side="right")
 
 
@@ -45,7 +45,7 @@ def ours(name, folder, examples=None, **options):
 
 
 def theirs(name, folder, examples=None, model=None, **options):
-    """transformers' own trainer, on the model as it was."""
+    """transformers' own trainer, on the unpatched model."""
     kind, fields = (
         (Trainer, TrainingArguments)
         if is_causal(name)
@@ -74,7 +74,7 @@ def _fields(kind):
 
 
 def loss_of_all(name, examples, smoothing=0.0):
-    """Over all examples as one padded batch, in float64."""
+    """The loss of all examples as one padded batch, in float64."""
     model = CASES[name].build().double().eval()
     batch = collate(examples)
     labels = batch.pop("labels")
@@ -102,7 +102,7 @@ def test_loss(name, smoothing, tmp_path):
     assert other["few_loss"] == pytest.approx(expected, rel=TOLERANCE)
 
 
-def test_every_example_once_and_no_budget_exceeded():
+def test_steps_have_every_example_once_within_the_budget():
     chance = np.random.default_rng(0)
     for count, ranks, in_order, multiple in [
         (count, ranks, in_order, multiple)
@@ -125,7 +125,7 @@ def test_every_example_once_and_no_budget_exceeded():
                 sizes = rounded[[index if index >= 0 else -1 - index for index in rows]]
                 assert len(rows) == 1 or len(rows) * sizes.max(0).sum() <= 100
             gathered = np.concatenate(step)
-            assert ((gathered >= 0) == plans[0].real(at).reshape(-1)).all()
+            assert ((gathered >= 0) == plans[0].is_real(at).reshape(-1)).all()
             seen += gathered[gathered >= 0].tolist()
         assert sorted(seen) == list(range(count))
         assert seen == plans[0].order.tolist()
@@ -139,7 +139,7 @@ def test_every_example_once_and_no_budget_exceeded():
 
 @pytest.mark.parametrize("multiple", [None, 8])
 def test_batches_hold_the_budget(multiple, tmp_path):
-    """Also in what a collator makes of the examples, and but for what does not fit alone."""
+    """After collating too, except for examples that exceed the budget by themselves."""
     examples = [*examples_of("T5", 30), {"input_ids": [5] * 180, "labels": [7] * 90}]
     examples[3], examples[-1] = examples[-1], examples[3]
     collator = CappedSeq2SeqCollator(TOKENIZER, None, None, multiple)
@@ -167,7 +167,7 @@ GENERATION = {"predict_with_generate": True, "generation_max_length": 7}
 
 
 def check_predictions(name, examples, mine, other, generated):
-    """The same numbers where there is something real, and padding elsewhere."""
+    """Compare the numbers at real positions, and expect padding elsewhere."""
     assert len(mine.predictions) == len(other.predictions)
     labels = [np.array(each["labels"]) for each in examples] if mine.label_ids is not None else []
     assert (mine.label_ids is None) == (other.label_ids is None)
@@ -187,7 +187,7 @@ def check_predictions(name, examples, mine, other, generated):
         each.predictions if isinstance(each.predictions, tuple) else (each.predictions,)
         for each in (mine, other)
     )
-    assert len(mine) == len(other) == (1 if is_causal(name) else 2)  # the encoder's states too
+    assert len(mine) == len(other) == (1 if is_causal(name) else 2)  # with the encoder's states
     for side, a, b in zip(sides, mine, other):
         largest = np.abs(b[b != -100]).max()
         for row, each in enumerate(examples):
@@ -250,7 +250,7 @@ def test_predict_without_labels(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["T5", "Llama"])
 def test_left_padding(name, tmp_path):
-    """The labels that come back are those that were given, the one never asked for included."""
+    """The returned labels equal the user's, including the first one, which no token predicts."""
     examples = examples_of(name)
     options = {"data_collator": collate_left}
     mine = ours(name, tmp_path, **options).predict(examples)
@@ -265,7 +265,7 @@ def test_left_padding(name, tmp_path):
 
 
 class Metrics:
-    """What a user's compute_metrics was shown."""
+    """A user's compute_metrics that records its calls."""
 
     def __init__(self):
         self.calls, self.ends = [], []
@@ -282,7 +282,7 @@ def best_tokens(logits, labels):
 
 
 def rows_of(ids, examples, name):
-    """Each row is that of the example in its place."""
+    """Whether each row belongs to the example at the same index."""
     real = [each[name] for each in examples]
     return len(ids) == len(real) and all(
         row[: len(each)].tolist() == each and np.isin(row[len(each) :], (-100, PAD)).all()
@@ -354,7 +354,7 @@ def test_lists_of_batches(tmp_path):
     assert begin == len(examples)
 
 
-def test_arrays_moved_to_the_host_on_the_way(tmp_path):
+def test_eval_accumulation_steps(tmp_path):
     examples = examples_of("T5")
     once = ours("T5", tmp_path).predict(examples)
     often = ours("T5", tmp_path, eval_accumulation_steps=2).predict(examples)
@@ -383,9 +383,9 @@ def test_examples_without_targets(pack, tmp_path):
     for each in examples[::2]:
         each["labels"] = [-100] * len(each["labels"])
     trainer = ours("T5", tmp_path, examples, pack=pack, max_eval_tokens_per_microbatch=1)
-    asking = examples[1::2]
+    with_targets = examples[1::2]
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(loss_of_all("T5", asking), rel=TOLERANCE)
+    assert metrics["eval_loss"] == pytest.approx(loss_of_all("T5", with_targets), rel=TOLERANCE)
     assert metrics["eval_samples_per_second"] > 0
     assert np.isnan(trainer.evaluate(examples[::2])["eval_loss"])
     assert "eval_loss" not in trainer.evaluate([])
@@ -501,7 +501,7 @@ def test_packed_batches(name, tmp_path):
     assert len(seen.calls) == 2
     mine = trainer.predict(examples)
     other = theirs(name, tmp_path).predict(examples)
-    if is_causal(name):  # the collator asks nobody for a first token
+    if is_causal(name):  # in packed batches, no token predicts a first token
         other.label_ids[:, 0] = -100
         examples = [{**each, "labels": [-100, *each["labels"][1:]]} for each in examples]
     check_predictions(name, examples, mine, other, False)
@@ -516,7 +516,7 @@ def test_packed_batches_generate(tmp_path):
     )
 
 
-def test_packers_that_lose_a_row_are_refused(tmp_path):
+def test_collators_that_drop_a_sample_are_rejected(tmp_path):
     examples = examples_of("Llama")
     trainer = ours("Llama", tmp_path, data_collator=packed_collate_fn(35, overlong="split"))
     with pytest.raises(ValueError, match="one sequence"):
@@ -524,8 +524,8 @@ def test_packers_that_lose_a_row_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("generate", [False, True])
-def test_collator_that_tells_lengths(generate, tmp_path):
-    """Its column is no input of the model."""
+def test_collator_that_adds_a_length_column(generate, tmp_path):
+    """The column is not passed to the model."""
     examples = examples_of("T5")
     options = {
         **(GENERATION if generate else {}),
@@ -553,7 +553,7 @@ def train_with_evaluation(folder, name="T5", **options):
         save_steps=1,
         load_best_model_at_end=True,
         max_steps=3,
-        learning_rate=5.0,  # a wild one: the last is not the best
+        learning_rate=5.0,  # so high that the last model is not the best
         **options,
     )
     before = trainer.evaluate()["eval_loss"]
@@ -574,7 +574,7 @@ def test_evaluation_while_training(tmp_path):
     check_training(*train_with_evaluation(tmp_path))
 
 
-def test_tokens_per_second_are_those_of_training(tmp_path):
+def test_tokens_per_second_exclude_evaluation(tmp_path):
     def slow(prediction):
         time.sleep(1)
         return {}
@@ -591,7 +591,7 @@ def test_tokens_per_second_are_those_of_training(tmp_path):
 
 
 def collate_heads(examples):
-    """Labels one for each row, whatever they are, and answers between two positions."""
+    """Collate labels of any shape, one for each row, or the two positions of an answer."""
     batch = collate([{**each, "labels": [1]} for each in examples])
     del batch["labels"]
     names = examples[0].keys() - {"input_ids"}
@@ -676,7 +676,7 @@ def their_head(kind, folder):
         head_examples(kind),
         train_dataset=head_examples(kind, 12, 5),
         per_device_train_batch_size=100,
-        per_device_eval_batch_size=100,  # Trainer's loss is a mean of batches' means
+        per_device_eval_batch_size=100,  # one batch: Trainer averages the means of batches
         optim="sgd",
         max_grad_norm=0,
         logging_steps=1,
@@ -747,7 +747,7 @@ def evaluate_on_rank(rank, folder, counts):
     trainer = ours("T5", folder, eval_do_concat_batches=False, compute_metrics=Metrics())
     trainer.evaluate(examples_of("T5"))
     found["lists"] = trainer.compute_metrics.calls
-    # Accelerate deals out rows of one batch, and so wants equal widths.
+    # accelerate splits a batch of an iterable dataset over ranks, which requires equal widths.
     found["stream"] = trainer.evaluate(Stream(of_one_size()))["eval_loss"]
     for kind in HEADS:
         trainer = our_head(kind, folder)
@@ -806,6 +806,7 @@ def test_ranks(ranks, tmp_path):
         if kind != "tokens":
             np.testing.assert_array_equal(first[kind].label_ids, expected.label_ids)
     check_training(*first["training"])
-    alone = train_with_evaluation(f"{tmp_path}/alone")  # each rank on its own gradients is not this
-    for found, expected in zip(first["training"], alone):
+    # Fails if each rank trained with its own gradients.
+    one_rank = train_with_evaluation(f"{tmp_path}/one")
+    for found, expected in zip(first["training"], one_rank):
         assert found == pytest.approx(expected, rel=1e-5)

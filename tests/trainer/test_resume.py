@@ -1,4 +1,4 @@
-"""A run that was stopped, or killed, and resumed is the run that was not: to the bit on the CPU."""
+"""A run that is stopped or killed, and resumed, gives the same results, bit for bit on the CPU."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ from ..adapters.models import T5, VOCABULARY
 from ..data.test_seq2seq import make_tokenizer
 from .setting import collate, make_examples, make_trainer, on_ranks
 
-# 40 examples in 5 batches: with two batches a step, an epoch has steps of 2, 2 and 1.
+# 40 examples form 5 batches. With two batches per step, an epoch has steps of 2, 2 and 1 batches.
 EXAMPLES = make_examples(40)
 OPTIONS = {
     "num_train_epochs": 3,
@@ -53,26 +53,26 @@ OPTIONS = {
 
 
 def t5(dropout=0.1, **options):
-    """T5 as in the other tests, but smaller; its attention, too, drops what it is told to."""
+    """The T5 of the other tests, but smaller, and with dropout."""
     torch.manual_seed(0)
     options = {**T5.options, "num_layers": 1, "dropout_rate": dropout, **options}
     return dataclasses.replace(T5, options=options).build()
 
 
 class Diary(TrainerCallback):
-    """What each step had: examples and inputs; and, in a file, what was begun before a kill."""
+    """Record the examples and inputs of each step, in a file too, which survives a kill."""
 
     def __init__(self, path=None):
         self.path, self.steps, self.carried = path, [], None
 
     def on_step_begin(self, args, state, control, **_):
-        if self.carried is None:  # what the first log counts of steps before the first
+        if self.carried is None:  # the sum of losses that was restored
             self.carried = self.trainer._tr_loss.item()
 
     def on_pre_optimizer_step(self, args, state, control, **_):
         batches = self.trainer._step_batches
-        held = [] if batches[0].examples is None else batches
-        examples = [i for b in held if not b.filler for i in b.examples]
+        known = [] if batches[0].examples is None else batches
+        examples = [i for b in known if not b.filler for i in b.examples]
         inputs = sum(int((b["input_ids"].long() ** 2).sum()) for b in batches)
         entry = [state.global_step, examples, inputs]
         self.steps.append(entry)
@@ -82,7 +82,7 @@ class Diary(TrainerCallback):
 
 
 class At(TrainerCallback):
-    """Does something at the end of a step, once that has been counted; or of every n-th."""
+    """Call ``do`` at the end of a step, after it has been counted; or of every n-th step."""
 
     def __init__(self, step, do, every=False):
         self.step, self.do, self.every = step, do, every
@@ -94,7 +94,7 @@ class At(TrainerCallback):
 
 
 class Within(TrainerCallback):
-    """Does something in the midst of a step."""
+    """Call ``do`` in the middle of a step."""
 
     def __init__(self, step, do):
         self.step, self.do = step, do
@@ -141,7 +141,7 @@ def trainer_of(folder, *callbacks, dropout=0.1, examples=EXAMPLES, path=None, **
 
 
 def outcome(trainer):
-    """What must not differ: weights, what was logged of each step, examples and inputs."""
+    """All that must be equal: the weights, the logs of each step, the examples and the inputs."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return weights, logged(trainer), trainer.diary.steps
@@ -163,7 +163,7 @@ def run(folder, *callbacks, resume=None, **options):
 
 
 def check_same(resumed, whole, since=0):
-    """Bit by bit; what the resumed run had is the whole one's, from a step on."""
+    """Compare bit for bit. The resumed run has the steps of the whole one from ``since`` on."""
     ours, theirs = outcome(resumed), outcome(whole)
     assert ours[2] == theirs[2][since:]
     assert ours[1] == theirs[1]
@@ -174,7 +174,7 @@ def check_same(resumed, whole, since=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """What is imported is not gone through whenever `train` collects garbage."""
+    """Exclude imported modules from the garbage collections of `train`."""
     gc.collect()
     gc.freeze()
     yield
@@ -183,16 +183,16 @@ def quick():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nothing happens to."""
+    """The uninterrupted run."""
     return run(tmp_path_factory.mktemp("whole"), At(9, save), save_strategy="no")
 
 
 @pytest.fixture
 def warned(monkeypatch):
-    """What is said of checkpoints."""
-    said = []
-    monkeypatch.setattr(checkpoints.logger, "warning", said.append)
-    return said
+    """The warnings about checkpoints."""
+    warnings = []
+    monkeypatch.setattr(checkpoints.logger, "warning", warnings.append)
+    return warnings
 
 
 def steps_of(folder):
@@ -207,7 +207,7 @@ def kill(*_, **__):
 
 
 class KilledInSaving:
-    """Kills the process at the n-th thing that is done to files; what it wrote is half there."""
+    """Kill the process at the n-th operation on files, which stays half done."""
 
     def __init__(self, trainer, at):
         self.left = at
@@ -241,7 +241,7 @@ class KilledInSaving:
 
 
 def forked(function):
-    """Run in a copy of this process, which has imported everything; the copy's id."""
+    """Run in a fork of this process, which has imported everything; return the fork's id."""
     child = os.fork()
     if child == 0:
         try:
@@ -254,7 +254,7 @@ def forked(function):
 
 
 def status_of(child, timeout=60):
-    """How it ended: an exit status, or minus the signal."""
+    """The exit status, or minus the number of the signal that ended the process."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -267,7 +267,7 @@ def status_of(child, timeout=60):
 
 
 def whole_steps(folder):
-    """Steps whose checkpoints are whole."""
+    """The steps with a complete checkpoint."""
     return [s for s in steps_of(folder) if (folder / f"checkpoint-{s}/{STATE_NAME}").exists()]
 
 
@@ -278,7 +278,7 @@ def lines(path):
 def test_killed_ten_times(tmp_path):
     """At random moments of training, and of saving."""
     options = {
-        "num_train_epochs": 24,  # more than what ten kills let through on any machine
+        "num_train_epochs": 24,  # enough for ten kills on any machine
         "save_total_limit": 1,
         "logging_steps": 3,
     }
@@ -323,7 +323,7 @@ def test_killed_ten_times(tmp_path):
 
 @pytest.mark.parametrize("at", range(1, 9))
 def test_killed_at_each_file_of_a_checkpoint(at, whole, tmp_path):
-    """The older one stays until the newer is whole, and is what the run goes on from."""
+    """The older checkpoint stays until the newer one is complete, and the run resumes from it."""
     options = {"save_total_limit": 1}
     run(tmp_path, At(2, end_training), **options)
 
@@ -334,14 +334,14 @@ def test_killed_at_each_file_of_a_checkpoint(at, whole, tmp_path):
 
     assert status_of(forked(attempt)) == -signal.SIGKILL
     last = max(whole_steps(tmp_path))
-    assert last == (2 if at < 7 else 4)  # six things before the mark: five files, and their sizes
+    assert last == (2 if at < 7 else 4)  # six operations before the marker: five files, their sizes
     check_same(run(tmp_path, resume=True, **options), whole, since=last)
     assert steps_of(tmp_path) == [9]
 
 
 @pytest.mark.parametrize("at", range(1, 10))
 def test_killed_while_a_step_is_saved_again(at, whole, tmp_path):
-    """There is no older checkpoint then: what was whole stays so."""
+    """There is no older checkpoint. The complete one of the same step stays until the end."""
     options = {"save_total_limit": 1, "save_steps": 3}
 
     def attempt():
@@ -355,30 +355,30 @@ def test_killed_while_a_step_is_saved_again(at, whole, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9"]
 
 
-@pytest.mark.parametrize("fault", ["no mark", "cut short", "missing"])
-def test_what_is_not_whole_is_passed_over(fault, whole, tmp_path, warned):
+@pytest.mark.parametrize("fault", ["no marker", "truncated", "missing"])
+def test_incomplete_checkpoints_are_skipped(fault, whole, tmp_path, warned):
     run(tmp_path, At(4, end_training))
     assert whole_steps(tmp_path) == [2, 4]
     folder = tmp_path / "checkpoint-4"
-    if fault == "no mark":
+    if fault == "no marker":
         (folder / STATE_NAME).unlink()
-    elif fault == "cut short":
+    elif fault == "truncated":
         os.truncate(folder / "optimizer.pt", 100)
     else:
         (folder / "model.safetensors").unlink()
     check_same(run(tmp_path, resume=True), whole, since=2)
-    assert "checkpoint-4 is passed over" in warned[0]
+    assert "checkpoint-4 is skipped" in warned[0]
 
 
-def test_what_is_not_whole_counts_for_nothing(tmp_path):
-    """It goes first, however young: of two that may stay, both are whole."""
+def test_incomplete_checkpoints_are_deleted_first(tmp_path):
+    """Even if they are newer: both checkpoints that remain are complete."""
     run(tmp_path, At(4, end_training), save_total_limit=2)
     (tmp_path / "checkpoint-4" / STATE_NAME).unlink()
     run(tmp_path, At(3, end_training), resume=True, save_total_limit=2)
     assert whole_steps(tmp_path) == steps_of(tmp_path) == [2, 3]
 
 
-def test_a_text_in_it_may_be_edited(whole, tmp_path, warned):
+def test_a_json_file_in_it_may_be_edited(whole, tmp_path, warned):
     run(tmp_path, At(2, end_training))
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
     path.write_text(json.dumps(json.loads(path.read_text())))  # shorter
@@ -387,15 +387,15 @@ def test_a_text_in_it_may_be_edited(whole, tmp_path, warned):
 
 
 def test_nothing_to_resume_from(tmp_path):
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True.* holds none"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True .* contains no checkpoint"):
         run(tmp_path, resume=True)
     run(tmp_path, At(2, end_training))
     (tmp_path / "checkpoint-2" / STATE_NAME).unlink()
-    with pytest.raises(ValueError, match=r"holds only checkpoint-2, not whole"):
+    with pytest.raises(ValueError, match=r"contains only checkpoint-2, which is incomplete"):
         run(tmp_path, resume=True)
 
 
-def test_what_is_uploaded_bears_the_mark(tmp_path, monkeypatch):
+def test_the_marker_is_written_before_the_upload(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(
         Trainer, "_push_from_checkpoint", lambda self, folder: found.append(whole_steps(tmp_path))
@@ -406,18 +406,18 @@ def test_what_is_uploaded_bears_the_mark(tmp_path, monkeypatch):
     assert found == [[2]]
 
 
-# ------------------------------------------------------------------------------------ where resumed
+# --------------------------------------------------------------------------------- where it resumes
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 8])
 def test_at_any_step(stop, whole, tmp_path):
-    """3 and 6 are ends of epochs."""
+    """Steps 3 and 6 end an epoch."""
     run(tmp_path, At(stop, end_training))
     check_same(run(tmp_path, resume=True), whole, since=stop)
 
 
-def test_a_run_that_was_complete_takes_no_further_step(tmp_path):
-    """It was killed between its last checkpoint and its end: in the midst of an epoch."""
+def test_a_finished_run_takes_no_further_step(tmp_path):
+    """It was killed after its last checkpoint, in the middle of an epoch, before `train` ended."""
     whole = run(tmp_path, max_steps=4)
     resumed = run(tmp_path, resume=True, max_steps=4)
     assert resumed.state.global_step == 4
@@ -436,7 +436,7 @@ def test_with_workers(stop, persistent, whole, tmp_path):
 
 
 def noisy_collate(examples):
-    """Draws from all three generators that a run is seeded with."""
+    """Draw from all three generators that a run seeds."""
     batch = collate(examples)
     noise = torch.rand(batch["input_ids"].shape) < 0.2
     noise[:, 0] = np.random.random() < random.random()
@@ -446,15 +446,15 @@ def noisy_collate(examples):
 
 
 @pytest.mark.parametrize("stop", [2, 3])
-def test_a_collator_that_draws_from_the_run(stop, tmp_path):
+def test_a_collator_that_uses_the_generators_of_the_run(stop, tmp_path):
     options = {"data_collator": noisy_collate}
     whole = run(tmp_path / "whole", save_strategy="no", **options)
     run(tmp_path, At(stop, end_training), **options)
     check_same(run(tmp_path, resume=True, **options), whole, since=stop)
 
 
-def test_and_draws_in_workers_as_the_epoch_has_it(tmp_path):
-    """From the beginning of an epoch, that is; within it, workers begin anew."""
+def test_a_collator_that_uses_the_generators_of_workers(tmp_path):
+    """It resumes only from the start of an epoch, because workers start with new generators."""
     options = {"data_collator": noisy_collate, "dataloader_num_workers": 2}
     whole = run(tmp_path / "whole", save_strategy="no", **options)
     run(tmp_path, At(3, end_training), **options)
@@ -487,8 +487,8 @@ def test_span_corruption(workers, tmp_path):
     check_same(run(tmp_path, resume=True, **options()), whole, since=stop)
 
 
-def test_an_epoch_that_was_ended_early(tmp_path):
-    """Steps do not tell epochs then: the checkpoint does."""
+def test_an_epoch_that_ended_early(tmp_path):
+    """The step number does not give the epoch then, but the checkpoint does."""
     early = At(2, end_epoch, every=True)
     whole = run(tmp_path / "whole", early, save_strategy="no")
     assert whole.state.global_step == 6
@@ -499,7 +499,7 @@ def test_an_epoch_that_was_ended_early(tmp_path):
 
 
 def test_skipping_no_data(whole, tmp_path):
-    """The epoch begins again."""
+    """The epoch starts again."""
     run(tmp_path, At(4, end_training))
     resumed = run(tmp_path, resume=True, ignore_data_skip=True)
     examples = [entry[1] for entry in resumed.diary.steps]
@@ -508,7 +508,7 @@ def test_skipping_no_data(whole, tmp_path):
 
 
 def test_other_accumulation(tmp_path):
-    """2 batches are done, and steps are of 3 now: they begin where such steps do."""
+    """2 batches are done, and a step has 3 now: training resumes where such a step starts."""
     run(tmp_path, At(1, end_training))
     options = {"gradient_accumulation_steps": 3}
     resumed = run(tmp_path, resume=True, **options)
@@ -527,7 +527,7 @@ def test_seeds_and_order(options, whole, tmp_path):
     check_same(run(tmp_path, resume=True, **options), other, since=4)
 
 
-def test_the_data_seed_outweighs_the_seed(whole, tmp_path):
+def test_the_data_seed_overrides_the_seed(whole, tmp_path):
     other = run(tmp_path, save_strategy="no", seed=7, data_seed=whole.args.seed)
     assert other.diary.steps == whole.diary.steps
 
@@ -540,7 +540,7 @@ def test_the_data_seed_outweighs_the_seed(whole, tmp_path):
         ({"examples": EXAMPLES[:39]}, "examples=39 (was 40), lengths="),
     ],
 )
-def test_another_plan_is_told_of(options, said, tmp_path, warned):
+def test_a_changed_plan_gives_a_warning(options, said, tmp_path, warned):
     run(tmp_path, At(1, end_training))
     run(tmp_path, At(2, end_training), resume=True)
     assert not warned
@@ -549,25 +549,25 @@ def test_another_plan_is_told_of(options, said, tmp_path, warned):
 
 
 def test_the_budget_found_by_probing_is_kept(tmp_path):
-    """Found anew it might be another, and so the order of sums."""
+    """Probing again could find another budget, which would change the order of summation."""
     run(tmp_path, At(2, end_training), auto_find_microbatch=True)
     path = tmp_path / "checkpoint-2" / STATE_NAME
-    mark = json.loads(path.read_text())
-    assert mark["max_tokens_per_microbatch"]["in_force"] >= 240
-    mark["max_tokens_per_microbatch"]["in_force"] = 77
-    path.write_text(json.dumps(mark))
+    marker = json.loads(path.read_text())
+    assert marker["max_tokens_per_microbatch"]["in_force"] >= 240
+    marker["max_tokens_per_microbatch"]["in_force"] = 77
+    path.write_text(json.dumps(marker))
     resumed = run(tmp_path, At(3, end_training), resume=True, auto_find_microbatch=True)
     assert resumed.runner.max_tokens == 77
 
 
-def test_logged_losses_go_on(tmp_path):
-    """The mean is over the steps since the last log, of which some were before the checkpoint."""
+def test_logged_losses_continue(tmp_path):
+    """A log is the mean over the steps since the last log, also those before the checkpoint."""
     options = {"logging_steps": 4}
     whole = run(tmp_path / "whole", save_strategy="no", **options)
     run(tmp_path, At(3, end_training), **options)
     resumed = run(tmp_path, resume=True, **options)
     assert logged(resumed) == logged(whole)
-    # What `train` returns is of the steps that it ran.
+    # The loss that `train` returns covers only the steps that it ran.
     steps = run(tmp_path / "steps", save_strategy="no")
     losses = [entry[2] for entry in logged(steps)][3:]
     total = resumed.state.log_history[-1]["train_loss"]
@@ -575,7 +575,7 @@ def test_logged_losses_go_on(tmp_path):
         assert total == pytest.approx(sum(losses) / 6, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------- what it is made of
+# ---------------------------------------------------------------------------------------- contents
 
 
 def test_by_path(whole, tmp_path):
@@ -586,8 +586,8 @@ def test_by_path(whole, tmp_path):
     check_same(run(tmp_path / "other", resume=moved), whole, since=4)
 
 
-def test_of_transformers_own_trainer(tmp_path):
-    """Its schedule and epochs, on our batches: as many steps are left."""
+def test_a_checkpoint_of_transformers_own_trainer(tmp_path):
+    """Its schedule and epochs continue on our batches, with the same number of steps left."""
     args = Seq2SeqTrainingArguments(
         str(tmp_path),
         use_cpu=True,
@@ -607,7 +607,7 @@ def test_of_transformers_own_trainer(tmp_path):
         callbacks=[At(4, end_training)],
     )
     theirs.train()
-    with pytest.raises(ValueError, match="name it"):
+    with pytest.raises(ValueError, match="pass a folder"):
         run(tmp_path, resume=True)
     resumed = run(tmp_path, resume=str(tmp_path / "checkpoint-4"))
     assert [entry[0] for entry in resumed.diary.steps] == list(range(4, 9))
@@ -616,13 +616,13 @@ def test_of_transformers_own_trainer(tmp_path):
     assert [e[4] for e in logged(resumed)][4:] == [e[4] for e in logged(whole)][4:]
 
 
-def test_of_the_model_alone(tmp_path, warned):
+def test_a_checkpoint_with_only_the_model(tmp_path, warned):
     run(tmp_path, At(4, end_training), save_only_model=True)
     assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
     resumed = run(tmp_path, resume=True)
     assert resumed.state.global_step == 9
     assert len(resumed.diary.steps) == 5
-    assert "holds the model alone" in warned[0]
+    assert "contains only the model" in warned[0]
 
 
 BEST = {
@@ -631,7 +631,7 @@ BEST = {
     "save_total_limit": 1,
     "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
-    "greater_is_better": True,  # the first, then
+    "greater_is_better": True,  # the first model is the best
     "eval_dataset": make_examples(8, seed=1),
 }
 
@@ -686,7 +686,7 @@ def test_a_dataset_without_a_length(stop, tmp_path):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """As they are where a process starts: and as they were, after each test."""
+    """Start each test with the default handlers, and check that it restores them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ours = {number: signal.getsignal(number) for number in before}
@@ -699,7 +699,7 @@ def handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [2, 5, 6])
 def test_a_signal(step, number, whole, tmp_path):
-    """In the midst of a step, it ends with that."""
+    """A signal in the middle of a step ends training after that step."""
     stopped = run(tmp_path, Within(step, send(number)), save_steps=4)
     assert stopped.state.global_step == step
     assert whole_steps(tmp_path)[-1] == step
@@ -707,7 +707,7 @@ def test_a_signal(step, number, whole, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["no", "epoch", "best"])
-def test_a_signal_saves_whatever_else_is_saved(strategy, tmp_path):
+def test_a_signal_saves_a_checkpoint_with_any_strategy(strategy, tmp_path):
     options = {"save_strategy": strategy, "eval_strategy": "epoch"}
     if strategy == "best":
         options.update(BEST, greater_is_better=False, eval_steps=1, metric_for_best_model="worse")
@@ -736,7 +736,7 @@ def test_a_second_interrupt(tmp_path):
     assert steps_of(tmp_path) == []
 
 
-def test_an_interrupt_after_sigterm_is_the_first(tmp_path):
+def test_an_interrupt_after_sigterm_does_not_raise(tmp_path):
     def both(control):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
@@ -746,7 +746,7 @@ def test_an_interrupt_after_sigterm_is_the_first(tmp_path):
 
 
 def test_other_handlers(tmp_path):
-    """One for SIGTERM is called too, what is ignored stays ignored; all are there again after."""
+    """A user's handler is called too, ignored signals stay ignored, and all are restored."""
     called = []
     before = signal.signal(signal.SIGTERM, lambda *_: called.append(1))
     ours = signal.getsignal(signal.SIGTERM)
@@ -764,7 +764,7 @@ def test_handlers_after_an_error(tmp_path):
         raise RuntimeError("of the user")
 
     with pytest.raises(RuntimeError, match="of the user"):
-        run(tmp_path, Within(2, fail))  # `handlers` looks
+        run(tmp_path, Within(2, fail))  # the fixture `handlers` checks
 
 
 def test_in_another_thread(whole, tmp_path):
@@ -782,7 +782,7 @@ class InEvaluation(TrainerCallback):
 
 
 def test_during_evaluation(whole, tmp_path):
-    """It is heard with the step that follows; where an evaluation was due then, that waits."""
+    """Training stops after the next step. An evaluation that is due then is deferred."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": EXAMPLES[:8]}
 
     def evaluations(trainer):
@@ -798,7 +798,7 @@ def test_during_evaluation(whole, tmp_path):
     assert evaluations(resumed) == evaluations(evaluated)
 
 
-def test_an_evaluation_at_the_end_of_an_epoch_waits_too(tmp_path):
+def test_an_evaluation_at_the_end_of_an_epoch_is_deferred_too(tmp_path):
     options = {"eval_strategy": "epoch", "eval_dataset": EXAMPLES[:8]}
     stopped = run(tmp_path, Within(3, send(signal.SIGTERM)), **options)
     resumed = run(tmp_path, resume=True, **options)
@@ -811,13 +811,13 @@ def test_an_evaluation_at_the_end_of_an_epoch_waits_too(tmp_path):
 
 
 def slow_collate(examples):
-    time.sleep(0.3)  # so that the next step waits for workers
+    time.sleep(0.3)  # the next step waits for the workers
     return collate(examples)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_workers_too(number, tmp_path):
-    """A terminal, or torchrun, sends it to the whole group of processes."""
+def test_a_signal_to_all_processes(number, tmp_path):
+    """A terminal, or torchrun, sends a signal to the whole process group."""
 
     def to_all(control):
         os.killpg(0, number)
@@ -826,7 +826,7 @@ def test_a_signal_to_the_workers_too(number, tmp_path):
     def attempt():
         os.setsid()
         trainer = trainer_of(tmp_path, data_collator=slow_collate, dataloader_num_workers=2)
-        trainer.add_callback(At(1, to_all))  # too late for this step to be the last
+        trainer.add_callback(At(1, to_all))  # after this step, so that the next one is the last
         trainer.train()
         assert trainer.state.global_step == 2
 
@@ -834,8 +834,8 @@ def test_a_signal_to_the_workers_too(number, tmp_path):
     assert whole_steps(tmp_path) == [2]
 
 
-def test_workers_are_mortal_outside_of_training(tmp_path):
-    """Where a loader is not waited for, at exit, its workers are ended by SIGTERM."""
+def test_sigterm_ends_workers_after_training(tmp_path):
+    """At exit, a loader terminates its remaining workers with SIGTERM."""
     stop = StopSignals()
     with stop:
         batches = iter(stop.protect_workers(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
@@ -846,15 +846,15 @@ def test_workers_are_mortal_outside_of_training(tmp_path):
         batches = iter(stop.protect_workers(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
         next(batches)
         worker = batches._workers[0]
-    with contextlib.suppress(RuntimeError):  # torch notices, and says so at any time
+    with contextlib.suppress(RuntimeError):  # torch may raise when it notices the exit
         worker.terminate()
-        worker.join(30)  # a worker that waits for work looks up every 5 s
+        worker.join(30)  # an idle worker handles signals every 5 s
     worker.join(30)
     assert worker.exitcode == -signal.SIGTERM
 
 
-def test_other_children_are_mortal(tmp_path):
-    """A pool that a metric opens is closed by SIGTERM, and must not take itself for the trainer."""
+def test_sigterm_ends_other_children(tmp_path):
+    """A metric may close a pool with SIGTERM. Its processes must not run the trainer's handler."""
     exits = []
     context = mp.get_context("fork")
     begun = context.Event()
@@ -880,7 +880,7 @@ def test_other_children_are_mortal(tmp_path):
 
 
 def on_rank(rank, folder, resume, stop, signalled, options):
-    """Train to ``stop``, or to the end; a signal goes to one rank."""
+    """Train to step ``stop``, or to the end. Only rank ``signalled`` gets a signal."""
     callbacks = [At(stop, end_training)] if stop and signalled is None else []
     if rank == signalled:
         callbacks = [Within(stop, send(signal.SIGTERM))]
@@ -888,7 +888,7 @@ def on_rank(rank, folder, resume, stop, signalled, options):
     return trainer.state.global_step, *outcome(trainer), trainer.diary.carried
 
 
-# transformers 5.15 to 5.17 load the optimizer to "cpu:0", which torch does not know.
+# transformers 5.15 to 5.17 load the optimizer to "cpu:0", which torch rejects.
 needs_restorable_optimizer = pytest.mark.skipif(
     'self.args.device if self.args.world_size > 1 else "cpu"'
     in inspect.getsource(Trainer._load_optimizer_and_scheduler),
@@ -901,7 +901,7 @@ def several_on_rank(rank, runs):
 
 
 def examples_of(ranks, which):
-    """What each step had, of all ranks."""
+    """The examples of each step, over all ranks."""
     by_rank = [[entry[1] for entry in rank[which][3]] for rank in ranks]
     return [sorted(i for share in step for i in share) for step in zip(*by_rank, strict=True)]
 
@@ -919,7 +919,7 @@ def check_close(rank, which, whole, since):
 
 @needs_restorable_optimizer
 def test_other_numbers_of_ranks(tmp_path):
-    """From 1 to 2 and 3, from 2 to 1 and 3, from 3 to 1: within an epoch, and at its end."""
+    """From 1 to 2 and 3, from 2 to 1 and 3, from 3 to 1, within an epoch and at its end."""
     options = {"logging_steps": 3}
     whole = run(tmp_path / "whole", save_strategy="no", dropout=0.0, **options)
     steps = [sorted(entry[1]) for entry in whole.diary.steps]
@@ -964,17 +964,17 @@ def test_other_numbers_of_ranks(tmp_path):
         resumed = run(tmp_path / name, resume=True, **options)
         assert [sorted(entry[1]) for entry in resumed.diary.steps] == steps[since:]
         check_close([(9, *outcome(resumed))], 0, whole, since)
-    mark = json.loads((tmp_path / "dropout-5" / "checkpoint-5" / STATE_NAME).read_text())
-    assert mark["loss"]["sums"] == [rank[4][4] for rank in two]
-    assert len(set(mark["loss"]["sums"])) == 2
-    for rank in two:  # the same number of ranks: to the bit, dropout included
+    marker = json.loads((tmp_path / "dropout-5" / "checkpoint-5" / STATE_NAME).read_text())
+    assert marker["loss"]["sums"] == [rank[4][4] for rank in two]
+    assert len(set(marker["loss"]["sums"])) == 2
+    for rank in two:  # bit for bit with the same number of ranks, dropout included
         assert rank[2][2] == rank[4][2]
         for name, tensor in rank[2][1].items():
             assert torch.equal(tensor, rank[4][1][name]), name
 
 
 def signalled_on_rank(rank, folder):
-    """Rank 1 is told to stop within step 3; both do after step 4, which all have heard of."""
+    """Rank 1 gets a signal within step 3. Both ranks stop after step 4, once they have agreed."""
     evaluated = {"eval_strategy": "steps", "eval_steps": 4, "eval_dataset": EXAMPLES[:8]}
     stopped = on_rank(rank, folder, None, 3, 1, evaluated)
     resumed = on_rank(rank, folder, True, None, None, evaluated)

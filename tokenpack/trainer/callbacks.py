@@ -31,8 +31,8 @@ class PlanCallback(TrainerCallback):
             print(plan.describe())
         if trainer.budget.auto_find_microbatch and not trainer.budget_resumed:
             trainer.find_microbatch()
-        trainer.take_up_loss()
-        trainer.take_up_evaluation()
+        trainer.restore_loss()
+        trainer.run_deferred_evaluation()
         trainer.restart_clock(time.perf_counter())
 
     def on_epoch_begin(
@@ -54,7 +54,7 @@ class PlanCallback(TrainerCallback):
             self._stopping = True
             at_end = float(state.epoch or 0).is_integer() or control.should_epoch_stop
             if control.should_evaluate or (args.eval_strategy == IntervalStrategy.EPOCH and at_end):
-                self._trainer.put_off_evaluation()
+                self._trainer.defer_evaluation()
             control.should_evaluate = False
             control.should_training_stop = control.should_save = True
         return control

@@ -1,24 +1,25 @@
-"""Checkpoints that are whole or not there, and runs that go on from one as if never stopped.
+"""Checkpoints that are complete or absent, and runs that resume as if they had never stopped.
 
-transformers writes a checkpoint file by file, and deletes older ones before it is sure to have a
-newer. A process that is killed meanwhile leaves a folder that cannot be resumed from. Here a mark
-is written last, once all ranks have written their files; only then are older checkpoints deleted;
-and ``resume_from_checkpoint=True`` takes the last checkpoint that bears the mark and holds the
-files that the mark names.
+transformers writes a checkpoint file by file, and deletes older checkpoints before the new one is
+complete. If a process is killed in between, it cannot resume from the folder that it leaves. Here,
+a marker file is written last, after all ranks have written their files. Older checkpoints are
+deleted only after that. ``resume_from_checkpoint=True`` selects the last checkpoint that has the
+marker and all files that the marker lists.
 
-    tokenpack_state.json    the mark, with what transformers does not save:
+    tokenpack_state.json    the marker, with the state that transformers does not save:
         files               size of each file of the checkpoint
-        plan                what batches were planned by: with another plan, others would follow
-        epoch, batch        where in it to go on; epochs may have been ended early
-        loss                each rank's sum over the steps since the last log; which step that was
-        evaluate            an evaluation was due, and put off because training was to stop
-        model_alone         by ``save_only_model``
+        plan                what the plan of the batches depends on; it must not change
+        epoch, batch        the position in the plan, because an epoch may end early
+        loss                each rank's sum since the last log, and the step of that log
+        evaluate            an evaluation was due, but deferred because training had to stop
+        model_alone         whether ``save_only_model`` was set
         max_tokens_per_microbatch, counts, num_ranks
 
-The random numbers of training are drawn by training alone: an evaluation gives them back, loaders
-have generators of their own, and a resumed run has them before its first batch is collated. So with
-``dataloader_num_workers=0`` a collator that draws from them makes the same batches; in workers,
-which begin anew, one that draws by example and epoch does (`T5SpanCorruptionCollatorFast`).
+Only training advances the random number generators of training: an evaluation restores them,
+loaders have generators of their own, and a resumed run restores them before it collates its first
+batch. Therefore, with ``dataloader_num_workers=0``, a collator that uses these generators makes the
+same batches again. Workers start with new generators. There, a collator must derive its random
+numbers from the example and the epoch, as `T5SpanCorruptionCollatorFast` does.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,74 +44,73 @@ from transformers.utils import logging
 
 from ..files import written_whole
 from .base import TrainerBase
+from .sampler import TokenBudgetBatchSampler
 from .step import Counts, Dice
-
-if TYPE_CHECKING:
-    from .sampler import TokenBudgetBatchSampler
 
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "tokenpack_state.json"
-_ASIDE = "-before"  # of a checkpoint whose step is being saved again
-_FOLDER = re.compile(rf"checkpoint-(\d+)({_ASIDE})?")
+_BACKUP = "-before"  # suffix of a complete checkpoint while the same step is saved again
+_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointsMixin(TrainerBase):
-    """Saving and finding checkpoints.
+    """Save checkpoints, and resume from them.
 
     Attributes:
-        first_epoch: the epoch that `train` began with.
+        first_epoch: the epoch in which `train` started.
         budget_resumed: whether the micro-batch budget in force comes from a checkpoint.
     """
 
     first_epoch = 0
     budget_resumed = False
-    _resumed: dict[str, Any] | None = None  # the mark of the checkpoint that is resumed from
-    _rng_due: str | None = None  # where the random numbers of the next batches lie
-    _rng_loaded: str | None = None
-    _put_off_evaluation = False
+    _resumed: dict[str, Any] | None = None  # the marker of the checkpoint to resume from
+    _rng_checkpoint: str | None = None  # random states to load before the next batch
+    _rng_loaded: str | None = None  # the checkpoint whose random states have been loaded early
+    _evaluation_deferred = False
 
     # --------------------------------------------------------------------------------------- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        aside = folder.with_name(folder.name + _ASIDE)
+        backup = folder.with_name(folder.name + _BACKUP)
         if self.args.should_save and folder.exists():
-            # A step that is saved again. Until that is done, what was whole must stay so; and what
-            # another number of ranks left must not be taken for this run's.
-            _delete(aside)
-            if _missing(folder) is None:
-                folder.rename(aside)
+            # This step is saved again. Until that is done, keep a complete checkpoint of it. Start
+            # with an empty folder, because a run with more ranks may have left more files.
+            _delete(backup)
+            if _defect(folder) is None:
+                folder.rename(backup)
             else:
                 _delete(folder)
         self.accelerator.wait_for_everyone()
-        with self._deleting_none():
+        with self._keeping_checkpoints():
             super()._save_checkpoint(model, trial)
-        self._mark_whole(folder)
+        self._write_marker(folder)
         if self.args.should_save:
-            _delete(aside)
+            _delete(backup)
             self._delete_older(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """What is uploaded bears the mark as well."""
-        self._mark_whole(Path(checkpoint_folder))
+        """Write the marker before the upload."""
+        self._write_marker(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, *args: Any) -> Any:
-        """A run that was stopped keeps its last checkpoint, though it may not be the best."""
-        with self._deleting_none() if self.stop_agreed else contextlib.nullcontext():
+        """Keep the last checkpoint of a stopped run, even if it is not the best one."""
+        with self._keeping_checkpoints() if self.stop_agreed else contextlib.nullcontext():
             return super()._finalize_training(*args)
 
     @contextlib.contextmanager
-    def _deleting_none(self) -> Iterator[None]:
+    def _keeping_checkpoints(self) -> Iterator[None]:
+        """Prevent transformers from deleting older checkpoints."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
         finally:
             self.args.save_total_limit = limit
 
-    def _mark_whole(self, folder: Path) -> None:
-        """Once all ranks have come here."""
+    def _write_marker(self, folder: Path) -> None:
+        """Write the marker after all ranks have written their files."""
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
@@ -121,10 +121,10 @@ class CheckpointsMixin(TrainerBase):
             folder / STATE_NAME,
             {
                 "files": _sizes(folder),
-                "plan": None if self.plan is None else _described(self.plan),
+                "plan": None if self.plan is None else _plan_settings(self.plan),
                 **self._position(),
                 "loss": {"sums": losses, "since": self._globalstep_last_logged},
-                "evaluate": self._put_off_evaluation,
+                "evaluate": self._evaluation_deferred,
                 "model_alone": self.args.save_only_model,
                 "max_tokens_per_microbatch": in_force,
                 "counts": dataclasses.asdict(runner.counts),
@@ -133,8 +133,8 @@ class CheckpointsMixin(TrainerBase):
         )
 
     def _position(self) -> dict[str, int]:
-        """The epoch to go on in, and how many of its batches are done."""
-        plan: TokenBudgetBatchSampler | None = self.plan
+        """The epoch in which to continue, and the number of its batches that are done."""
+        plan = self.plan
         if plan is None:
             return {}
         done = round((self.state.epoch - plan.epoch) * len(plan))
@@ -143,74 +143,78 @@ class CheckpointsMixin(TrainerBase):
         return {"epoch": plan.epoch, "batch": done}
 
     def _delete_older(self, newest: Path) -> None:
-        """Keep ``save_total_limit`` checkpoints, the newest and the best among them.
+        """Keep ``save_total_limit`` checkpoints, including the newest and the best one.
 
-        Those that are not whole go first.
+        Incomplete checkpoints are deleted first, then the oldest ones.
         """
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        kept = {newest, Path(self.state.best_model_checkpoint or newest)}
+        protected = {newest, Path(self.state.best_model_checkpoint or newest)}
         found = sort_checkpoints(output_dir=str(newest.parent), use_mtime=True)
-        others = [folder for folder in map(Path, found) if folder not in kept]
-        others.sort(key=lambda folder: (folder / STATE_NAME).exists())  # else the oldest first
+        others = [folder for folder in map(Path, found) if folder not in protected]
+        others.sort(key=lambda folder: (folder / STATE_NAME).exists())  # stable: by age otherwise
         surplus = len(found) - max(limit, len(found) - len(others))
         for folder in others[: max(surplus, 0)]:
             _delete(folder)
 
     # ------------------------------------------------------------------------------------- resuming
 
-    def _whole_checkpoint(self, asked: str | bool | None) -> str | None:
-        """The checkpoint to resume from, its budget put in force.
+    def _checkpoint_to_resume(self, resume_from: str | bool | None) -> str | None:
+        """Return the checkpoint to resume from, and restore its micro-batch budget and counts.
+
+        Args:
+            resume_from: a folder, or True for the last complete checkpoint.
 
         Raises:
-            ValueError: if the last one is asked for and there is none, or none that is whole.
+            ValueError: if ``resume_from`` is True and there is no complete checkpoint.
         """
-        self._resumed = self._rng_due = self._rng_loaded = None
-        self._put_off_evaluation = self.budget_resumed = False
-        if not asked:
+        self._resumed = self._rng_checkpoint = self._rng_loaded = None
+        self._evaluation_deferred = self.budget_resumed = False
+        if not resume_from:
             return None
-        folder = self._last_whole() if asked is True else str(asked)
-        missing = _missing(Path(folder))
-        if missing is not None:
-            logger.warning(f"{folder}: {missing}. It is another trainer's, or not whole.")
-        mark = Path(folder, STATE_NAME)
-        if not mark.is_file():
+        folder = self._last_complete() if resume_from is True else str(resume_from)
+        defect = _defect(Path(folder))
+        if defect is not None:
+            logger.warning(f"{folder} is incomplete, or from another trainer: {defect}")
+        marker = Path(folder, STATE_NAME)
+        if not marker.is_file():
             return folder
-        self._resumed = json.loads(mark.read_text())
+        self._resumed = json.loads(marker.read_text())
         budget = self._resumed["max_tokens_per_microbatch"]
-        if budget["set"] == self.budget.max_tokens_per_microbatch:  # else the user set it anew
+        if budget["set"] == self.budget.max_tokens_per_microbatch:  # the user did not change it
             self.runner.max_tokens, self.budget_resumed = budget["in_force"], True
         self.runner.counts = Counts(**self._resumed["counts"])
         if self._resumed["model_alone"]:
             logger.warning(
-                f"{folder} holds the model alone (save_only_model=True): optimizer, learning rate "
-                "and random numbers begin anew"
+                f"{folder} contains only the model (save_only_model=True): the optimizer, the "
+                "learning rate schedule and the random numbers start again"
             )
         return folder
 
-    def _last_whole(self) -> str:
-        """The last checkpoint that every rank finds whole."""
+    def _last_complete(self) -> str:
+        """The last checkpoint that is complete on every rank."""
         output_dir = Path(self.args.output_dir)
         if self.args.should_save:
-            _put_back(output_dir)
+            _restore_backups(output_dir)
         self.accelerator.wait_for_everyone()
         found = _checkpoints(output_dir)
-        whole = []
+        complete = []
         for folder in found:
-            missing = _missing(folder)
-            if missing is None:
-                whole.append(folder.name)
+            defect = _defect(folder)
+            if defect is None:
+                complete.append(folder.name)
             elif self.args.should_save:
-                logger.warning(f"{folder} is passed over: {missing}")
+                logger.warning(f"{folder} is skipped: {defect}")
         if self.args.world_size > 1:
-            everyone = gather_object([whole])
-            whole = [name for name in whole if all(name in names for names in everyone)]
-        if whole:
-            return str(output_dir / whole[-1])
+            by_rank = gather_object([complete])
+            complete = [name for name in complete if all(name in names for names in by_rank)]
+        if complete:
+            return str(output_dir / complete[-1])
+        content = f"only {found[-1].name}, which is incomplete" if found else "no checkpoint"
         raise ValueError(
-            f"resume_from_checkpoint=True, but output_dir={self.args.output_dir!r} holds "
-            + (f"only {found[-1].name}, not whole (name it to use it)" if found else "none")
+            f"resume_from_checkpoint=True requires a complete checkpoint, but output_dir="
+            f"{self.args.output_dir!r} contains {content}; pass a folder to use that one"
         )
 
     def _init_training_state(
@@ -221,69 +225,70 @@ class CheckpointsMixin(TrainerBase):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """The epoch to go on in, and batches of it to skip."""
+        """Return the epoch in which to continue, and the number of its batches to skip."""
         epoch, skipped = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        mark = self._resumed or {}
-        if "epoch" in mark and self.plan is not None:
-            was, now = mark["plan"], _described(self.plan)
-            if was == now:
-                whole_steps = mark["batch"] - mark["batch"] % self.args.gradient_accumulation_steps
-                epoch, skipped = mark["epoch"], 0 if self.args.ignore_data_skip else whole_steps
+        marker = self._resumed or {}
+        if "epoch" in marker and self.plan is not None:
+            old, new = marker["plan"], _plan_settings(self.plan)
+            if old == new:
+                epoch, batch = marker["epoch"], marker["batch"]
+                batch -= batch % self.args.gradient_accumulation_steps  # steps start there
+                skipped = 0 if self.args.ignore_data_skip else batch
             elif skipped:
                 changed = ", ".join(
-                    f"{name}={now[name]!r} (was {was.get(name)!r})"
-                    for name in now
-                    if now[name] != was.get(name)
+                    f"{name}={new[name]!r} (was {old.get(name)!r})"
+                    for name in new
+                    if new[name] != old.get(name)
                 )
                 logger.warning(
-                    f"Batches are not those of the run that is resumed: {changed}. In this epoch, "
-                    "examples may be left out or come again."
+                    f"The batches differ from those of the run that is resumed: {changed}. This "
+                    "epoch may skip or repeat examples."
                 )
         if resume_from_checkpoint is not None and self.state.global_step >= max_steps:
-            # It was complete, and only the end of `train` was not reached. transformers would train
-            # a further step.
+            # The run did all of its steps, but `train` did not return. transformers would run
+            # another step.
             epoch, skipped = num_train_epochs, 0
-        self._rng_due = resume_from_checkpoint if skipped else None
+        self._rng_checkpoint = resume_from_checkpoint if skipped else None
         self.first_epoch = epoch
         return epoch, skipped
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and checkpoint == self._rng_loaded:
-            self._rng_loaded = None  # transformers' way is to do this after the first batches
+            self._rng_loaded = None  # transformers loads them after the first batches are collated
             return
         super()._load_rng_state(checkpoint)
 
-    def take_up_random_numbers(self) -> None:
-        """Before the first batches of a resumed epoch are collated."""
-        if self._rng_due is not None:
-            self._load_rng_state(self._rng_due)
-            self._rng_loaded, self._rng_due = self._rng_due, None
+    def restore_random_state(self) -> None:
+        """Load the random states before the first batches of a resumed epoch are collated."""
+        if self._rng_checkpoint is not None:
+            self._load_rng_state(self._rng_checkpoint)
+            self._rng_loaded, self._rng_checkpoint = self._rng_checkpoint, None
 
-    def take_up_loss(self) -> None:
-        """Go on with the sum that the next log is the mean of."""
+    def restore_loss(self) -> None:
+        """Restore the sum of losses since the last log; the next log reports its mean."""
         if self._resumed is None:
             return
         sums = self._resumed["loss"]["sums"]
         mean = sum(sums) / len(sums)
         same_ranks = len(sums) == self.args.world_size
         self._tr_loss += sums[self.args.process_index] if same_ranks else mean
-        self._total_loss_scalar -= mean  # which is of this call to `train` alone
+        self._total_loss_scalar -= mean  # the total covers only the steps of this call of `train`
         self._globalstep_last_logged = self._resumed["loss"]["since"]
 
-    def take_up_evaluation(self) -> None:
-        """Evaluate if that was put off when the run that is resumed was stopped."""
+    def run_deferred_evaluation(self) -> None:
+        """Evaluate if the run that is resumed was stopped when an evaluation was due."""
         if (self._resumed or {}).get("evaluate") and self.args.eval_strategy != IntervalStrategy.NO:
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics=metrics, trial=None)
 
-    def put_off_evaluation(self) -> None:
-        """Note in the next checkpoint that an evaluation was due."""
-        self._put_off_evaluation = True
+    def defer_evaluation(self) -> None:
+        """Record in the next checkpoint that an evaluation was due."""
+        self._evaluation_deferred = True
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """In training: whether and when one evaluates changes nothing in what is trained."""
+        """Evaluate during training, without changing the random numbers of training."""
         dice = Dice(self.accelerator.device)
         python, numpy = random.getstate(), np.random.get_state()
         try:
@@ -294,13 +299,13 @@ class CheckpointsMixin(TrainerBase):
             np.random.set_state(numpy)
 
 
-def seeded(seed: int, epoch: int, generator: torch.Generator) -> None:
-    """Let a loader give its workers seeds that follow from these."""
+def seed_generator(seed: int, epoch: int, generator: torch.Generator) -> None:
+    """Seed the generator from which a loader draws the seeds of its workers."""
     generator.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
 
 
-def _described(plan: TokenBudgetBatchSampler) -> dict[str, Any]:
-    """What a plan's batches follow from; the number of ranks is not of it."""
+def _plan_settings(plan: TokenBudgetBatchSampler) -> dict[str, Any]:
+    """All that the batches of a plan depend on. The number of ranks has no effect on them."""
     return {
         "examples": len(plan.lengths),
         "lengths": zlib.crc32(plan.lengths.tobytes()),
@@ -312,24 +317,25 @@ def _described(plan: TokenBudgetBatchSampler) -> dict[str, Any]:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """By step."""
+    """The checkpoint folders, sorted by step."""
     found = [(_FOLDER.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*")]
-    ours = [(int(match[1]), path) for match, path in found if match and not match[2]]
+    ours = [(int(match[1]), path) for match, path in found if match]
     return [path for _, path in sorted(ours) if path.is_dir()]
 
 
-def _put_back(output_dir: Path) -> None:
-    """What was put aside for a checkpoint of the same step, if that was never finished."""
-    for aside in output_dir.glob(f"checkpoint-*{_ASIDE}"):
-        folder = aside.with_name(aside.name.removesuffix(_ASIDE))
-        if _missing(folder) is None:
-            _delete(aside)
+def _restore_backups(output_dir: Path) -> None:
+    """Restore each backup whose step was never completely saved again; delete the others."""
+    for backup in output_dir.glob(f"checkpoint-*{_BACKUP}"):
+        folder = backup.with_name(backup.name.removesuffix(_BACKUP))
+        if _defect(folder) is None:
+            _delete(backup)
         else:
             _delete(folder)
-            aside.rename(folder)
+            backup.rename(folder)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
+    """The size in bytes of each file, except for the marker, by its path in ``folder``."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
@@ -338,23 +344,23 @@ def _sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def _missing(folder: Path) -> str | None:
-    """What a checkpoint lacks to be whole, if anything."""
-    mark = folder / STATE_NAME
-    if not mark.is_file():
-        return f"there is no {STATE_NAME} in it, which is written last"
-    for name, size in json.loads(mark.read_text()).get("files", {}).items():
+def _defect(folder: Path) -> str | None:
+    """Why a checkpoint is incomplete; None if it is complete."""
+    marker = folder / STATE_NAME
+    if not marker.is_file():
+        return f"{STATE_NAME}, which is written last, is missing"
+    for name, size in json.loads(marker.read_text()).get("files", {}).items():
         path = folder / name
         if not path.is_file():
-            return f"there is no {name}"
-        # Whoever edits a text may well shorten it.
+            return f"{name} is missing"
+        # A user may edit a JSON file and make it shorter.
         if path.stat().st_size < (1 if path.suffix == ".json" else size):
-            return f"{name} is cut short"
+            return f"{name} is truncated"
     return None
 
 
 def _delete(folder: Path) -> None:
-    """What is left of this when it is cut short is not whole: it lacks what the mark names."""
+    """Delete a folder. If this is interrupted, files that the marker lists are missing."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,15 +1,15 @@
-"""Evaluation and prediction by tokens: sharded, sorted by length, and back in dataset order.
+"""Evaluation and prediction in batches of similar lengths, with results in dataset order.
 
-    loss = sum of all targets' losses / all targets        over all batches and ranks
+    loss = sum of the losses of all targets / number of targets        over all batches and ranks
 
-transformers' own loop runs, gathers and pads; here it is given other batches, and what it made is
-put in order. A step takes one block of the examples sorted by length, longest first, and gives each
-rank as many rows of it. Where examples do not suffice, a rank repeats one, so that every rank has
-rows to gather. What is repeated is not computed, as long as the rank has rows of its own, and
-weighs nothing; it is left out where rows are gathered. Each rank knows the whole plan, and so which
-row is which example.
+transformers' own loop runs, gathers and pads. This file gives it other batches and reorders its
+results. The examples are sorted by length, longest first, and cut into blocks. A step evaluates one
+block, in equal numbers of rows per rank. If the block has too few examples, its last example is
+repeated, so that every rank has the same number of rows to gather. A rank computes a repeated row
+only if it has no other row. Repeated rows have no weight in the loss and are removed after
+gathering. Every rank has the whole plan, which tells the example of each row.
 
-Packed batches are padded first: what is gathered, and `generate`, are by rows.
+Packed batches are padded first, because `generate` and the gathering of results work on rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
@@ -43,18 +44,19 @@ from .microbatch import PlannedBatch, is_packed, rounded_up
 
 
 class EvaluationSampler(Sampler[list[int]]):
-    """Each step of evaluation: as many rows for every rank, of similar lengths.
+    """Plan the steps of an evaluation: rows of similar lengths, the same number on every rank.
 
     Args:
         lengths: ``(n, 2)`` source and target tokens.
-        max_tokens: most slots (rows x columns) of one rank's batch. A longer example has a batch to
-            itself.
-        num_ranks, rank: how many there are, and which this is.
-        in_order: keep dataset order in place of sorting by length.
-        multiple: columns of either side are padded to a multiple of this.
+        max_tokens: the largest number of slots (rows x columns) in the batch of a rank. An example
+            with more slots gets a batch of its own.
+        num_ranks: the number of ranks.
+        rank: this rank.
+        in_order: keep the dataset order instead of sorting by length.
+        multiple: source and target columns are padded to a multiple of this.
 
     Attributes:
-        order: ``(n,)`` int64, index of each example as ranks' rows are gathered step by step.
+        order: ``(n,)`` int64, the index of each example, in the order of the gathered rows.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class EvaluationSampler(Sampler[list[int]]):
         self.in_order, self.order = in_order, examples
         self._rank = rank
         self._steps = [
-            _dealt(examples[block], num_ranks) for block in _blocks(sizes, max_tokens, num_ranks)
+            _split(examples[block], num_ranks) for block in _blocks(sizes, max_tokens, num_ranks)
         ]
 
     def __len__(self) -> int:
@@ -83,38 +85,38 @@ class EvaluationSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         return (step[self._rank].tolist() for step in self._steps)
 
-    def real(self, step: int) -> NDArray[np.bool_]:
-        """``(num_ranks, rows)``, which rows of a step are not repeated ones."""
+    def is_real(self, step: int) -> NDArray[np.bool_]:
+        """``(num_ranks, rows)`` bool, which rows of a step are not repeated."""
         return self._steps[step] >= 0
 
 
 def _blocks(lengths: NDArray[np.int64], max_tokens: int, num_ranks: int) -> Iterator[slice]:
-    """Consecutive examples, as many that each rank's rows take at most ``max_tokens`` slots.
+    """Cut the examples into the largest blocks with at most ``max_tokens`` slots on every rank.
 
-    Ranks are given a row each at a time, which either all have room for or none.
+    A block grows by one row per rank at a time.
     """
     starts = np.arange(0, len(lengths), num_ranks)
     begin = source = target = 0
     largest = np.maximum.reduceat(lengths, starts) if len(lengths) else lengths
-    for start, (one, other) in zip(starts.tolist(), largest.tolist()):
-        source, target = max(source, one), max(target, other)
+    for start, (new_source, new_target) in zip(starts.tolist(), largest.tolist()):
+        source, target = max(source, new_source), max(target, new_target)
         rows = (start - begin) // num_ranks + 1
         if rows > 1 and rows * (source + target) > max_tokens:
             yield slice(begin, start)
-            begin, source, target = start, one, other
+            begin, source, target = start, new_source, new_target
     if len(lengths):
         yield slice(begin, len(lengths))
 
 
-def _dealt(block: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
-    """``(num_ranks, rows)``, the block and maybe its last example over again as ``-1 - index``."""
+def _split(block: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
+    """``(num_ranks, rows)``, the block, filled up with its last example as ``-1 - index``."""
     rows = -(-len(block) // num_ranks)
     missing = rows * num_ranks - len(block)
     return np.append(block, np.full(missing, -1 - block[-1])).reshape(num_ranks, rows)
 
 
 class RowsCollator:
-    """Collates as the user's collator does; what that packs is padded, a row for each sample."""
+    """Call the user's collator, and pad its batch if it is packed, one row for each sample."""
 
     def __init__(self, collator: Callable[[list[Any]], Any], pad_token_id: int) -> None:
         self.collator, self.pad_token_id = collator, pad_token_id
@@ -123,7 +125,7 @@ class RowsCollator:
         """Collate ``samples``.
 
         Raises:
-            ValueError: if the collator drops samples or splits them, so that no row is theirs.
+            ValueError: if the collator drops or splits samples.
         """
         batch = self.collator(samples)
         if not (isinstance(batch, Mapping) and is_packed(batch)):
@@ -132,18 +134,18 @@ class RowsCollator:
         plan = getattr(batch, "plan", None)
         if plan is None:
             return rows
-        back = np.argsort(plan.items, kind="stable")  # a packer puts samples where they fit
-        if not np.array_equal(plan.items[back], np.arange(len(samples))):
+        order = np.argsort(plan.items, kind="stable")  # the packer reordered the samples
+        if not np.array_equal(plan.items[order], np.arange(len(samples))):
             raise ValueError(
-                f"data_collator must give each of {len(samples)} samples one sequence to be "
-                f"evaluated by, got {len(plan.items)} (overlong='truncate' or 'error' does)"
+                f"data_collator must return one sequence for each of {len(samples)} samples in "
+                f"evaluation, got {len(plan.items)}: pass it overlong='truncate' or 'error'"
             )
-        return {name: value[torch.from_numpy(back)] for name, value in rows.items()}
+        return {name: value[torch.from_numpy(order)] for name, value in rows.items()}
 
 
 @dataclasses.dataclass(eq=False)
 class _Evaluation(TrainerCallback):
-    """An evaluation while it runs: where it is, and the losses of this rank's batches so far."""
+    """The state of a running evaluation: its step, and the losses of this rank's batches so far."""
 
     plan: EvaluationSampler | None
     step: int = 0
@@ -153,19 +155,20 @@ class _Evaluation(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """All of the step is gathered by now."""
+        """Count the step, whose outputs have been gathered by now."""
         self.step += 1
 
 
 class EvaluationMixin(TrainerBase):
-    """Evaluation for the trainers."""
+    """The evaluation of the token-budget trainers."""
 
     _evaluation: _Evaluation | None = None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Batches of at most ``max_eval_tokens_per_microbatch`` slots, of this rank's rows.
+        """Return a loader of this rank's batches.
 
-        Those of an `IterableDataset` are of ``per_device_eval_batch_size`` rows, as in `Trainer`.
+        A batch has at most ``max_eval_tokens_per_microbatch`` slots (rows x columns). A batch of an
+        `IterableDataset` has ``per_device_eval_batch_size`` rows, as in `Trainer`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -176,7 +179,7 @@ class EvaluationMixin(TrainerBase):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """The same for `predict`."""
+        """Return a loader of this rank's batches for `predict`."""
         if can_be_planned(test_dataset):
             return self._evaluation_loader(test_dataset, "test")
         with self._collating_rows():
@@ -184,7 +187,7 @@ class EvaluationMixin(TrainerBase):
 
     def _evaluation_loader(self, dataset: Any, description: str) -> DataLoader:
         lengths = self._lengths_of(dataset)
-        # Lists of batches, and metrics by batch, are in the order of the dataset only if these are.
+        # Lists of batches, and metrics by batch, cannot be reordered afterwards.
         in_order = not self.args.eval_do_concat_batches or self.args.batch_eval_metrics
         sampler = EvaluationSampler(
             lengths,
@@ -200,6 +203,7 @@ class EvaluationMixin(TrainerBase):
 
     @contextlib.contextmanager
     def _collating_rows(self) -> Iterator[None]:
+        """Replace the data collator by one that returns padded rows."""
         collator = self.data_collator
         pad = getattr(self.processing_class, "pad_token_id", None)
         if pad is None:
@@ -218,25 +222,25 @@ class EvaluationMixin(TrainerBase):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As `Trainer.evaluation_loop`, with a loss by tokens and rows in dataset order."""
+        """Run `Trainer.evaluation_loop`; the loss is per target and rows are in dataset order."""
         sampler = getattr(dataloader, "batch_sampler", None)
         plan = sampler if isinstance(sampler, EvaluationSampler) else None
         running, user_metrics, outer = _Evaluation(plan), self.compute_metrics, self._evaluation
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self._evaluation = running
         self.add_callback(running)
         if plan is not None:
             self.gather_function = partial(self._gather_without_repeats, plan, running)
             if user_metrics is not None:
-                self.compute_metrics = _metrics_by(plan, running, user_metrics)
+                self.compute_metrics = _metrics_in_order(plan, running, user_metrics)
         try:
-            with self._prepared_for_now():
+            with self._undoing_preparation():
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             loss = self._mean_evaluation_loss(running)
         finally:
-            self._last_logged += time.perf_counter() - begun  # tokens/s are those of training
+            self._last_logged += time.perf_counter() - start  # tokens/s exclude evaluation
             self.remove_callback(running)
             self.gather_function = self.accelerator.gather_for_metrics
             self.compute_metrics, self._evaluation = user_metrics, outer
@@ -245,16 +249,16 @@ class EvaluationMixin(TrainerBase):
         if plan is None or plan.in_order:
             return output
         return output._replace(
-            predictions=_in_order(output.predictions, plan.order),
-            label_ids=_in_order(output.label_ids, plan.order),
+            predictions=_dataset_order(output.predictions, plan.order),
+            label_ids=_dataset_order(output.label_ids, plan.order),
         )
 
     @contextlib.contextmanager
-    def _prepared_for_now(self) -> Iterator[None]:
-        """Before training, leave no trace of how the model was prepared for evaluation.
+    def _undoing_preparation(self) -> Iterator[None]:
+        """Undo accelerate's preparation of the model after an evaluation before training.
 
-        Accelerate would not prepare it once more, and ranks would train without DDP, each with the
-        gradients of its own. transformers' trainers do so, without a word.
+        Accelerate does not prepare a model twice. After an evaluation, transformers' trainers
+        therefore train without DDP and without a warning, each rank with its own gradients.
         """
         prepared = self.accelerator._models or self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.args.world_size == 1 or prepared:
@@ -273,12 +277,12 @@ class EvaluationMixin(TrainerBase):
         self, plan: EvaluationSampler, running: _Evaluation, values: Any
     ) -> Any:
         """Gather the outputs of a step from all ranks, and drop those of repeated rows."""
-        real = plan.real(running.step)
+        real = plan.is_real(running.step)
         rows, repeats = real.shape[1], self.args.eval_batch_size
         if isinstance(values, Tensor) and values.dim() == 1 and len(values) == repeats != rows:
-            values = values[:1].repeat(rows)  # the loss of a batch, for as many as are usual
+            values = values[:1].repeat(rows)  # Trainer repeated the batch's loss eval_batch_size x
         gathered = self.accelerator.gather(values)
-        return gathered if real.all() else _chosen(gathered, np.flatnonzero(real), real.size)
+        return gathered if real.all() else _select_rows(gathered, np.flatnonzero(real), real.size)
 
     def _mean_evaluation_loss(self, running: _Evaluation) -> float | None:
         """The mean over all targets, NaN without targets, None if no loss was computed."""
@@ -303,13 +307,13 @@ class EvaluationMixin(TrainerBase):
         ignore_keys: list[str] | None = None,
         **options: Any,
     ) -> tuple[Any, Any, Any]:
-        """As the trainer's own; what the loss weighs is noted."""
-        rows, own = self._rows(inputs)
-        batch = _first_rows(inputs, own or rows, rows)  # something must run, with other ranks
-        batch.pop(self.budget.length_column_name, None)  # collators add it; no model takes it
+        """Run `Trainer.prediction_step` without the repeated rows, and record the loss."""
+        rows, real = self._count_rows(inputs)
+        batch = _first_rows(inputs, real or rows, rows)  # this rank must run if the others do
+        batch.pop(self.budget.length_column_name, None)  # collators add it; models reject it
         asking = self.runner.asking(batch)
-        count = int(self.runner.measure(asking).asked.sum()) if own else 0
-        with self._by_itself(), self._told_of_targets():
+        count = int(self.runner.measure(asking).asked.sum()) if real else 0
+        with self._by_itself(), self._accepting_num_items():
             loss, logits, labels = super().prediction_step(
                 model,
                 self._with_decoder_inputs(asking),
@@ -321,15 +325,15 @@ class EvaluationMixin(TrainerBase):
             self._evaluation.losses.append(loss.detach())
             self._evaluation.counts.append(count)
         if asking is not batch and isinstance(labels, Tensor):
-            labels = labels.clone()  # as they were given, not as they were asked
+            labels = labels.clone()  # return the labels of the user, before `asking` changed them
             labels[:, : batch["labels"].shape[1]] = batch["labels"]
-        if 0 < own < rows:
-            logits = _with_last_repeated(logits, own, rows - own)
-            labels = _with_last_repeated(labels, own, rows - own)
+        if 0 < real < rows:
+            logits = _repeat_last_row(logits, real, rows - real)
+            labels = _repeat_last_row(labels, real, rows - real)
         return loss, logits, labels
 
-    def _rows(self, inputs: Any) -> tuple[int, int]:
-        """Rows of this rank's batch, and how many of them, the first, are not there to fill it."""
+    def _count_rows(self, inputs: Any) -> tuple[int, int]:
+        """The number of rows in this rank's batch, and how many of them, the first, are real."""
         if isinstance(inputs, PlannedBatch) and inputs.examples is not None:
             rows = len(inputs.examples)
             return rows, rows - len(inputs.repeated)
@@ -337,53 +341,53 @@ class EvaluationMixin(TrainerBase):
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
             return rows, rows
-        # accelerate has filled up the last batch, from where the first rank's rows begin.
+        # accelerate filled up the last global batch; its first `remainder` rows are real.
         return rows, int(np.clip(state.remainder - self.args.process_index * rows, 0, rows))
 
     @contextlib.contextmanager
-    def _told_of_targets(self) -> Iterator[None]:
-        """transformers tells ``compute_loss`` how many there are; a user's may not want to know."""
+    def _accepting_num_items(self) -> Iterator[None]:
+        """Let a user's ``compute_loss`` without ``num_items_in_batch`` be called with it."""
         compute = self.compute_loss
         parameters = inspect.signature(compute).parameters.values()
         if any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters):
             yield
             return
 
-        def told(*args: Any, num_items_in_batch: Any = None, **options: Any) -> Any:
+        def accepting(*args: Any, num_items_in_batch: Any = None, **options: Any) -> Any:
             return compute(*args, **options)
 
-        of_instance = "compute_loss" in vars(self)
-        self.compute_loss = told
+        is_own_attribute = "compute_loss" in vars(self)
+        self.compute_loss = accepting
         try:
             yield
         finally:
             del self.compute_loss
-            if of_instance:
+            if is_own_attribute:
                 self.compute_loss = compute
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Targets of one batch on this rank: losses are weighed afterwards."""
+        """Count the targets of a batch on this rank only; `prediction_step` weights the loss."""
         with self._by_itself():
             return super()._get_num_items_in_batch(batch_samples, device)
 
 
 def can_be_planned(dataset: Any) -> bool:
-    """Whether examples have a number, to be asked for in any order."""
+    """Whether ``dataset`` has a length, and its examples can be read by index."""
     return dataset is not None and has_length(dataset) and not isinstance(dataset, IterableDataset)
 
 
-def _metrics_by(
+def _metrics_in_order(
     plan: EvaluationSampler, running: _Evaluation, compute: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """A user's ``compute_metrics`` that sees rows in dataset order, or learns of the last batch."""
+    """Wrap a user's ``compute_metrics``: it gets rows in dataset order and the true last batch."""
 
     def metrics(prediction: EvalPrediction, **options: Any) -> Any:
-        if "compute_result" in options:  # transformers would ask accelerate, which knows no end
+        if "compute_result" in options:  # accelerate, which did not prepare the loader, has no end
             options["compute_result"] = running.step == len(plan)
         if plan.in_order:
             return compute(prediction, **options)
         fields = {
-            name: _in_order(getattr(prediction, name, None), plan.order)
+            name: _dataset_order(getattr(prediction, name, None), plan.order)
             for name in ("predictions", "label_ids", "inputs", "losses")
         }
         return compute(EvalPrediction(**fields), **options)
@@ -394,50 +398,48 @@ def _metrics_by(
 # --------------------------------------------------------------------------------------------- rows
 
 
-def _each(change: Callable[[Any], Any], values: Any) -> Any:
-    """The change to every array or tensor in tuples, lists and mappings."""
-    if isinstance(values, Mapping):
-        return {name: _each(change, value) for name, value in values.items()}
-    if isinstance(values, (tuple, list)):
-        return type(values)(_each(change, value) for value in values)
-    return change(values) if isinstance(values, (Tensor, np.ndarray)) and values.ndim else values
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
 
 
-def _chosen(values: Any, rows: NDArray[np.int64], count: int) -> Any:
-    """Of ``count`` rows those; where each gave several (sequences to return), all of them."""
+def _select_rows(values: Any, rows: NDArray[np.int64], count: int) -> Any:
+    """Select ``rows`` of the ``count`` rows in all arrays in ``values``.
 
-    def choose(value: Any) -> Any:
-        several, rest = divmod(len(value), count)
+    If an array has several entries per row (``num_return_sequences``), they stay together.
+    """
+
+    def select(value: Any) -> Any:
+        per_row, rest = divmod(len(value), count)
         if rest:
             return value
-        index = (rows[:, None] * several + np.arange(several)).reshape(-1)
+        index = (rows[:, None] * per_row + np.arange(per_row)).reshape(-1)
         return value[torch.from_numpy(index).to(value.device) if torch.is_tensor(value) else index]
 
-    return _each(choose, values)
+    return recursively_apply(select, values, test_type=_is_array)
 
 
-def _in_order(values: Any, order: NDArray[np.int64]) -> Any:
-    """Rows by index in the dataset."""
-    return _chosen(values, np.argsort(order, kind="stable"), max(len(order), 1))
+def _dataset_order(values: Any, order: NDArray[np.int64]) -> Any:
+    """Reorder the rows of all arrays in ``values`` by their index in the dataset."""
+    return _select_rows(values, np.argsort(order, kind="stable"), max(len(order), 1))
 
 
-def _first_rows(batch: Mapping[str, Any], kept: int, rows: int) -> dict[str, Any]:
-    """A batch of ``rows`` rows without the last of them."""
+def _first_rows(batch: Mapping[str, Any], first: int, rows: int) -> dict[str, Any]:
+    """The ``first`` rows of a batch of ``rows`` rows."""
 
-    def one(value: Any) -> Any:
+    def cut(value: Any) -> Any:
         sized = isinstance(value, list) or (isinstance(value, Tensor) and value.dim())
-        return value[:kept] if sized and len(value) == rows else value
+        return value[:first] if sized and len(value) == rows else value
 
-    return {name: one(value) for name, value in batch.items()}
+    return {name: cut(value) for name, value in batch.items()}
 
 
-def _with_last_repeated(values: Any, rows: int, more: int) -> Any:
-    """Outputs of ``rows`` rows, and of the last of these ``more`` times again."""
+def _repeat_last_row(values: Any, rows: int, times: int) -> Any:
+    """Append the last of ``rows`` rows ``times`` times in all arrays in ``values``."""
 
     def repeat(value: Any) -> Any:
-        several, rest = divmod(len(value), rows)
+        per_row, rest = divmod(len(value), rows)
         if rest:
             return value
-        return torch.cat([value, *[value[-several:]] * more])
+        return torch.cat([value, *[value[-per_row:]] * times])
 
-    return _each(repeat, values)
+    return recursively_apply(repeat, values, test_type=_is_array)

@@ -36,7 +36,7 @@ from ..adapters.inputs import shift_right
 from ..kernels import layout_from_cu_seqlens, repad, unpad
 from .arguments import FROM_ARGS, TokenBudget, args_name, budget_of
 from .callbacks import PlanCallback
-from .checkpoints import CheckpointsMixin, seeded
+from .checkpoints import CheckpointsMixin, seed_generator
 from .evaluation import EvaluationMixin, can_be_planned
 from .example_lengths import dataset_lengths
 from .loading import Caps, PlannedCollator, PlannedDataset
@@ -305,7 +305,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         # Its own, since a loader draws its workers' seeds from the generator that training draws
         # from, and does so as often as it starts workers: a resumed run starts others.
         generator = torch.Generator()
-        seeded(args.seed, 0, generator)
+        seed_generator(args.seed, 0, generator)
         if training:
             self.planned_collator, self._loader_generator = collate, generator
         loader = DataLoader(
@@ -339,7 +339,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
             if tell is not None:
                 tell(epoch)
         if self._loader_generator is not None:
-            seeded(self.args.seed, epoch, self._loader_generator)
+            seed_generator(self.args.seed, epoch, self._loader_generator)
 
     # --------------------------------------------------------------------------------------- a step
 
@@ -347,7 +347,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
         """The batches of a step. Targets are counted where the step runs."""
-        self.take_up_random_numbers()
+        self.restore_random_state()
         batches = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)
@@ -389,7 +389,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         inputs = self._with_decoder_inputs(inputs)
         inputs.pop(self.budget.length_column_name, None)  # collators add it; no model takes it
         count = torch.full((), targets, device=self.args.device)
-        with self.compute_loss_context_manager(), self._by_itself(), self._told_of_targets():
+        with self.compute_loss_context_manager(), self._by_itself(), self._accepting_num_items():
             return self.compute_loss(model, inputs, num_items_in_batch=count)
 
     def _backward(self, loss: Tensor) -> None:
@@ -448,7 +448,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         Args:
             resume_from_checkpoint: True for the last checkpoint that is whole.
         """
-        resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._stop_agreed = False
         self._longest_logged = 0
         with self._stop:

@@ -343,7 +343,7 @@ def _check_lengths(lengths: Any, limit: int, name: str) -> NDArray[np.int32]:
     return np.ascontiguousarray(sides, np.int32)
 
 
-def _reject(wrong: NDArray[np.bool_], sides: NDArray[Any], message: str) -> None:
+def _reject(wrong: Any, sides: NDArray[Any], message: str) -> None:
     """Raise ``message`` with the first wrong row, if there is one."""
     if wrong.any():
         at, count = int(wrong.argmax()), int(wrong.sum())

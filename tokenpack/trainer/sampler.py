@@ -333,7 +333,7 @@ def _check_lengths(lengths: Any, limit: int, name: str) -> NDArray[np.int32]:
         )
     if sides.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {sides.dtype}")
-    _reject(np.asarray(sides < 0).any(axis=1), sides, "lengths must not be negative")
+    _reject((sides < 0).any(axis=1), sides, "lengths must not be negative")
     over = (sides > limit).any(1)
     if not over.any():
         total = sides.sum(1, dtype=np.int64)
@@ -343,7 +343,7 @@ def _check_lengths(lengths: Any, limit: int, name: str) -> NDArray[np.int32]:
     return np.ascontiguousarray(sides, np.int32)
 
 
-def _reject(wrong: NDArray[np.bool_], sides: NDArray[Any], message: str) -> None:
+def _reject(wrong: Any, sides: NDArray[Any], message: str) -> None:
     """Raise ``message`` with the first wrong row, if there is one."""
     if wrong.any():
         at, count = int(wrong.argmax()), int(wrong.sum())

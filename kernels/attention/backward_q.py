@@ -191,6 +191,7 @@ def _backward_all_keys(
             before += more_before
             after += more_after
         if not FEATURES.RIGHT and not FEATURES.LEFT:
+            # Without limits, only the tile at the end of the sequence needs the mask.
             dq, rows_after, carry, before, after = _backward_keys(
                 _QueryGrads(dq, rows_after, carry, before, after),
                 queries, keys, values, params, dropout, partial,

@@ -114,6 +114,7 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
             TileRange(near, tl.minimum(far, end), params.bias_before, True, True), FEATURES, SHAPE,
         )
         if not FEATURES.RIGHT and not FEATURES.LEFT:
+            # Without limits, only the tile at the end of the sequence needs the mask.
             softmax = _attend_keys(
                 softmax, q, keys, values, params, dropout,
                 TileRange(far, visible_end, params.bias_after, False, False), FEATURES, SHAPE,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenpack.packing import pack_lengths
-from tokenpack.trainer import batches
+from tokenpack.trainer import batches, deal
 from tokenpack.trainer.batches import (
     count_batches,
     cut_groups,
@@ -211,17 +211,17 @@ def test_many_short_examples_a_batch_take_few_rounds():
     lengths = np.random.default_rng(0).integers(1, 30, 200_000)
     count = count_batches(lengths, 1_000_000)
     rounds = []
-    put = batches._Deal._put
+    put = deal._Deal._put
 
     def counted(*args):
         rounds.append(1)
         return put(*args)
 
-    batches._Deal._put = counted
+    deal._Deal._put = counted
     try:
         fill = check(plan_batches(lengths, 1_000_000, count, 0), lengths, 1_000_000, count)
     finally:
-        batches._Deal._put = put
+        deal._Deal._put = put
     assert len(rounds) < 1000
     assert fill.min() >= 0.99 * fill.max()
 
@@ -255,9 +255,13 @@ def test_lengths_that_cannot_be_planned(lengths, message):
 
 
 def test_numbers_that_cannot_be():
-    with pytest.raises(ValueError, match=r"num_batches must be what count_batches says .* got 1"):
+    with pytest.raises(
+        ValueError, match=r"num_batches must be the result of count_batches .* got 1"
+    ):
         plan_batches([5, 6], 10, 1)
-    with pytest.raises(ValueError, match=r"num_batches must be what count_batches says .* got 3"):
+    with pytest.raises(
+        ValueError, match=r"num_batches must be the result of count_batches .* got 3"
+    ):
         plan_batches([5, 6], 10, 3)
     assert find_plan([5, 6], 10, 1) is None
     with pytest.raises(TypeError, match=r"seed must be an integer, got 1\.5"):

@@ -226,11 +226,11 @@ def test_items_are_made_once_while_the_dataset_lives():
     number = id(dataset)
     unkept = Items(rows())
     dataset_lengths(unkept, cache=False)
-    assert id(unkept) not in module._remembered
-    assert number in module._remembered
+    assert id(unkept) not in module._cached
+    assert number in module._cached
     del dataset
     gc.collect()
-    assert number not in module._remembered
+    assert number not in module._cached
 
 
 def test_another_dataset_that_compares_equal_is_another():
@@ -295,7 +295,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(on_disk, monkeypatch, caplo
     def refuse(*args, **options):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(module.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(module.Path, "open", refuse)
     with caplog.at_level(logging.INFO, module.__name__):
         assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
     assert "read-only" in caplog.text

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from tokenpack.packing import pack_lengths
-from tokenpack.trainer.sampler import TokenBudgetBatchSampler, share_evenly
+from tokenpack.trainer.sampler import TokenBudgetBatchSampler
+from tokenpack.trainer.shares import share_evenly
 
 
 def lognormal(count, mean=150, longest=768, seed=0):
@@ -337,7 +338,7 @@ batch  examples  tokens   used  shortest  median  longest  tokens per rank
 @pytest.mark.parametrize(
     "lengths, options, error, message",
     [
-        ([3, 0], {}, ValueError, r"1 or more, both sides together, got lengths\[1\] = 0$"),
+        ([3, 0], {}, ValueError, r"1 or more, source plus target, got lengths\[1\] = 0$"),
         ([[3, 1], [0, 0]], {}, ValueError, r"got lengths\[1\] = 0 \+ 0"),
         ([3, 11, 12], {}, ValueError, r"at most max_tokens = 10, .* lengths\[1\] = 11 and 1 more"),
         ([[3, 1], [6, 5]], {}, ValueError, r"at most max_tokens = 10, .* lengths\[1\] = 6 \+ 5"),
@@ -353,7 +354,7 @@ batch  examples  tokens   used  shortest  median  longest  tokens per rank
         ([1], {"rank": True}, TypeError, "rank must be an integer, got True"),
         ([1], {"seed": -1}, ValueError, "seed must be 0 or more"),
         ([1], {"hidden_size": 0}, ValueError, "hidden_size must be from 1"),
-        ([1], {"max_tokens_per_group": 5}, ValueError, "which only padded=True makes, got 5"),
+        ([1], {"max_tokens_per_group": 5}, ValueError, "must be None unless padded=True, got 5"),
         ([1], {"padded": True, "max_tokens_per_group": 11}, ValueError, "at most max_tokens = 10"),
         ([8], {"padded": True, "max_tokens_per_group": 7}, ValueError,
          r"at most max_tokens_per_group = 7, .* got lengths\[0\] = 8"),

@@ -1,12 +1,12 @@
-"""Tokens of every example of a dataset, by the cheapest way that it offers.
+"""The number of tokens of every example of a dataset, found in the cheapest way.
 
     source[i] = dataset[i][length column], or ones in its attention_mask, or len(input_ids)
-    target[i] = len(labels) without trailing -100, or 0 where there are none
+    target[i] = len(labels) without trailing -100, or 0 without labels
 
-A plan needs the lengths of all examples before the first step. A length column says them. Else the
-columns of a `datasets.Dataset` do, of which Arrow keeps the offsets: the differences of those are
-the lengths, and no token is read (of masks and of labels that end in -100, the values are). Only
-where items are made when they are asked for, each has to be made once; that is remembered.
+A plan needs the lengths of all examples before the first step. A length column contains them. For a
+`datasets.Dataset` without one, they are the differences of the offsets that Arrow stores with a
+column of lists, so no tokens are read. (The values of masks, and of labels that end with -100, are
+read.) If a dataset makes its items on demand, each item is made once, and the result is cached.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ logger = logging.getLogger(__name__)
 KINDS = ("seq2seq", "causal")
 _MASK = "attention_mask"
 _TARGET_LENGTHS = ("labels_length", "label_length")
-_BLOCK = 1000  # items that are asked for together
+_BLOCK = 1000  # items per call of __getitems__
 
-# By id, as many datasets compare by content or not at all. An entry goes with its dataset.
-_remembered: dict[int, tuple[weakref.ref[Any], dict[tuple[Any, ...], NDArray[np.int64]]]] = {}
+# By id, because many datasets compare by content or are not hashable. An entry is removed with its
+# dataset.
+_cached: dict[int, tuple[weakref.ref[Any], dict[tuple[Any, ...], NDArray[np.int64]]]] = {}
 
 
 def dataset_lengths(
@@ -47,42 +48,46 @@ def dataset_lengths(
     show_progress: bool | None = None,
     cache: bool = True,
 ) -> NDArray[np.int64]:
-    """How many tokens each example has.
+    """Return the number of tokens of each example.
 
-    Sources are, in this order: the column ``length_column_name``; ones in ``attention_mask``, as
-    padding is no token; ``source_column``. Targets are ``target_column`` without trailing -100, or
-    a column ``labels_length`` or ``label_length`` of numbers, or else 0.
+    The source length is, in this order: the column ``length_column_name``; the number of ones in
+    ``attention_mask``, which excludes padding; the length of ``source_column``. The target length
+    is the length of ``target_column`` without trailing -100, or a column ``labels_length`` or
+    ``label_length`` of integers, or 0.
 
-    A `datasets.Dataset` is asked by column, through whatever ``select``, ``shuffle`` or
-    ``train_test_split`` made of it; any other dataset, and one with a transform, item by item.
+    A `datasets.Dataset` is read by column, also after ``select``, ``shuffle`` or
+    ``train_test_split``. Other datasets, and a `datasets.Dataset` with a transform, are read item
+    by item.
 
     Args:
-        dataset: map-style: it has a length, and its items are mappings of lists, arrays or tensors.
-        length_column_name: a column, or key of items, that says the tokens of the source, or of the
-            whole example where no target is found.
+        dataset: a map-style dataset: it has a length, and its items are mappings of lists, arrays
+            or tensors.
+        length_column_name: a column, or key of items, that contains the tokens of the source, or of
+            the whole example if there is no target.
         source_column: token ids of the encoder, or of a causal model.
         target_column: token ids of the decoder.
-        kind: "seq2seq", or "causal", whose examples are one sequence.
-        collator: one that changes how long sources and targets are, if its
-            ``lengths(raw_lengths (n, 2)) -> (n, 2)`` says so; others do not matter.
-        show_progress: of a pass over items; by default as transformers does, by its verbosity.
-        cache: remember lengths that take a pass over values or items: while the dataset lives, and
-            for a `datasets.Dataset` with files, beside these by its fingerprint.
+        kind: "seq2seq", or "causal" if an example is a single sequence.
+        collator: the collator. If it changes lengths, it must have a method
+            ``lengths(raw_lengths (n, 2)) -> (n, 2)``. Other collators have no effect.
+        show_progress: whether to show the progress of a pass over items. By default, this follows
+            the verbosity of transformers.
+        cache: cache lengths that require a pass over values or items: in memory while the dataset
+            exists, and next to the files of a `datasets.Dataset`, by its fingerprint.
 
     Returns:
-        ``(n, 2)`` int64, source and target; ``(n,)`` if ``kind`` is "causal".
+        ``(n, 2)`` int64, source and target tokens. ``(n,)`` if ``kind`` is "causal".
 
     Raises:
-        TypeError: if the dataset has no length, an item is no mapping, or a column is no lists of
-            integers.
-        ValueError: if neither the length column nor the sources are there, a sequence is no single
-            row of tokens, or ``kind`` is unknown.
+        TypeError: if the dataset has no length, an item is not a mapping, or a column does not
+            contain lists of integers.
+        ValueError: if the dataset has neither the length column nor the source column, a sequence
+            is not one-dimensional, or ``kind`` is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     columns = _Columns(length_column_name, source_column, target_column if kind == KINDS[0] else "")
     count = _length_of(dataset)
-    found = _recall(dataset, columns.key, count) if cache else None
+    found = _from_cache(dataset, columns.key, count) if cache else None
     if found is None:
         found = _measure(dataset, columns, count, show_progress, cache)
     if (offers := getattr(collator, "lengths", None)) is not None:
@@ -91,7 +96,7 @@ def dataset_lengths(
 
 
 class _Columns:
-    """What columns are called. ``target`` is empty where there is nothing to ask for."""
+    """The names of the columns. ``target`` is empty for causal models."""
 
     def __init__(self, length: str, source: str, target: str) -> None:
         self.length, self.source, self.target = length, source, target
@@ -112,15 +117,15 @@ def _length_of(dataset: Any) -> int:
         return len(dataset)
     except TypeError:
         raise TypeError(
-            f"dataset must have a length, to plan batches of all its examples, got "
-            f"{type(dataset).__name__}, which has none"
+            "dataset must have a length, to plan batches of all its examples, got "
+            f"{type(dataset).__name__}, which has no length"
         ) from None
 
 
 def _measure(
     dataset: Any, columns: _Columns, count: int, show_progress: bool | None, cache: bool
 ) -> NDArray[np.int64]:
-    """``(n, 2)`` int64."""
+    """``(n, 2)`` int64, from the cache, by column, or by item."""
     names = _arrow_columns(dataset)
     if names is not None and columns.length not in names and columns.source not in names:
         raise columns.missing(names)
@@ -135,7 +140,7 @@ def _measure(
         if path is not None:
             _save(path, found)
     if cache and not cheap:
-        _remember(dataset, columns.key, found)
+        _to_cache(dataset, columns.key, found)
     return found
 
 
@@ -153,12 +158,12 @@ def _from_collator(offered: Any, count: int) -> NDArray[np.int64]:
 
 
 def _arrow_columns(dataset: Any) -> list[str] | None:
-    """Columns of a `datasets.Dataset` whose items are its rows; None of anything else."""
+    """The columns of a `datasets.Dataset` whose items are its rows. None for other datasets."""
     if not (hasattr(dataset, "with_format") and hasattr(dataset, "data")):
         return None
     form = getattr(dataset, "format", None)
     if isinstance(form, Mapping) and form.get("type") == "custom":
-        return None  # a transform makes the items, of whatever columns
+        return None  # a transform may make items with other columns
     return list(dataset.column_names)
 
 
@@ -190,10 +195,10 @@ def _numbers(dataset: Any, name: str) -> NDArray[np.int64]:
 
 
 def _count_rows(dataset: Any, name: str, count: Any) -> NDArray[np.int64]:
-    """Of each row of a column of lists its length, or what ``count`` says by values and offsets.
+    """The length of each row of a column of lists, or ``count(values, offsets)`` if it is given.
 
-    Asked of the whole table, and only then of the rows that the dataset selects: to take numbers is
-    cheaper than to take lists.
+    This counts the whole table first and then takes the rows that the dataset selects, because
+    taking integers is cheaper than taking lists.
     """
     import pyarrow.compute
 
@@ -214,19 +219,19 @@ def _count_rows(dataset: Any, name: str, count: Any) -> NDArray[np.int64]:
 
 
 def _rows_of(dataset: Any, values: NDArray[Any]) -> NDArray[Any]:
-    """Of a table's rows those that the dataset has, in its order."""
+    """The values of the rows that the dataset selects from its table, in its order."""
     indices = getattr(dataset, "_indices", None)
     return values if indices is None else values[indices.column(0).to_numpy()]
 
 
 def _ones(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(n,)``, how many values of each row are not 0."""
+    """``(n,)`` int64, the number of values other than 0 in each row."""
     zeros = np.flatnonzero(values == 0)
     return np.diff(offsets) - np.diff(np.searchsorted(zeros, offsets))
 
 
 def _without_trailing(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(n,)``, lengths of rows up to their last label that is not ignored."""
+    """``(n,)`` int64, the length of each row without trailing -100."""
     lengths = np.diff(offsets)
     ends = offsets[1:][lengths > 0]
     if not (values[ends - 1] == IGNORE_INDEX).any():
@@ -293,7 +298,7 @@ def _target_of(item: Mapping[str, Any], at: int, columns: _Columns) -> int:
 
 
 def _row(tokens: Any, name: str) -> NDArray[Any]:
-    """Tokens of one example, whatever holds them."""
+    """The tokens of one example as a NumPy array."""
     array = np.asarray(tokens.cpu() if hasattr(tokens, "cpu") else tokens)
     if array.ndim != 1:
         raise ValueError(f"{name} must be one row of tokens, got shape {array.shape}")
@@ -309,33 +314,33 @@ def _number(value: Any, name: str) -> int:
     return int(array.reshape(()))
 
 
-# ------------------------------------------------------------------------------------- remembering
+# ------------------------------------------------------------------------------------------- cache
 
 
 def _state(dataset: Any, key: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``key``, and what of the dataset may change: a format is set in place."""
+    """``key`` and the fingerprint, because a format is set in place."""
     return (*key, getattr(dataset, "_fingerprint", None))
 
 
-def _recall(dataset: Any, key: tuple[Any, ...], count: int) -> NDArray[np.int64] | None:
-    _, entries = _remembered.get(id(dataset), (None, {}))
+def _from_cache(dataset: Any, key: tuple[Any, ...], count: int) -> NDArray[np.int64] | None:
+    _, entries = _cached.get(id(dataset), (None, {}))
     found = entries.get(_state(dataset, key))
     return found if found is not None and len(found) == count else None
 
 
-def _remember(dataset: Any, key: tuple[Any, ...], lengths: NDArray[np.int64]) -> None:
-    number = id(dataset)
-    if number not in _remembered:
+def _to_cache(dataset: Any, key: tuple[Any, ...], lengths: NDArray[np.int64]) -> None:
+    identity = id(dataset)
+    if identity not in _cached:
         try:
-            gone = weakref.ref(dataset, lambda _: _remembered.pop(number, None))
-        except TypeError:  # a list, say, whose end nobody would be told of
+            reference = weakref.ref(dataset, lambda _: _cached.pop(identity, None))
+        except TypeError:  # for example a list, which has no weak references
             return
-        _remembered[number] = gone, {}
-    _remembered[number][1][_state(dataset, key)] = lengths
+        _cached[identity] = reference, {}
+    _cached[identity][1][_state(dataset, key)] = lengths
 
 
 def _cache_file(dataset: Any, columns: _Columns) -> Path | None:
-    """Beside the files of a `datasets.Dataset`; None if it has none."""
+    """The cache file next to the files of a `datasets.Dataset`. None if it has no files."""
     files = getattr(dataset, "cache_files", None)
     fingerprint = getattr(dataset, "_fingerprint", None)
     if not files or not fingerprint:
@@ -347,10 +352,10 @@ def _cache_file(dataset: Any, columns: _Columns) -> Path | None:
 def _load(path: Path, count: int) -> NDArray[np.int64] | None:
     try:
         lengths = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # not there, or not whole
+    except (OSError, ValueError, EOFError):  # missing or incomplete
         return None
-    whole = lengths.shape == (count, 2) and lengths.dtype == np.int64
-    return lengths if whole else None
+    valid = lengths.shape == (count, 2) and lengths.dtype == np.int64
+    return lengths if valid else None
 
 
 def _save(path: Path, lengths: NDArray[np.int64]) -> None:
@@ -359,4 +364,4 @@ def _save(path: Path, lengths: NDArray[np.int64]) -> None:
         with written_whole(path) as partial, partial.open("wb") as file:
             np.save(file, lengths)
     except OSError as error:
-        logger.info("lengths are not kept in %s: %s", path, error)
+        logger.info("cannot cache lengths in %s: %s", path, error)

@@ -1,24 +1,17 @@
-"""The batches of an epoch, by tokens, and which part of each is a rank's.
+"""The batches of an epoch, planned by tokens, and each rank's share of every batch.
 
-    batch b = examples items[offsets[b]:offsets[b + 1]],  their tokens together at most max_tokens
+    batch b = examples items[offsets[b]:offsets[b + 1]], at most max_tokens tokens in total
 
-A batch is global: its tokens are those of all ranks together. So neither the batches nor the
-learning rate's schedule change with the number of ranks, and no rank runs dry before the others:
-each plans the whole epoch by itself, from the same lengths and seed, and takes its share of every
-batch. How batches are made is in `tokenpack.trainer.batches`.
-
-    share: longest first, each example to the rank with the fewest tokens, and of those that have
-           about as few, to the one whose cost is least;  then swaps between the fullest rank and
-           the emptiest while they narrow the gap
-
-with ``cost = tokens + (source ** 2 + target ** 2 + source * target) / (6 * hidden_size)``, as in
-`tokenpack.packing.ranks`.
+A batch is global: ``max_tokens`` is the limit over all ranks. So neither the batches nor the
+learning rate schedule depends on the number of ranks, and all ranks have the same number of
+batches. Each rank plans the whole epoch itself, from the same lengths and seed, and takes its share
+of every batch. `tokenpack.trainer.batches` makes the batches, and `tokenpack.trainer.shares` makes
+the shares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heapify, heapreplace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,26 +22,23 @@ from ..checks import at_least_one, check_seed
 from ..packing.arrival import next_fit
 from ..packing.lengths import as_lengths
 from ..packing.ranks import sequence_costs
-from ..segments import longest_first, offsets_of, ranges
+from ..segments import offsets_of, ranges
 from .batches import count_batches, cut_groups, find_plan, group_similar
+from .shares import share_evenly, share_groups
 
-_GRAIN = 1 / 400  # of a rank's tokens: a lead that small is none, and cost decides
-_EVEN = 1 / 200  # of a rank's tokens: a gap that small is left alone
-_JITTERS = (0.05, 0.02, 0.005, 0.0)  # of lengths before they are grouped, the first that fits
-_SPARE = 0.015  # batches more than needed, so that a jitter does fit
-_UNEVEN = 1.1  # slots of the fullest rank over the mean, above which groups are split
-_PIECES = 8  # per rank at most
+_JITTERS = (0.05, 0.02, 0.005, 0.0)  # of lengths before grouping; the first that fits is used
+_SPARE = 0.015  # part of the batches to add, so that a jitter fits
 
 
 class _Epoch(NamedTuple):
     """The plan of one epoch.
 
     Attributes:
-        epoch: which.
-        items: ``(n,)`` int64, examples batch by batch.
+        epoch: the epoch.
+        items: ``(n,)`` int64, the examples, batch after batch.
         offsets: ``(num_batches + 1,)`` int64.
-        group_of: ``(n,)`` int64, the group of each example by its index; None without groups.
-        slots: tokens of all batches, padding of groups included.
+        group_of: ``(n,)`` int64, the group of each example, by example. None without groups.
+        slots: the tokens of all batches, including the padding in groups.
     """
 
     epoch: int
@@ -59,20 +49,22 @@ class _Epoch(NamedTuple):
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
-    """Batches of at most ``max_tokens`` tokens, over all ranks; yields this rank's share of each.
+    """Plans batches of at most ``max_tokens`` tokens over all ranks, and yields this rank's share.
 
-    For a `DataLoader`'s ``batch_sampler``. A share is a list of indices. Where a batch has fewer
-    examples than there are ranks, those without one are given a *filler*, to have something to run
-    in step with the others: ``[-1 - index]`` of the batch's shortest example. It must be given no
-    weight; ``-1 - filler`` is its index again.
+    Use it as the ``batch_sampler`` of a `DataLoader`. A share is a list of indices. If a batch has
+    fewer examples than there are ranks, the ranks without an example get a *filler*, which keeps
+    them in step with the others: ``[-1 - index]`` of the batch's shortest example. Give a filler no
+    weight. ``-1 - filler`` is the index.
 
-    It has no ``batch_size``: where there is an integer of that name, accelerate shards batches.
+    The class has no attribute ``batch_size``, because accelerate splits the batches of samplers
+    that have one.
 
     Attributes:
         lengths: ``(n, 1)`` or ``(n, 2)`` int32, tokens of each example: (source, target).
-        max_tokens: what a batch holds at most, over all ranks.
-        num_ranks, rank: how many ranks share a batch, and which this is.
-        epoch: what the next pass is planned for.
+        max_tokens: maximum number of tokens of a batch, over all ranks.
+        num_ranks: the number of ranks.
+        rank: this rank.
+        epoch: the epoch of the next pass.
     """
 
     def __init__(
@@ -88,29 +80,30 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         padded: bool = False,
         max_tokens_per_group: int | None = None,
     ) -> None:
-        """Nothing is planned yet; that is done when it is first asked for.
+        """Check the arguments. The first use makes the plan.
 
         Args:
-            lengths: ``(n,)`` tokens of each example, or ``(n, 2)``, source and target, of which the
-                sum counts; integers.
-            max_tokens: what a batch holds at most, over all ranks.
-            num_ranks: how many ranks share a batch.
-            rank: which of them this is, from 0.
-            seed: of the shuffle, together with the epoch.
-            shuffle: other batches in each epoch; else examples stay in order, each batch taking
-                what fits (next fit).
-            hidden_size: the model's: how much attention weighs in what a rank has to do.
-            padded: count the slots of a padded model instead of tokens. Examples are put into
-                groups of similar lengths, of ``rows * (longest source + longest target)`` slots,
-                and groups into batches. A rank gets whole groups, one after the other, or a part of
-                one where they are too few to share evenly.
-            max_tokens_per_group: slots that a group has at most; by default a rank's part of
-                ``max_tokens``. Given if and only if ``padded`` is.
+            lengths: integers, ``(n,)`` tokens of each example, or ``(n, 2)`` source and target
+                tokens, whose sum counts.
+            max_tokens: maximum number of tokens of a batch, over all ranks.
+            num_ranks: the number of ranks.
+            rank: this rank, from 0.
+            seed: seed of the shuffle, in addition to the epoch.
+            shuffle: make other batches in each epoch. If False, examples stay in order, and each
+                batch takes the next examples that fit (next fit).
+            hidden_size: the model's hidden size, which sets the cost of attention in the share of a
+                rank.
+            padded: count the slots of a padded model instead of tokens. Examples form groups of
+                similar lengths with ``rows * (longest source + longest target)`` slots, and groups
+                form batches. A rank gets whole groups, one after the other, or parts of groups if
+                there are too few to share evenly.
+            max_tokens_per_group: maximum number of slots of a group. Only with ``padded``. By
+                default ``max_tokens // num_ranks``.
 
         Raises:
-            TypeError: if a number or a length is no integer.
-            ValueError: if a number is out of range, there are no lengths, or one is negative, 0, or
-                over ``max_tokens`` (or ``max_tokens_per_group``), saying which.
+            TypeError: if a number or a length is not an integer.
+            ValueError: if a number is out of range, there are no lengths, or a length is negative,
+                0, or larger than ``max_tokens`` (or ``max_tokens_per_group``).
         """
         self.max_tokens = at_least_one("max_tokens", max_tokens)
         self.num_ranks = at_least_one("num_ranks", num_ranks)
@@ -127,36 +120,36 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self._planned: _Epoch | None = None
 
     def __len__(self) -> int:
-        """Batches of an epoch: the same number on every rank and in every epoch."""
+        """The number of batches, which is the same on every rank and in every epoch."""
         if self._num_batches is None:
             self._num_batches = self._count()
         return self._num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This rank's share of each batch of the epoch that is set."""
+        """This rank's share of each batch of the current epoch."""
         items, offsets = self.plan()
         for first, last in zip(offsets[:-1], offsets[1:]):
             yield self.share(items[first:last])
 
     def set_epoch(self, epoch: int) -> None:
-        """Plan the next pass for ``epoch``, an integer of 0 or more."""
+        """Set the epoch of the next pass, an integer of 0 or more."""
         self.epoch = _check_epoch(epoch)
 
     def plan(self, epoch: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``items (n,)`` and ``offsets (num_batches + 1,)``, int64: the batches, of all ranks.
+        """The batches over all ranks: ``items (n,)`` and ``offsets (num_batches + 1,)``, int64.
 
         Args:
-            epoch: which; by default the one that is set.
+            epoch: the epoch. By default the current one.
         """
         planned = self._plan_of(self.epoch if epoch is None else _check_epoch(epoch))
         return planned.items, planned.offsets
 
     def share(self, batch_items: Any, rank: int | None = None) -> list[int]:
-        """A rank's part of a batch: indices, in the batch's order, or one filler.
+        """A rank's share of a batch: indices in the order of the batch, or one filler.
 
         Args:
-            batch_items: ``(batch,)`` indices: a batch of the epoch planned last.
-            rank: whose; by default this rank's.
+            batch_items: ``(batch,)`` indices, a batch of the epoch that was planned last.
+            rank: the rank. By default this one.
         """
         items = np.asarray(batch_items, np.int64)
         rank = self.rank if rank is None else _check_rank(rank, self.num_ranks)
@@ -168,14 +161,14 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     @property
     def fill(self) -> float:
-        """Mean share of ``max_tokens`` that batches use; with ``padded``, by slots."""
+        """The mean part of ``max_tokens`` that batches use, in slots with ``padded``."""
         return self._plan_of(self.epoch).slots / (len(self) * self.max_tokens)
 
     def describe(self, batches: int = 5) -> str:
-        """A table of the first batches of the epoch that is set: what is in them, and on each rank.
+        """A table of the first batches of the current epoch, with the tokens of each rank.
 
         Args:
-            batches: how many of them.
+            batches: the number of batches.
         """
         items, offsets = self.plan()
         unit = "slots" if self.max_tokens_per_group is not None else "tokens"
@@ -196,7 +189,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return "\n".join([head, *lines])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the plan, which is made again where it is needed."""
+        """The state without the plan, which is made again when it is needed."""
         return {**self.__dict__, "_planned": None}
 
     # ------------------------------------------------------------------------------------ planning
@@ -205,7 +198,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         if not padded:
             if max_tokens_per_group is not None:
                 raise ValueError(
-                    f"max_tokens_per_group is of groups, which only padded=True makes, got "
+                    f"max_tokens_per_group must be None unless padded=True, got "
                     f"{max_tokens_per_group}"
                 )
             return None
@@ -219,7 +212,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return limit
 
     def _tokens(self, items: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.int64]:
-        """``(len(items),)`` int64, of both sides."""
+        """``(len(items),)`` int64, source plus target tokens."""
         return self.lengths[items].sum(1, dtype=np.int64)
 
     def _count(self) -> int:
@@ -243,7 +236,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         tokens = self._tokens()
         if self.shuffle:
             plan = find_plan(tokens, self.max_tokens, len(self), (self.seed, epoch))
-            assert plan is not None, "there is one for what count_batches says"
+            assert plan is not None, "count_batches returns a number for which there is a plan"
         else:
             plan = next_fit(tokens, self.max_tokens)
         return _Epoch(epoch, *plan, None, int(tokens.sum()))
@@ -262,10 +255,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             plan = find_plan(slots, self.max_tokens, len(self), seed)
             if plan is not None:
                 return self._of_groups(epoch, items, bounds, *plan, slots)
-        raise AssertionError("without jitter there is a plan for what count_batches says")
+        raise AssertionError("without jitter, there is a plan with count_batches batches")
 
     def _slots(self, items: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``(num_groups,)`` int64, rows * (longest source + longest target)."""
+        """``(num_groups,)`` int64, rows * (longest source + longest target) of each group."""
         longest = np.maximum.reduceat(self.lengths[items], bounds[:-1]).astype(np.int64)
         return np.diff(bounds) * longest.sum(1)
 
@@ -278,7 +271,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         offsets: NDArray[np.int64],
         slots: NDArray[np.int64],
     ) -> _Epoch:
-        """A plan of groups as one of examples, those of a group side by side."""
+        """Turn a plan of groups into a plan of examples. The examples of a group stay together."""
         rows = np.diff(bounds)
         group_of = np.empty(len(items), np.int64)
         group_of[items] = np.repeat(np.arange(len(rows)), rows)
@@ -290,10 +283,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     # ------------------------------------------------------------------------------------- sharing
 
     def ranks_of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``(batch,)`` int64, the rank that takes each example of a batch.
+        """``(batch,)`` int64, the rank of each example of a batch.
 
         Args:
-            items: ``(batch,)`` int64 indices: a batch of the epoch planned last.
+            items: ``(batch,)`` int64 indices, a batch of the epoch that was planned last.
         """
         if self.num_ranks == 1:
             return np.zeros(len(items), np.int64)
@@ -303,7 +296,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         assert planned.group_of is not None
         groups = planned.group_of[items]
         bounds = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(items)]
-        return _share_groups(self.lengths[items].astype(np.int64), bounds, self.num_ranks)
+        return share_groups(self.lengths[items].astype(np.int64), bounds, self.num_ranks)
 
     def _costs(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
         source, *target = self.lengths[items].T
@@ -326,108 +319,28 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return list(map(str, cells))
 
 
-def share_evenly(
-    tokens: NDArray[np.int64], costs: NDArray[np.float64], num_ranks: int
-) -> NDArray[np.int64]:
-    """Deal the examples of a batch to ranks, so that all have about as many tokens.
-
-    Longest processing time first (Graham 1969), then swaps between the fullest and the emptiest.
-
-    Args:
-        tokens: ``(n,)`` int64, of each example.
-        costs: ``(n,)`` float64, what each takes to compute: decides between ranks whose tokens are
-            within a quarter percent.
-        num_ranks: how many ranks there are; with ``n`` examples or less, one example each at most.
-
-    Returns:
-        ``(n,)`` int64, a rank each.
-    """
-    grain = max(int(tokens.sum()) * _GRAIN / num_ranks, 1.0)
-    loads = [0] * num_ranks
-    heap: list[tuple[int, float, int]] = [(0, 0.0, rank) for rank in range(num_ranks)]
-    heapify(heap)
-    rank_of = np.empty(len(tokens), np.int64)
-    order = longest_first(tokens)
-    for item, length, cost in zip(order.tolist(), tokens[order].tolist(), costs[order].tolist()):
-        _, spent, rank = heap[0]
-        rank_of[item] = rank
-        loads[rank] += length
-        heapreplace(heap, (int(loads[rank] / grain), spent + cost, rank))
-    _even_out(rank_of, tokens, np.array(loads, np.int64))
-    return rank_of
-
-
-def _even_out(
-    rank_of: NDArray[np.int64], tokens: NDArray[np.int64], loads: NDArray[np.int64]
-) -> None:
-    """Move or swap examples between the fullest rank and the emptiest, in place, while it helps."""
-    for _ in range(2 * len(loads)):
-        full, empty = int(loads.argmax()), int(loads.argmin())
-        gap = int(loads[full] - loads[empty])
-        if gap <= _EVEN * loads.mean():
-            return
-        given = np.flatnonzero(rank_of == full)
-        taken = np.flatnonzero(rank_of == empty)
-        taken = taken[tokens[taken].argsort()]
-        back = np.concatenate(([0], tokens[taken]))  # nothing, or what comes in return
-        wanted = np.searchsorted(back, tokens[given] - gap / 2)
-        choices = np.stack([np.maximum(wanted - 1, 0), np.minimum(wanted, len(back) - 1)])
-        moved = tokens[given] - back[choices]  # [2, given]
-        best = np.unravel_index(abs(moved - gap / 2).argmin(), moved.shape)
-        more = int(moved[best])
-        if not 0 < more < gap:
-            return
-        rank_of[given[best[1]]] = empty
-        if choices[best]:
-            rank_of[taken[choices[best] - 1]] = full
-        loads[full] -= more
-        loads[empty] += more
-
-
-def _share_groups(sides: NDArray[np.int64], bounds: list[int], num_ranks: int) -> NDArray[np.int64]:
-    """``(n,)`` int64, a rank for each example: whole groups, of which the largest are halved.
-
-    Args:
-        sides: ``(n, 1)`` or ``(n, 2)``, source and target of each example, group by group.
-        bounds: ``(num_groups + 1,)``, where groups begin and end.
-        num_ranks: how many ranks there are.
-    """
-    while True:
-        edges = np.array(bounds, np.int64)
-        rows = np.diff(edges)
-        slots = rows * np.maximum.reduceat(sides, edges[:-1]).sum(1)
-        rank_of = share_evenly(slots, slots.astype(np.float64), num_ranks)
-        loads = np.bincount(rank_of, slots, num_ranks)
-        divisible = np.flatnonzero(rows > 1)
-        even = loads.max() <= _UNEVEN * loads.mean()
-        if even or not len(divisible) or len(rows) >= _PIECES * num_ranks:
-            return np.repeat(rank_of, rows)
-        largest = divisible[(-slots[divisible]).argsort(kind="stable")]
-        halved = largest[: max(num_ranks // 2, num_ranks - len(rows), 1)]
-        bounds = sorted([*bounds, *(edges[halved] + rows[halved] // 2).tolist()])
-
-
 def _check_lengths(lengths: Any, limit: int, name: str) -> NDArray[np.int32]:
     """``(n, 1)`` or ``(n, 2)`` int32."""
     sides = np.asarray(lengths) if np.ndim(lengths) == 2 else as_lengths(lengths)[:, None]
     if sides.shape[1] not in (1, 2) or not len(sides):
         raise ValueError(
-            f"lengths must be (n,) or (n, 2), source and target of at least one example, "
-            f"got shape {sides.shape}"
+            "lengths must be (n,) or (n, 2), source and target of at least one example, got shape "
+            f"{sides.shape}"
         )
     if sides.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {sides.dtype}")
-    _refuse((sides < 0).any(axis=1), sides, "lengths must not be negative")
+    _require_none((sides < 0).any(axis=1), sides, "lengths must not be negative")
     over = (sides > limit).any(1)
     if not over.any():
         total = sides.sum(1, dtype=np.int64)
-        _refuse(total == 0, sides, "lengths must be 1 or more, both sides together")
+        _require_none(total == 0, sides, "lengths must be 1 or more, source plus target")
         over = total > limit
-    _refuse(over, sides, f"lengths must be at most {name} = {limit}, both sides together")
+    _require_none(over, sides, f"lengths must be at most {name} = {limit}, source plus target")
     return np.ascontiguousarray(sides, np.int32)
 
 
-def _refuse(wrong: Any, sides: NDArray[Any], message: str) -> None:
+def _require_none(wrong: Any, sides: NDArray[Any], message: str) -> None:
+    """Raise an error if an element of ``wrong`` is True. It names the first such length."""
     if wrong.any():
         at, count = int(wrong.argmax()), int(wrong.sum())
         more = f" and {count - 1} more" if count > 1 else ""

@@ -1,4 +1,4 @@
-"""The same lengths from a column, from Arrow and from items, which are made no more than once."""
+"""Lengths are the same from a column, from Arrow and from items, which are made once at most."""
 
 import gc
 import logging
@@ -32,16 +32,16 @@ def arrow(**columns):
 
 
 class Items(torch.utils.data.Dataset):
-    """A map-style dataset that counts how often it is asked."""
+    """A map-style dataset that counts how many items it has made."""
 
     def __init__(self, columns, make=lambda tokens: tokens):
-        self.columns, self.make, self.asked = columns, make, 0
+        self.columns, self.make, self.made = columns, make, 0
 
     def __len__(self):
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, at):
-        self.asked += 1
+        self.made += 1
         return {name: self.make(column[at]) for name, column in self.columns.items()}
 
 
@@ -69,7 +69,7 @@ def make(request):
     return KINDS[request.param]
 
 
-def test_of_sources_and_labels(make):
+def test_sources_and_labels(make):
     found = dataset_lengths(make())
     assert found.tolist() == BOTH
     assert found.dtype == np.int64
@@ -77,7 +77,7 @@ def test_of_sources_and_labels(make):
     assert dataset_lengths(make(labels=None)).tolist() == [[source, 0] for source, _ in BOTH]
 
 
-def test_a_length_column_goes_first(make):
+def test_a_length_column_takes_precedence(make):
     given = [30, 10, 20, 40, 50]
     assert dataset_lengths(make(input_length=given))[:, 0].tolist() == given
     assert dataset_lengths(make(input_length=given))[:, 1].tolist() == [2, 3, 1, 1, 2]
@@ -90,20 +90,20 @@ def test_a_length_column_goes_first(make):
     assert dataset_lengths(other, "size")[:, 1].tolist() == [1, 2, 3, 4, 5]
 
 
-def test_padding_is_no_token(make):
+def test_padding_is_not_counted(make):
     masks = [[1, 1, 0], [1], [0, 1], [0, 0, 0, 0], [1]]
     labels = [[1, -100], [-100, 4, 5], [-100], [7], [-100, 9]]
     found = dataset_lengths(make(attention_mask=masks, labels=labels))
     assert found.tolist() == [[2, 1], [1, 3], [1, 0], [0, 1], [1, 2]]
 
 
-def test_columns_of_other_names(make):
+def test_columns_with_other_names(make):
     dataset = make(text=SOURCES, summary=LABELS, input_ids=None, labels=None)
     found = dataset_lengths(dataset, source_column="text", target_column="summary")
     assert found.tolist() == BOTH
 
 
-def test_items_are_asked_for_in_blocks_where_they_can_be(monkeypatch):
+def test_items_are_read_in_blocks_if_possible(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 2)
     dataset = InBlocks(rows())
     assert dataset_lengths(dataset).tolist() == BOTH
@@ -113,7 +113,7 @@ def test_items_are_asked_for_in_blocks_where_they_can_be(monkeypatch):
 @pytest.mark.parametrize(
     "hold", [list, tuple, np.array, torch.tensor, lambda tokens: torch.tensor(tokens).int()]
 )
-def test_whatever_holds_the_tokens_of_an_item(hold):
+def test_all_containers_of_tokens(hold):
     columns = rows(attention_mask=[[1] * len(each) for each in SOURCES])
     assert dataset_lengths(Items(columns, hold)).tolist() == BOTH
     sizes = {"input_length": [3, 1, 2]}
@@ -148,7 +148,7 @@ SELECTED = {
 
 @pytest.mark.parametrize("name", SELECTED)
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_a_dataset_selects(name, masked):
+def test_selected_rows_of_a_dataset(name, masked):
     masks = [[1, 0, 1], [1], [0, 1], [1, 1, 0, 0], [1]]
     dataset = SELECTED[name](arrow(attention_mask=masks if masked else None))
     plain = dataset.with_format(None)
@@ -157,7 +157,7 @@ def test_what_a_dataset_selects(name, masked):
     assert dataset_lengths(dataset).tolist() == want
 
 
-def test_random_padding_is_counted_as_item_by_item():
+def test_random_padding_is_counted_as_by_item():
     rng = np.random.default_rng(0)
     masks = [rng.integers(0, 2, rng.integers(0, 9)).tolist() for _ in range(300)]
     labels = [rng.choice([-100, 5], rng.integers(0, 7)).tolist() for _ in range(300)]
@@ -168,10 +168,10 @@ def test_random_padding_is_counted_as_item_by_item():
     assert (dataset_lengths(dataset) == dataset_lengths(Items(columns))).all()
 
 
-def test_arrow_is_asked_by_column_and_not_by_item(monkeypatch):
+def test_arrow_is_read_by_column(monkeypatch):
     dataset = arrow()
-    monkeypatch.setattr(type(dataset), "__getitem__", lambda *_: pytest.fail("asked for an item"))
-    monkeypatch.setattr(module, "_by_item", lambda *_: pytest.fail("asked by item"))
+    monkeypatch.setattr(type(dataset), "__getitem__", lambda *_: pytest.fail("made an item"))
+    monkeypatch.setattr(module, "_by_item", lambda *_: pytest.fail("measured by item"))
     assert dataset_lengths(dataset).tolist() == BOTH
 
 
@@ -193,7 +193,7 @@ class Halves:
         return np.stack([raw_lengths - raw_lengths // 2, raw_lengths // 2], axis=1)
 
 
-def test_a_collator_that_makes_the_pairs_says_their_lengths(make):
+def test_a_collator_can_change_lengths(make):
     dataset = make(labels=None)
     assert dataset_lengths(dataset, collator=Halves()).tolist() == [
         [2, 1], [1, 0], [1, 1], [2, 2], [1, 0]
@@ -208,21 +208,21 @@ def test_a_collator_that_makes_the_pairs_says_their_lengths(make):
         dataset_lengths(dataset, collator=Wrong())
 
 
-# ------------------------------------------------------------------------------------- remembering
+# ------------------------------------------------------------------------------------------- cache
 
 
-def test_items_are_made_once_while_the_dataset_lives():
+def test_items_are_made_once_per_dataset():
     dataset = Items(rows())
     dataset_lengths(dataset)
     changed = dataset_lengths(dataset)
-    assert dataset.asked == 5
+    assert dataset.made == 5
     changed[:] = 0  # a copy
     assert dataset_lengths(dataset).tolist() == BOTH
-    assert dataset.asked == 5
+    assert dataset.made == 5
     dataset_lengths(dataset, target_column="other")
-    assert dataset.asked == 10
+    assert dataset.made == 10
     dataset_lengths(dataset, cache=False)
-    assert dataset.asked == 15
+    assert dataset.made == 15
     number = id(dataset)
     unkept = Items(rows())
     dataset_lengths(unkept, cache=False)
@@ -233,7 +233,7 @@ def test_items_are_made_once_while_the_dataset_lives():
     assert number not in module._cached
 
 
-def test_another_dataset_that_compares_equal_is_another():
+def test_datasets_that_compare_equal_are_cached_separately():
     class Equal(Items):
         __hash__ = None
 
@@ -253,7 +253,7 @@ def test_a_dataset_that_has_grown_is_measured_again():
     assert dataset_lengths(dataset).tolist() == [[2, 0], [3, 0]]
 
 
-def test_a_format_set_in_place_is_another_dataset():
+def test_a_format_set_in_place_invalidates_the_cache():
     dataset = datasets.Dataset.from_dict({"text": ["a b", "c"]})
     for words in (1, 2):
         dataset.set_transform(
@@ -273,13 +273,13 @@ def kept(folder):
     return list(folder.glob("tokenpack-lengths-*"))
 
 
-def test_a_dataset_on_disk_keeps_its_lengths_beside_it(on_disk, monkeypatch):
+def test_lengths_of_a_dataset_on_disk_are_cached_next_to_it(on_disk, monkeypatch):
     assert dataset_lengths(datasets.load_from_disk(on_disk), cache=False).tolist() == BOTH
     assert not kept(on_disk)
     assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
     (file,) = kept(on_disk)
     selected = datasets.load_from_disk(on_disk).select([3, 1])
-    assert dataset_lengths(selected).tolist() == [BOTH[3], BOTH[1]]  # of another fingerprint
+    assert dataset_lengths(selected).tolist() == [BOTH[3], BOTH[1]]  # has another fingerprint
     assert len(kept(on_disk)) == 2
     with monkeypatch.context() as patched:
         patched.setattr(module, "_by_column", lambda *_: pytest.fail("measured again"))
@@ -291,7 +291,7 @@ def test_a_dataset_on_disk_keeps_its_lengths_beside_it(on_disk, monkeypatch):
     assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(on_disk, monkeypatch, caplog):
+def test_a_read_only_folder_is_not_an_error(on_disk, monkeypatch, caplog):
     def refuse(*args, **options):
         raise PermissionError("read-only")
 
@@ -302,7 +302,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(on_disk, monkeypatch, caplo
     assert not kept(on_disk)
 
 
-def test_a_write_that_fails_leaves_nothing_behind(on_disk, monkeypatch):
+def test_a_failed_write_leaves_no_file(on_disk, monkeypatch):
     def refuse(*args, **options):
         raise OSError("disk full")
 
@@ -311,12 +311,12 @@ def test_a_write_that_fails_leaves_nothing_behind(on_disk, monkeypatch):
     assert not kept(on_disk)
 
 
-def test_progress_is_shown_when_asked_for_or_as_transformers_does(capfd, monkeypatch):
+def test_progress_follows_the_argument_or_the_verbosity_of_transformers(capfd, monkeypatch):
     dataset_lengths(Items(rows()), show_progress=True)
     assert "Measuring examples" in capfd.readouterr().err
     dataset_lengths(Items(rows()), show_progress=False)
     assert not capfd.readouterr().err
-    monkeypatch.undo()  # of the fixture
+    monkeypatch.undo()  # the patch of the fixture
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -331,7 +331,7 @@ def test_progress_is_shown_when_asked_for_or_as_transformers_does(capfd, monkeyp
 # ------------------------------------------------------------------------------------------- errors
 
 
-def test_what_has_no_lengths():
+def test_datasets_without_lengths():
     with pytest.raises(TypeError, match=r"dataset must have a length, .* got IterableDataset"):
         dataset_lengths(arrow().to_iterable_dataset())
     with pytest.raises(TypeError, match=r"dataset\[0\] must be a mapping, got list"):
@@ -340,7 +340,7 @@ def test_what_has_no_lengths():
         dataset_lengths(arrow(), kind="both")
 
 
-def test_neither_lengths_nor_tokens(make):
+def test_neither_length_column_nor_tokens(make):
     with pytest.raises(ValueError, match=r"'size' of lengths .*'input_ids' .* got text, summary"):
         dataset_lengths(make(input_ids=None, labels=None, text=SOURCES, summary=LABELS), "size")
 
@@ -354,7 +354,7 @@ def test_neither_lengths_nor_tokens(make):
         ({"input_length": [1.5] * 5}, "input_length.* must be .*integer"),
     ],
 )
-def test_columns_that_hold_no_tokens(make, columns, message):
+def test_columns_without_tokens(make, columns, message):
     with pytest.raises((TypeError, ValueError), match=message):
         dataset_lengths(make(**columns))
 

@@ -1,4 +1,4 @@
-"""What a rank gets: its even share of the batches that all others plan too, in each epoch."""
+"""Each rank gets an even share of the batches that all ranks plan, in each epoch."""
 
 import pickle
 
@@ -25,7 +25,7 @@ def pairs(count, seed=0):
 
 
 def ranks(lengths, max_tokens, num_ranks, epoch=0, **options):
-    """A sampler for each rank, as if each were in a process of its own."""
+    """The batches of one sampler per rank, as in separate processes."""
     samplers = [
         TokenBudgetBatchSampler(lengths, max_tokens, num_ranks=num_ranks, rank=rank, **options)
         for rank in range(num_ranks)
@@ -57,7 +57,7 @@ def cases(draw):
     shuffle=st.booleans(),
     padded=st.booleans(),
 )
-def test_every_example_once_in_as_many_batches_on_every_rank(
+def test_every_example_once_in_equally_many_batches_on_every_rank(
     case, num_ranks, epoch, shuffle, padded
 ):
     lengths, max_tokens = case
@@ -67,7 +67,7 @@ def test_every_example_once_in_as_many_batches_on_every_rank(
         options["max_tokens_per_group"] = max_tokens
     samplers = ranks(lengths, max_tokens, num_ranks, epoch, **options)
     count = len(samplers[0])
-    for other in range(3):  # batches in each epoch
+    for other in range(3):  # number of batches in each epoch
         assert len(samplers[0].plan(other)[1]) == count + 1
     shares = [list(sampler) for sampler in samplers]
     assert [len(share) for share in shares] == [count] * num_ranks
@@ -100,7 +100,7 @@ def test_batches_are_full(max_tokens, lengths):
     assert sampler.fill == pytest.approx(lengths.sum() / (len(sampler) * max_tokens))
 
 
-def test_neither_ranks_nor_rank_change_the_batches():
+def test_batches_do_not_depend_on_ranks():
     lengths = lognormal(3_000)
     plans = [sampler.plan() for n in (1, 4) for sampler in ranks(lengths, 4096, n, seed=5)]
     for items, offsets in plans[1:]:
@@ -108,11 +108,11 @@ def test_neither_ranks_nor_rank_change_the_batches():
         assert (offsets == plans[0][1]).all()
 
 
-def test_epochs_and_seeds_give_other_batches_and_the_same_ones_again():
+def test_epochs_and_seeds_change_the_batches_reproducibly():
     lengths = lognormal(3_000)
     sampler = TokenBudgetBatchSampler(lengths, 4096, seed=1)
     first = list(sampler)
-    assert list(sampler) == first  # until an epoch is set
+    assert list(sampler) == first  # until another epoch is set
     sampler.set_epoch(1)
     second = list(sampler)
     assert not {frozenset(batch) for batch in first} & {frozenset(batch) for batch in second}
@@ -133,7 +133,7 @@ def test_an_epoch_is_planned_once(monkeypatch):
         module, "find_plan", lambda *args: calls.append(args[3]) or find_plan(*args)
     )
     sampler = TokenBudgetBatchSampler(lognormal(500), 4096, seed=7)
-    assert not calls  # nor before it is asked for
+    assert not calls  # the constructor does not plan
     for _ in range(2):
         len(sampler), list(sampler), sampler.fill, sampler.describe()
     assert calls == [(7, 0)]
@@ -142,7 +142,7 @@ def test_an_epoch_is_planned_once(monkeypatch):
     assert calls == [(7, 0), (7, 2)]
 
 
-def test_in_order_each_batch_takes_what_fits():
+def test_without_shuffle_batches_are_those_of_next_fit():
     lengths = lognormal(500)
     sampler = TokenBudgetBatchSampler(lengths, 2048, shuffle=False)
     plain = pack_lengths(lengths, 2048, "nf")
@@ -158,7 +158,7 @@ def test_in_order_each_batch_takes_what_fits():
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 @pytest.mark.parametrize("lengths", [lognormal(20_000), pairs(20_000)], ids=["one", "two"])
-def test_ranks_get_as_many_tokens(num_ranks, lengths):
+def test_ranks_get_equally_many_tokens(num_ranks, lengths):
     sampler = TokenBudgetBatchSampler(lengths, 3000 * num_ranks, num_ranks=num_ranks)
     tokens = lengths.reshape(len(lengths), -1).sum(1)
     items, offsets = sampler.plan()
@@ -173,20 +173,20 @@ def test_ranks_get_as_many_tokens(num_ranks, lengths):
     assert tried > 20
 
 
-def test_swaps_even_out_what_longest_first_leaves():
-    tokens = np.array([8, 7, 6, 5, 4])  # 17 and 13 without: 8 + 5 + 4 and 7 + 6
+def test_swaps_narrow_the_gap_that_longest_first_leaves():
+    tokens = np.array([8, 7, 6, 5, 4])  # 17 and 13 without swaps: 8 + 5 + 4 and 7 + 6
     rank_of = share_evenly(tokens, tokens.astype(float), 2)
     assert sorted(np.bincount(rank_of, tokens).tolist()) == [15, 15]
-    tokens = np.array([6, 4, 10, 9, 5])  # where another swap would only turn the gap round
+    tokens = np.array([6, 4, 10, 9, 5])  # another swap would only reverse the gap
     rank_of = share_evenly(tokens, tokens.astype(float), 2)
     assert sorted(np.bincount(rank_of, tokens).tolist()) == [16, 18]
 
 
-def test_of_ranks_with_as_many_tokens_the_cheaper_one_gets_the_next():
+def test_among_ranks_with_equal_tokens_the_cheaper_one_gets_the_next():
     tokens = np.array([1000, 1001, 30, 30])
     rank_of = share_evenly(tokens, np.array([3000.0, 1000.0, 50.0, 50.0]), 2)
     assert rank_of[2] == rank_of[1]
-    # Long sequences cost more than their tokens: with 1 head's width, mostly what attention takes.
+    # The cost of long sequences exceeds their tokens: with hidden size 1, most of it is attention.
     long = TokenBudgetBatchSampler([[100, 0], [50, 50]], 400, hidden_size=1)
     one, two = long._costs(np.arange(2))
     assert one == 100 + 100**2 / 6
@@ -248,13 +248,13 @@ def test_padded_batches_are_filled_by_the_slots_of_their_groups(lengths):
         assert lengths.sum() >= 0.85 * total
     half = len(composed) // 2
     one, other = set().union(*composed[:half]), set().union(*composed[half:])
-    assert len(one & other) <= 0.02 * len(one)  # groups too are other ones in each epoch
+    assert len(one & other) <= 0.02 * len(one)  # the groups change with the epoch too
 
 
-def test_where_jittered_groups_do_not_fit_the_plain_ones_do(monkeypatch):
+def test_groups_without_jitter_are_the_fallback(monkeypatch):
     from tokenpack.trainer import sampler as module
 
-    assert module._JITTERS[-1] == 0.0  # what the number of batches was counted by
+    assert module._JITTERS[-1] == 0.0  # the jitter of count_batches
     monkeypatch.setattr(module, "_JITTERS", (2.0, 0.0))
     seeds = []
     find_plan = module.find_plan
@@ -267,7 +267,7 @@ def test_where_jittered_groups_do_not_fit_the_plain_ones_do(monkeypatch):
     assert sorted(items.tolist()) == list(range(2_000))
 
 
-def test_padded_shares_are_whole_groups_where_they_are_many():
+def test_padded_shares_are_whole_groups_if_there_are_many():
     lengths = pairs(5_000)
     sampler = padded(lengths, 65_536, 6000, num_ranks=2)
     items, offsets = sampler.plan()
@@ -284,7 +284,7 @@ def test_padded_shares_are_whole_groups_where_they_are_many():
         assert max(loads) <= 1.1 * np.mean(loads)
 
 
-def test_padded_groups_are_split_where_they_are_few():
+def test_padded_groups_are_split_if_there_are_few():
     lengths = np.full(64, 100)
     sampler = padded(lengths, 6400, 3200, num_ranks=4)
     (batch,) = [items for items in [sampler.plan()[0]]]
@@ -292,16 +292,16 @@ def test_padded_groups_are_split_where_they_are_few():
     assert [len(share) for share in shares] == [16] * 4
 
 
-def test_padded_in_order_is_cut_as_it_comes():
+def test_padded_without_shuffle_keeps_the_order():
     lengths = pairs(300)
     sampler = padded(lengths, shuffle=False)
     assert [index for batch in sampler for index in batch] == list(range(300))
 
 
-# ------------------------------------------------------------------------------- as others meet it
+# ----------------------------------------------------------------------------------- integration
 
 
-def test_a_data_loader_takes_it_and_no_library_finds_a_batch_size():
+def test_a_data_loader_accepts_it_and_it_has_no_batch_size():
     sampler = TokenBudgetBatchSampler(lognormal(300), 2048, num_ranks=2)
     assert not hasattr(sampler, "batch_size")
     loader = DataLoader(list(range(300)), batch_sampler=sampler, collate_fn=list)
@@ -309,7 +309,7 @@ def test_a_data_loader_takes_it_and_no_library_finds_a_batch_size():
     assert list(loader) == list(sampler)
 
 
-def test_pickled_it_is_the_same_without_its_plan():
+def test_pickling_drops_the_plan_and_changes_nothing_else():
     sampler = TokenBudgetBatchSampler(pairs(2_000), 4096, num_ranks=2, rank=1, seed=4)
     sampler.set_epoch(3)
     planned = list(sampler)
@@ -361,12 +361,12 @@ batch  examples  tokens   used  shortest  median  longest  tokens per rank
         ([8], {"padded": True, "num_ranks": 2}, ValueError, "max_tokens_per_group = 5"),
     ],
 )  # fmt: skip
-def test_what_it_cannot_plan(lengths, options, error, message):
+def test_invalid_arguments(lengths, options, error, message):
     with pytest.raises(error, match=message):
         TokenBudgetBatchSampler(lengths, 10, **options)
 
 
-def test_epochs_and_ranks_that_cannot_be():
+def test_invalid_epochs_and_ranks():
     sampler = TokenBudgetBatchSampler([1], 10)
     with pytest.raises(ValueError, match="epoch must be 0 or more, got -1"):
         sampler.set_epoch(-1)

@@ -145,6 +145,16 @@ def test_arguments_have_the_same_fields_and_keywords_take_precedence(tmp_path):
     )
 
 
+def test_arguments_copy_types_defaults_and_help_of_the_budget():
+    copies = TokenBudgetArguments.__dataclass_fields__
+    for name, option in TokenBudget.__dataclass_fields__.items():
+        copy = copies["debug_batches" if name == "debug" else name]
+        assert copy.default == option.default
+        assert copy.metadata["help"] == option.metadata["help"]
+        assert copy.metadata.keys() <= {"help", "choices"}  # HfArgumentParser accepts no others
+        assert copy.type == option.type or (name, copy.type) == ("overlong", "str")
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

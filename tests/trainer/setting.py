@@ -1,4 +1,4 @@
-"""Small models, examples and collators for the trainers' tests, and ranks to run them on."""
+"""Small models, examples, collators and ranks for the tests of the trainers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CASES = {"T5": T5, "NLLB": NLLB, "Llama": LLAMA}
 
 
 def make_examples(count: int, seed: int = 0, longest: int = 40, causal: bool = False) -> list[dict]:
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def ids(length):
-        return [*chance.integers(3, VOCABULARY, length - 1).tolist(), EOS]
+        return [*rng.integers(3, VOCABULARY, length - 1).tolist(), EOS]
 
-    sources = chance.integers(2, longest, count)
-    targets = chance.integers(2, max(longest // 2, 3), count)
+    sources = rng.integers(2, longest, count)
+    targets = rng.integers(2, max(longest // 2, 3), count)
     if causal:
         return [{"input_ids": (row := ids(n)), "labels": row} for n in sources]
     return [{"input_ids": ids(n), "labels": ids(m)} for n, m in zip(sources, targets)]
@@ -60,12 +60,12 @@ def collate(examples: list[dict], side: str = "right") -> dict[str, torch.Tensor
 def collate_left(examples: list[dict]) -> dict[str, torch.Tensor]:
     batch = collate(examples, side="left")
     if [each["labels"] for each in examples] != [each["input_ids"] for each in examples]:
-        batch["labels"] = collate(examples)["labels"]  # a decoder's stay on the right
+        batch["labels"] = collate(examples)["labels"]  # the decoder's padding stays on the right
     return batch
 
 
 class KeepGradients(TrainerCallback):
-    """The gradients of each step, as they reach the optimizer."""
+    """Records the gradients of each step before the optimizer uses them."""
 
     def __init__(self):
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -85,7 +85,7 @@ def whole(gradient):
 
 
 def make_trainer(name: str, folder: Any, examples: list[dict], **options: Any):
-    """A trainer of a small model on the CPU; options of arguments and of the trainer alike."""
+    """A trainer of a small model on the CPU. ``options`` go to its arguments or to the trainer."""
     case = CASES[name]
     seq2seq = case.labels == "seq2seq"
     kind = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
@@ -125,9 +125,9 @@ def make_trainer(name: str, folder: Any, examples: list[dict], **options: Any):
 
 
 def padded_gradient(name: str, examples: list[dict], smoothing: float = 0.0):
-    """Loss and gradient of all examples as one padded batch, on the model as transformers has it.
+    """Loss and gradient of all examples as one padded batch of the unpatched model.
 
-    Smoothed as torch does it; the sum over all targets over their number.
+    The loss is the mean over all targets, with torch's label smoothing.
     """
     model = CASES[name].build()
     batch = collate(examples)
@@ -145,7 +145,7 @@ def padded_gradient(name: str, examples: list[dict], smoothing: float = 0.0):
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Largest difference between two gradients, over the largest of the second."""
+    """The largest difference between two gradients, relative to the largest value of the second."""
     ours = {name: g for name, g in ours.items() if name in theirs or g.abs().max() > 0}
     assert ours.keys() == theirs.keys()
     largest = max(float(g.abs().max()) for g in theirs.values())
@@ -156,7 +156,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 # ------------------------------------------------------------------------------------------- ranks
 
 
-# What takes a rank eight seconds to import, and is installed, so that the fork server finds it.
+# Modules that take a rank eight seconds to import. The fork server imports them once.
 _IMPORTED_ONCE = [
     "tokenpack.trainer",
     "tokenpack.adapters.inputs",
@@ -178,19 +178,19 @@ def _rank(rank, world, port, function, arguments, queue):
     )
     torch.set_num_threads(1)
     try:
-        # In bytes: a tensor sent as such lives in memory that goes with this process.
+        # As bytes, because a tensor in shared memory disappears with this process.
         queue.put((rank, True, pickle.dumps(function(rank, *arguments))))
         code = 0
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
         code = 1
     sys.stdout.flush()
-    # Not by way of the interpreter's teardown, where gloo's threads sometimes abort the process.
+    # Skip the interpreter's teardown, where gloo's threads sometimes abort the process.
     os._exit(code)
 
 
 def on_ranks(world: int, function: Any, *arguments: Any, timeout: float = 120) -> list[Any]:
-    """``function(rank, *arguments)`` in ``world`` fresh gloo processes; what each returned."""
+    """The results of ``function(rank, *arguments)`` in ``world`` new gloo processes, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -201,7 +201,7 @@ def on_ranks(world: int, function: Any, *arguments: Any, timeout: float = 120) -
         context.Process(target=_rank, args=(rank, world, port, function, arguments, queue))
         for rank in range(world)
     ]
-    # The processes import this file by its name, and are given this process's path.
+    # The processes import this file by name, with the path of this process.
     path = list(sys.path)
     sys.path.append(str(Path(__file__).parents[2]))
     results: dict[int, Any] = {}
@@ -212,8 +212,8 @@ def on_ranks(world: int, function: Any, *arguments: Any, timeout: float = 120) -
         while len(results) < world:
             alive = [process for process in processes if process.is_alive()]
             if queue.empty():
-                assert alive, f"ranks ended without a word: {[p.exitcode for p in processes]}"
-                assert time.monotonic() < deadline, f"hangs; ranks that came back: {list(results)}"
+                assert alive, f"ranks ended without a result: {[p.exitcode for p in processes]}"
+                assert time.monotonic() < deadline, f"timeout; ranks that finished: {list(results)}"
                 time.sleep(0.05)
                 continue
             rank, fine, value = queue.get()

@@ -1,4 +1,4 @@
-"""Batches of tokens are full, level and random; they differ by epoch, but their number does not."""
+"""Plans of token batches: full, level, mixed, different in each epoch, equally many."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenpack.packing import pack_lengths
-from tokenpack.trainer import batches
+from tokenpack.trainer import batches, deal
 from tokenpack.trainer.batches import (
     count_batches,
     cut_groups,
@@ -22,7 +22,7 @@ def lognormal(count, mean=150, longest=8192, seed=0):
 
 
 def check(plan, lengths, max_tokens, count):
-    """Check that the plan is valid, and return the tokens of each batch."""
+    """Check that the plan is valid. Returns the tokens of each batch."""
     items, offsets = plan
     lengths = np.asarray(lengths)
     assert items.dtype == offsets.dtype == np.int64
@@ -70,7 +70,7 @@ def test_any_lengths_in_any_order_with_any_seed(case, seeds):
         check(plan_batches(each, capacity, count, seeds), each, capacity, count)
 
 
-# Lengths that random dealing has trouble with: few fit into a batch, or no two fit together.
+# Lengths that are hard for a random deal: few fit in a batch, or no two fit together.
 HARD = {
     "one": lambda rng: np.array([77]),
     "full": lambda rng: np.full(50, 1024),
@@ -86,7 +86,7 @@ HARD = {
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_lengths_that_are_hard_to_fit(name):
+def test_lengths_that_are_hard_to_pack(name):
     lengths = HARD[name](np.random.default_rng(1))
     count = count_batches(lengths, 1024)
     best = pack_lengths(lengths, 1024, "bfd").num_bins
@@ -99,17 +99,17 @@ def test_lengths_that_are_hard_to_fit(name):
 
 @pytest.mark.parametrize("max_tokens, longest", [(8192, 8192), (2048, 768), (2048, 2048)])
 @pytest.mark.parametrize("count", [5_000, 50_000])
-def test_lognormal_lengths_fill_batches_alike(max_tokens, longest, count):
+def test_lognormal_lengths_fill_batches_evenly(max_tokens, longest, count):
     lengths = lognormal(count, longest=longest)
     number = count_batches(lengths, max_tokens)
     for seed in range(3):
         fill = check(plan_batches(lengths, max_tokens, number, seed), lengths, max_tokens, number)
         assert fill.mean() >= 0.98 * max_tokens
-        assert fill.min() >= 0.97 * max_tokens  # no small last batch
+        assert fill.min() >= 0.97 * max_tokens  # the last batch is not smaller
 
 
-def test_lognormal_lengths_need_no_strict_deal(monkeypatch):
-    """Random dealing alone fills the batches."""
+def test_a_full_plan_is_random_without_a_fallback(monkeypatch):
+    """For these lengths, batches are full without the strict deals."""
     lengths = lognormal(20_000, longest=768)
     count = count_batches(lengths, 2048)
     monkeypatch.setattr(batches, "_deal_strictly", lambda *_: pytest.fail("not dealt freely"))
@@ -125,7 +125,7 @@ def test_lengths_are_mixed_within_batches():
     within = [lengths[items[a:b]].std() for a, b in zip(offsets[:-1], offsets[1:])]
     assert np.median(within) >= 0.8 * overall
     position = np.arange(len(items)) - np.repeat(offsets[:-1], np.diff(offsets))
-    # Examples are not sorted by length, neither within a batch nor across batches.
+    # Examples are not sorted by length, neither within a batch nor from batch to batch.
     assert abs(np.corrcoef(position, lengths[items])[0, 1]) < 0.05
     assert (
         abs(np.corrcoef(np.arange(count), np.add.reduceat(lengths[items], offsets[:-1]))[0, 1])
@@ -134,7 +134,7 @@ def test_lengths_are_mixed_within_batches():
 
 
 @pytest.mark.parametrize("longest", [300, 2048])
-def test_any_two_examples_that_fit_may_meet(longest):
+def test_any_two_examples_that_fit_can_share_a_batch(longest):
     lengths = lognormal(120, longest=longest)
     count = count_batches(lengths, 2048)
     met = np.zeros((120, 120))
@@ -144,13 +144,13 @@ def test_any_two_examples_that_fit_may_meet(longest):
     fits = lengths[:, None] + lengths <= 2048
     np.fill_diagonal(fits, False)
     assert (met[fits] > 0).mean() >= 0.99
-    # About as often as with uniform random batches, for long examples too.
+    # About as often as in a uniformly random assignment, also for long examples.
     share = met[fits].reshape(-1) * count / 400
     assert np.quantile(share, 0.1) > 0.5
     assert np.quantile(share, 0.9) < 1.6
 
 
-def test_batches_differ_by_seed_and_epoch_and_are_reproducible():
+def test_seeds_and_epochs_change_the_batches_reproducibly():
     lengths = lognormal(3_000)
     count = count_batches(lengths, 4096)
     plans = {key: plan_batches(lengths, 4096, count, key) for key in [(0, 0), (0, 1), (1, 0)]}
@@ -163,8 +163,8 @@ def test_batches_differ_by_seed_and_epoch_and_are_reproducible():
     assert not composed[0] & composed[2]
 
 
-def test_swaps_randomize_a_plan_that_random_dealing_cannot_find():
-    """The lengths are full bins cut into pieces, so that only best fit finds a plan."""
+def test_swaps_mix_a_plan_without_freedom():
+    """The pieces of full bins fill the fewest batches exactly, so only best fit succeeds."""
     rng = np.random.default_rng(2)
     lengths = np.concatenate([np.diff([0, *np.sort(rng.choice(np.arange(1, 1000), 2, False)), 1000])
                               for _ in range(600)])  # fmt: skip
@@ -174,20 +174,20 @@ def test_swaps_randomize_a_plan_that_random_dealing_cannot_find():
     assert len(sets(first) & sets(second)) <= 0.2 * count
 
 
-def test_the_number_of_batches_does_not_depend_on_the_order():
+def test_the_number_of_batches_depends_only_on_lengths():
     rng = np.random.default_rng(3)
-    for seed in range(6):  # random dealing often fails on these lengths
+    for seed in range(6):  # lengths for which deals often fail
         lengths = np.random.default_rng(seed).integers(1, 769, 2000)
         counts = {count_batches(rng.permutation(lengths), 2048) for _ in range(6)}
         assert len(counts) == 1
 
 
-def test_the_counted_deal_is_used_if_no_other_deal_succeeds(monkeypatch):
+def test_the_deal_of_count_batches_is_the_fallback(monkeypatch):
     monkeypatch.setattr(batches, "_deal_freely", lambda *_: None)
     for seed in (2, 3, 5):
         lengths = np.random.default_rng(seed).integers(1, 769, 2000)
         count = count_batches(lengths, 2048)
-        assert count > pack_lengths(lengths, 2048).num_bins  # best fit's bins cannot be used
+        assert count > pack_lengths(lengths, 2048).num_bins  # so best fit does not give this number
         for order in range(3):
             reordered = np.random.default_rng(order).permutation(lengths)
             check(plan_batches(reordered, 2048, count, order), reordered, 2048, count)
@@ -207,27 +207,27 @@ def test_more_batches_than_needed_are_all_used():
     assert found > 1000
 
 
-def test_many_short_examples_per_batch_need_few_rounds():
+def test_batches_of_many_short_examples_need_few_rounds():
     lengths = np.random.default_rng(0).integers(1, 30, 200_000)
     count = count_batches(lengths, 1_000_000)
     rounds = []
-    put = batches._Deal._put
+    put = deal._Deal._put
 
     def counted(*args):
         rounds.append(1)
         return put(*args)
 
-    batches._Deal._put = counted
+    deal._Deal._put = counted
     try:
         fill = check(plan_batches(lengths, 1_000_000, count, 0), lengths, 1_000_000, count)
     finally:
-        batches._Deal._put = put
+        deal._Deal._put = put
     assert len(rounds) < 1000
     assert fill.min() >= 0.99 * fill.max()
 
 
-def test_plans_stay_the_same_across_versions():
-    """The expected batch was recorded once. It is the same on every machine."""
+def test_plans_do_not_change_between_versions():
+    """A plan is the same on every machine and in every version: these plans were recorded once."""
     lengths = (np.arange(60) * 37) % 97 + 1
     count = count_batches(lengths, 500)
     items, offsets = plan_batches(lengths, 500, count, [5, 2])
@@ -247,7 +247,7 @@ FIRST = [35, 37, 27, 20, 15, 1, 12, 52, 36, 53]
         ([], "at least one sequence"),
     ],
 )
-def test_invalid_lengths(lengths, message):
+def test_lengths_that_cannot_be_planned(lengths, message):
     with pytest.raises(ValueError, match=message):
         count_batches(lengths, 10)
     with pytest.raises(ValueError, match=message):
@@ -255,10 +255,13 @@ def test_invalid_lengths(lengths, message):
 
 
 def test_invalid_numbers():
-    message = r"num_batches must be the result of count_batches .* got "
-    with pytest.raises(ValueError, match=message + "1"):
+    with pytest.raises(
+        ValueError, match=r"num_batches must be the result of count_batches .* got 1"
+    ):
         plan_batches([5, 6], 10, 1)
-    with pytest.raises(ValueError, match=message + "3"):
+    with pytest.raises(
+        ValueError, match=r"num_batches must be the result of count_batches .* got 3"
+    ):
         plan_batches([5, 6], 10, 3)
     assert find_plan([5, 6], 10, 1) is None
     with pytest.raises(TypeError, match=r"seed must be an integer, got 1\.5"):

@@ -1,4 +1,4 @@
-"""Batches beside the ordinary: what collators may also give, and how examples are cut."""
+"""Unusual batches of collators, and the truncation of examples."""
 
 import numpy as np
 import pytest
@@ -26,8 +26,8 @@ from .setting import (
 TOLERANCE = 1e-5
 
 
-def check_like_the_whole(build, examples, collator, tmp_path, **options):
-    """A step in micro-batches has the loss and gradient of the model's own on the whole batch."""
+def check_like_unsplit(build, examples, collator, tmp_path, **options):
+    """Check that a step in micro-batches has the loss and gradient of the unsplit batch."""
     seen = KeepGradients()
     trainer = make_trainer(
         "Llama",
@@ -44,7 +44,7 @@ def check_like_the_whole(build, examples, collator, tmp_path, **options):
     trainer.train()
     assert trainer.state.log_history[0]["microbatches_per_step"] > 1
     model = build()
-    # The examples of the only batch, in the order that the step had them: the loss is their mean.
+    # All examples are in the only batch, and their order does not change the mean loss.
     loss = model(**collator(examples)).loss
     loss.backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -62,16 +62,16 @@ def gpt2():
     return GPT2LMHeadModel(config)
 
 
-def test_positions_that_count_padding_on_the_left_stay(tmp_path):
-    """GPT-2 adds a vector by column, unless it is told positions."""
+def test_positions_that_count_left_padding_do_not_change(tmp_path):
+    """GPT-2 adds a position embedding per column, unless it gets position_ids."""
 
     def collator(examples):
         batch = collate_left(examples)
         first = batch["attention_mask"].argmax(1)
-        batch["labels"][torch.arange(len(first)), first] = -100  # no pad is asked for it
+        batch["labels"][torch.arange(len(first)), first] = -100  # not predicted from padding
         return batch
 
-    check_like_the_whole(gpt2, make_examples(12, causal=True), collator, tmp_path, pack=False)
+    check_like_unsplit(gpt2, make_examples(12, causal=True), collator, tmp_path, pack=False)
 
 
 def bert_for_answers():
@@ -99,21 +99,21 @@ def test_answers_are_columns_counted_from_the_left(tmp_path):
 
     examples = make_examples(12, causal=True)
     options = {"pack": False, "remove_unused_columns": False}
-    check_like_the_whole(bert_for_answers, examples, collator, tmp_path, **options)
+    check_like_unsplit(bert_for_answers, examples, collator, tmp_path, **options)
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_positions_of_one_row_are_those_of_all(pack, tmp_path):
+def test_position_ids_of_one_row_apply_to_all(pack, tmp_path):
     def collator(examples):
         batch = collate(examples)
         return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
 
     build = CASES["Llama"].build
-    check_like_the_whole(build, make_examples(12, causal=True), collator, tmp_path, pack=pack)
+    check_like_unsplit(build, make_examples(12, causal=True), collator, tmp_path, pack=pack)
 
 
-def test_numbers_of_the_user_with_one_for_each_token(tmp_path):
-    """As for a loss that weighs tokens: cut in rows and columns like the tokens."""
+def test_a_tensor_of_the_user_with_one_value_per_token(tmp_path):
+    """A tensor with a weight per token is split in rows and columns like the tokens."""
     shapes = []
 
     def collator(examples):
@@ -137,7 +137,7 @@ def test_numbers_of_the_user_with_one_for_each_token(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_labels_of_padding_are_refused(pack, tmp_path):
+def test_labels_at_padding_are_an_error(pack, tmp_path):
     def collator(examples):
         batch = collate(examples)
         return {**batch, "labels": batch["input_ids"].clone()}
@@ -148,7 +148,7 @@ def test_labels_of_padding_are_refused(pack, tmp_path):
         trainer.train()
 
 
-def test_a_collator_that_joins_examples_leaves_no_names_to_give(tmp_path):
+def test_a_collator_that_joins_examples_gives_an_error_without_an_index(tmp_path):
     def collator(examples):
         several = [{"input_ids": [5], "labels": [5]}] * len(examples)
         return collate([*several, {"input_ids": [5] * 200, "labels": [5] * 200}])
@@ -159,8 +159,8 @@ def test_a_collator_that_joins_examples_leaves_no_names_to_give(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_prompt_tuning_asks_for_first_tokens_too(pack, tmp_path):
-    """A virtual token stands before each row, and predicts its first."""
+def test_prompt_tuning_predicts_first_tokens_too(pack, tmp_path):
+    """A virtual token precedes each row and predicts its first token."""
     peft = pytest.importorskip("peft")
 
     def build():
@@ -168,11 +168,11 @@ def test_prompt_tuning_asks_for_first_tokens_too(pack, tmp_path):
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         return peft.get_peft_model(CASES["Llama"].build(), config)
 
-    check_like_the_whole(build, make_examples(12, causal=True), collate, tmp_path, pack=pack)
+    check_like_unsplit(build, make_examples(12, causal=True), collate, tmp_path, pack=pack)
 
 
 @pytest.mark.parametrize("plain", [dict, lambda batch: batch])
-def test_a_step_by_hand(plain, tmp_path):
+def test_training_step_called_directly(plain, tmp_path):
     examples = make_examples(6, causal=True)
     trainer = make_trainer("Llama", tmp_path, examples)
     loss = trainer.training_step(trainer.model, plain(collate(examples)))
@@ -198,7 +198,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_end_mark_stays_and_positions_go_on(kind):
+def test_truncation_keeps_the_last_token_and_consecutive_positions(kind):
     ids, positions = [5, 6, 7, 8, 1], [0, 1, 2, 3, 4]
     example = {
         "input_ids": ids,
@@ -219,14 +219,14 @@ def test_the_end_mark_stays_and_positions_go_on(kind):
 
 
 @pytest.mark.parametrize("labels", [1, torch.tensor(1), np.int64(1), "a text", [0.0, 1.0, 0.0]])
-def test_labels_of_the_whole_are_not_cut(labels):
+def test_labels_of_the_whole_example_are_not_cut(labels):
     short = cut({"input_ids": [5] * 9, "labels": labels}, 2)
     assert short["labels"] is labels
     assert short["input_ids"] == [5, 5]
 
 
-def test_both_sides_share_the_room(tmp_path):
-    """The longer side is cut, down to half: a long target leaves a source."""
+def test_source_and_target_share_the_budget(tmp_path):
+    """The longer side is cut first, but not below half of the total."""
     examples = [
         {"input_ids": [5] * source, "labels": [6] * target}
         for source, target in ((30, 200), (200, 30), (200, 200), (10, 10))

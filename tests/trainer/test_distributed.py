@@ -1,4 +1,4 @@
-"""An epoch on several ranks: each example once, as many steps everywhere, the same weights."""
+"""An epoch on several ranks: each example once, equally many steps, and the same weights."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ COUNT = 1000
 
 
 class Epoch(Seen):
-    """Which examples each step had, and micro-batches; gradients of the first step alone."""
+    """Records the examples and micro-batches of each step, and the gradients of the first step."""
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         super().on_pre_optimizer_step(args, state, control, **kwargs)
@@ -44,11 +44,12 @@ def epoch_on_rank(rank, name, folder, options):
     counts = []
     note = trainer.runner._note
 
-    def noting(step, micros):
-        counts.append((len(micros), sum(micro.tokens for micro in micros if not micro.filler)))
-        note(step, micros)
+    def recording(share, microbatches):
+        tokens = sum(each.tokens for each in microbatches if not each.filler)
+        counts.append((len(microbatches), tokens))
+        note(share, microbatches)
 
-    trainer.runner._note = noting
+    trainer.runner._note = recording
     trainer.train()
     weights = {
         name: whole(parameter.detach()).clone()
@@ -66,7 +67,7 @@ def epoch_on_rank(rank, name, folder, options):
 
 
 def check_epoch(ranks, *, microbatches_alike=True):
-    """What must hold whatever it ran on."""
+    """Check the properties that hold for any number of ranks."""
     seen = [i for rank in ranks for step in rank["examples"] for i in step]
     assert sorted(seen) == list(range(COUNT))
     assert len({rank["steps"] for rank in ranks}) == 1
@@ -87,7 +88,7 @@ def alone(tmp_path_factory):
 
 
 def check_like(ranks, one):
-    """The run is that of one process: batches, losses, weights."""
+    """Check that batches, losses and weights are those of one process."""
     for rank in ranks:
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-4)
         assert distance(rank["weights"], one["weights"]) < 1e-4
@@ -116,20 +117,20 @@ FSDP2 = {
 
 
 def fsdp_on_the_cpu():
-    """accelerate shards on accelerators alone, though torch can do it here: take us for one."""
+    """Let accelerate shard on the CPU, which torch supports, by reporting an accelerator."""
     original = AcceleratorState.__init__
 
-    def initialise(self, *args, **kwargs):
+    def initialize(self, *args, **kwargs):
         PartialState()
         if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         original(self, *args, **kwargs)
 
-    AcceleratorState.__init__ = initialise
+    AcceleratorState.__init__ = initialize
 
 
 def sharded_on_rank(rank, function, *arguments):
-    """``function``, which must find its model sharded by FSDP2."""
+    """Run ``function``, and check that FSDP2 shards its model."""
     fsdp_on_the_cpu()
     run = StepRunner.run
 
@@ -142,8 +143,8 @@ def sharded_on_rank(rank, function, *arguments):
     return function(rank, *arguments)
 
 
-# Not T5 and NLLB: accelerate's wrapping refuses their tied embeddings ("shared with a parameter
-# already managed by another FSDP group"), also of a model that is not patched.
+# Without T5 and NLLB: accelerate's wrapping does not support their tied embeddings ("shared with a
+# parameter already managed by another FSDP group"), not even in an unpatched model.
 @pytest.mark.parametrize("world", [2, 3])
 def test_fsdp2(world, alone, tmp_path):
     ranks = on_ranks(world, sharded_on_rank, epoch_on_rank, "Llama", tmp_path, FSDP2)
@@ -152,7 +153,7 @@ def test_fsdp2(world, alone, tmp_path):
 
 
 def few_on_rank(rank, name, folder, options):
-    """Fewer examples in a batch than ranks: a rank must run in step with the others."""
+    """Train with fewer examples per batch than ranks, so that some ranks have no example."""
     examples = make_examples(7, longest=20, causal=name == "Llama")
     seen = Epoch()
     trainer = make_trainer(
@@ -179,13 +180,13 @@ def test_fewer_examples_than_ranks(how, tmp_path):
     else:
         ranks = on_ranks(3, sharded_on_rank, few_on_rank, name, tmp_path, options)
     assert sorted(i for rank in ranks for step in rank[0] for i in step) == list(range(7))
-    assert any(not step for rank in ranks for step in rank[0])  # some had none
+    assert any(not step for rank in ranks for step in rank[0])  # some ranks had no example
     for rank in ranks:
         assert rank[1] == pytest.approx(one[1], rel=1e-5)
 
 
 def unused_on_rank(rank, folder):
-    """A parameter that no forward uses, and one that only rank 0's batches use."""
+    """Train a model with a parameter that no forward uses."""
     model = CASES["T5"].build()
     model.spare = torch.nn.Parameter(torch.ones(3))
     trainer = make_trainer(
@@ -195,7 +196,7 @@ def unused_on_rank(rank, folder):
     return trainer.model.spare.detach()
 
 
-def test_parameters_that_no_rank_uses_stay_as_they_are(tmp_path):
+def test_parameters_that_no_rank_uses_do_not_change(tmp_path):
     for spare in on_ranks(2, unused_on_rank, tmp_path):
         assert torch.equal(spare, torch.ones(3))
 

@@ -1,4 +1,4 @@
-"""Evaluation and prediction: losses of all targets alike, and rows in the order of the dataset."""
+"""Evaluation and prediction: the loss is over all targets, and rows are in dataset order."""
 
 import time
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from ..adapters.models import BY_NAME, EOS, PAD, VOCABULARY
 from .setting import CASES, collate, collate_left, make_examples, make_trainer, on_ranks
 
 TOLERANCE = 1e-6
-BUDGET = 90  # of some 30 tokens an example
+BUDGET = 90  # an example has about 30 tokens
 TOKENIZER = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS, padding_side="right")
 
 
@@ -45,7 +45,7 @@ def ours(name, folder, examples=None, **options):
 
 
 def theirs(name, folder, examples=None, model=None, **options):
-    """transformers' own trainer, on the model as it was."""
+    """transformers' own trainer with the unpatched model."""
     kind, fields = (
         (Trainer, TrainingArguments)
         if is_causal(name)
@@ -74,7 +74,7 @@ def _fields(kind):
 
 
 def loss_of_all(name, examples, smoothing=0.0):
-    """Over all examples as one padded batch, in float64."""
+    """The loss over all examples as one padded batch, in float64."""
     model = CASES[name].build().double().eval()
     batch = collate(examples)
     labels = batch.pop("labels")
@@ -102,8 +102,8 @@ def test_loss(name, smoothing, tmp_path):
     assert other["few_loss"] == pytest.approx(expected, rel=TOLERANCE)
 
 
-def test_every_example_once_and_no_budget_exceeded():
-    chance = np.random.default_rng(0)
+def test_every_example_once_within_the_budget():
+    rng = np.random.default_rng(0)
     for count, ranks, in_order, multiple in [
         (count, ranks, in_order, multiple)
         for count in (0, 1, 2, 3, 7, 100)
@@ -111,7 +111,7 @@ def test_every_example_once_and_no_budget_exceeded():
         for in_order in (False, True)
         for multiple in (1, 8)
     ]:
-        lengths = chance.integers(0, 40, (count, 2))
+        lengths = rng.integers(0, 40, (count, 2))
         lengths[: count // 20] = 300
         options = {"num_ranks": ranks, "in_order": in_order, "multiple": multiple}
         plans = [EvaluationSampler(lengths, 100, rank=rank, **options) for rank in range(ranks)]
@@ -139,7 +139,7 @@ def test_every_example_once_and_no_budget_exceeded():
 
 @pytest.mark.parametrize("multiple", [None, 8])
 def test_batches_hold_the_budget(multiple, tmp_path):
-    """Also in what a collator makes of the examples, and but for what does not fit alone."""
+    """Collated batches hold the budget too, unless a single example exceeds it."""
     examples = [*examples_of("T5", 30), {"input_ids": [5] * 180, "labels": [7] * 90}]
     examples[3], examples[-1] = examples[-1], examples[3]
     collator = CappedSeq2SeqCollator(TOKENIZER, None, None, multiple)
@@ -167,7 +167,7 @@ GENERATION = {"predict_with_generate": True, "generation_max_length": 7}
 
 
 def check_predictions(name, examples, mine, other, generated):
-    """The same numbers where there is something real, and padding elsewhere."""
+    """Check that real positions have the same values, and that the rest is padding."""
     assert len(mine.predictions) == len(other.predictions)
     labels = [np.array(each["labels"]) for each in examples] if mine.label_ids is not None else []
     assert (mine.label_ids is None) == (other.label_ids is None)
@@ -187,7 +187,9 @@ def check_predictions(name, examples, mine, other, generated):
         each.predictions if isinstance(each.predictions, tuple) else (each.predictions,)
         for each in (mine, other)
     )
-    assert len(mine) == len(other) == (1 if is_causal(name) else 2)  # the encoder's states too
+    assert (
+        len(mine) == len(other) == (1 if is_causal(name) else 2)
+    )  # encoder-decoder models also return the encoder's states
     for side, a, b in zip(sides, mine, other):
         largest = np.abs(b[b != -100]).max()
         for row, each in enumerate(examples):
@@ -219,7 +221,7 @@ def test_predict_generated(name, options, tmp_path):
     assert {key.replace("mine", "test") for key in mine.metrics} == other.metrics.keys()
 
 
-def test_predict_several_sequences_each(tmp_path):
+def test_predict_several_sequences_per_example(tmp_path):
     examples = examples_of("T5")
     options = {"num_beams": 2, "num_return_sequences": 2, "max_length": 7}
     arguments = {"predict_with_generate": True}
@@ -250,7 +252,7 @@ def test_predict_without_labels(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["T5", "Llama"])
 def test_left_padding(name, tmp_path):
-    """The labels that come back are those that were given, the one never asked for included."""
+    """The returned labels are the original ones, including those that the loss ignores."""
     examples = examples_of(name)
     options = {"data_collator": collate_left}
     mine = ours(name, tmp_path, **options).predict(examples)
@@ -265,7 +267,7 @@ def test_left_padding(name, tmp_path):
 
 
 class Metrics:
-    """What a user's compute_metrics was shown."""
+    """A compute_metrics that records its arguments."""
 
     def __init__(self):
         self.calls, self.ends = [], []
@@ -282,7 +284,7 @@ def best_tokens(logits, labels):
 
 
 def rows_of(ids, examples, name):
-    """Each row is that of the example in its place."""
+    """Whether each row is that of the example at the same position."""
     real = [each[name] for each in examples]
     return len(ids) == len(real) and all(
         row[: len(each)].tolist() == each and np.isin(row[len(each) :], (-100, PAD)).all()
@@ -291,7 +293,7 @@ def rows_of(ids, examples, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_metrics_see_rows_in_dataset_order(name, tmp_path):
+def test_metrics_get_rows_in_dataset_order(name, tmp_path):
     examples = examples_of(name)
     seen, reference = Metrics(), Metrics()
     options = {
@@ -342,7 +344,7 @@ def test_lists_of_batches(tmp_path):
     seen = Metrics()
     options = {"eval_do_concat_batches": False, "include_for_metrics": ["inputs", "loss"]}
     trainer = ours("T5", tmp_path, examples, compute_metrics=seen, **options)
-    assert trainer.evaluate()["eval_rows"] > 3  # batches
+    assert trainer.evaluate()["eval_rows"] > 3  # the metric counts batches here
     (call,) = seen.calls
     assert all(isinstance(call[name], list) for name in call)
     begin = 0
@@ -354,7 +356,7 @@ def test_lists_of_batches(tmp_path):
     assert begin == len(examples)
 
 
-def test_arrays_moved_to_the_host_on_the_way(tmp_path):
+def test_arrays_moved_to_the_host_during_evaluation(tmp_path):
     examples = examples_of("T5")
     once = ours("T5", tmp_path).predict(examples)
     often = ours("T5", tmp_path, eval_accumulation_steps=2).predict(examples)
@@ -362,7 +364,7 @@ def test_arrays_moved_to_the_host_on_the_way(tmp_path):
     np.testing.assert_array_equal(once.label_ids, often.label_ids)
 
 
-def test_several_sets(tmp_path):
+def test_several_evaluation_sets(tmp_path):
     sets = {"long": examples_of("T5", 9), "short": examples_of("T5", 5, 7)}
     seen = Metrics()
     trainer = ours("T5", tmp_path, sets, compute_metrics=seen)
@@ -405,13 +407,13 @@ def sum_over_items(outputs, labels, num_items_in_batch=None):
     return total / num_items_in_batch
 
 
-class WithoutTheNumber(HierarchicalTokenTrainer):
+class WithoutNumItems(HierarchicalTokenTrainer):
     def compute_loss(self, model, inputs, return_outputs=False):
         outputs = model(**inputs)
         return (2 * outputs.loss, outputs) if return_outputs else 2 * outputs.loss
 
 
-class WithTheNumber(HierarchicalTokenTrainer):
+class WithNumItems(HierarchicalTokenTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         return (2 * outputs.loss, outputs) if return_outputs else 2 * outputs.loss
@@ -422,11 +424,11 @@ class WithTheNumber(HierarchicalTokenTrainer):
     [
         ({"compute_loss_func": mean_of_the_batch}, 1),
         ({"compute_loss_func": sum_over_items}, 1),
-        ({"trainer_class": WithoutTheNumber}, 2),
-        ({"trainer_class": WithTheNumber}, 2),
+        ({"trainer_class": WithoutNumItems}, 2),
+        ({"trainer_class": WithNumItems}, 2),
     ],
 )
-def test_losses_of_the_user(options, factor, tmp_path):
+def test_a_loss_of_the_user(options, factor, tmp_path):
     examples = examples_of("T5")
     trainer = ours("T5", tmp_path, examples, **options)
     expected = factor * loss_of_all("T5", examples)
@@ -438,7 +440,7 @@ def test_losses_of_the_user(options, factor, tmp_path):
 # --------------------------------------------------------------------------------------------- data
 
 
-def test_a_dataset_of_the_library(tmp_path):
+def test_a_datasets_dataset(tmp_path):
     examples = examples_of("T5")
     table = datasets.Dataset.from_list(
         [{**each, "source": str(at)} for at, each in enumerate(examples)]
@@ -501,7 +503,7 @@ def test_packed_batches(name, tmp_path):
     assert len(seen.calls) == 2
     mine = trainer.predict(examples)
     other = theirs(name, tmp_path).predict(examples)
-    if is_causal(name):  # the collator asks nobody for a first token
+    if is_causal(name):  # the collator ignores the labels of first tokens
         other.label_ids[:, 0] = -100
         examples = [{**each, "labels": [-100, *each["labels"][1:]]} for each in examples]
     check_predictions(name, examples, mine, other, False)
@@ -516,7 +518,7 @@ def test_packed_batches_generate(tmp_path):
     )
 
 
-def test_packers_that_lose_a_row_are_refused(tmp_path):
+def test_packing_collators_that_drop_a_row_are_an_error(tmp_path):
     examples = examples_of("Llama")
     trainer = ours("Llama", tmp_path, data_collator=packed_collate_fn(35, overlong="split"))
     with pytest.raises(ValueError, match="one sequence per sample"):
@@ -524,8 +526,8 @@ def test_packers_that_lose_a_row_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("generate", [False, True])
-def test_collator_that_tells_lengths(generate, tmp_path):
-    """Its column is no input of the model."""
+def test_a_collator_with_a_length_column(generate, tmp_path):
+    """The length column of the collator is not an input of the model."""
     examples = examples_of("T5")
     options = {
         **(GENERATION if generate else {}),
@@ -553,7 +555,7 @@ def train_with_evaluation(folder, name="T5", **options):
         save_steps=1,
         load_best_model_at_end=True,
         max_steps=3,
-        learning_rate=5.0,  # a wild one: the last is not the best
+        learning_rate=5.0,  # too large, so that the last model is not the best
         **options,
     )
     before = trainer.evaluate()["eval_loss"]
@@ -591,19 +593,19 @@ def test_tokens_per_second_are_those_of_training(tmp_path):
 
 
 def collate_heads(examples):
-    """Labels one for each row, whatever they are, and answers between two positions."""
+    """A collator for labels per row, and for answers between two positions."""
     batch = collate([{**each, "labels": [1]} for each in examples])
     del batch["labels"]
     names = examples[0].keys() - {"input_ids"}
     return {**batch, **{name: torch.tensor([each[name] for each in examples]) for name in names}}
 
 
-def tokens(chance, length):
-    inner = chance.integers(0, 2, length - 2).tolist()
+def tokens(rng, length):
+    inner = rng.integers(0, 2, length - 2).tolist()
     return {"labels": [-100, *inner, -100] if length > 2 else [1, -100]}
 
 
-def answers(chance, length):
+def answers(rng, length):
     return {"start_positions": length // 2, "end_positions": length - 1}
 
 
@@ -621,11 +623,11 @@ HEADS = {
     ),
     "row": (
         lambda: BY_NAME["BertForSequenceClassification"].build(),
-        lambda chance, length: {"labels": int(chance.integers(0, 2))},
+        lambda rng, length: {"labels": int(rng.integers(0, 2))},
     ),
     "number": (
         lambda: build_bert(BertForSequenceClassification, num_labels=1),
-        lambda chance, length: {"labels": float(chance.normal())},
+        lambda rng, length: {"labels": float(rng.normal())},
     ),
     "several": (
         lambda: build_bert(
@@ -633,18 +635,18 @@ HEADS = {
             num_labels=4,
             problem_type="multi_label_classification",
         ),
-        lambda chance, length: {"labels": chance.integers(0, 2, 4).astype(float).tolist()},
+        lambda rng, length: {"labels": rng.integers(0, 2, 4).astype(float).tolist()},
     ),
     "answer": (lambda: build_bert(BertForQuestionAnswering), answers),
 }
 
 
 def head_examples(kind, count=17, seed=1):
-    chance = np.random.default_rng(seed)
-    lengths = np.full(count, 9) if kind == "answer" else chance.integers(4, 40, count)
-    ids = [chance.integers(3, VOCABULARY, length).tolist() for length in lengths]
+    rng = np.random.default_rng(seed)
+    lengths = np.full(count, 9) if kind == "answer" else rng.integers(4, 40, count)
+    ids = [rng.integers(3, VOCABULARY, length).tolist() for length in lengths]
     label = HEADS[kind][1]
-    return [{"input_ids": each, **label(chance, len(each))} for each in ids]
+    return [{"input_ids": each, **label(rng, len(each))} for each in ids]
 
 
 def head_options(kind):
@@ -676,7 +678,7 @@ def their_head(kind, folder):
         head_examples(kind),
         train_dataset=head_examples(kind, 12, 5),
         per_device_train_batch_size=100,
-        per_device_eval_batch_size=100,  # Trainer's loss is a mean of batches' means
+        per_device_eval_batch_size=100,  # one batch, since Trainer averages the means of batches
         optim="sgd",
         max_grad_norm=0,
         logging_steps=1,
@@ -735,7 +737,7 @@ def evaluate_on_rank(rank, folder, counts):
         trainer.compute_metrics = Metrics()
         trainer.evaluate(examples_of(name))
         found[name, "metrics"] = trainer.compute_metrics.calls
-    options = {**GENERATION, "trainer_class": WithoutTheNumber}
+    options = {**GENERATION, "trainer_class": WithoutNumItems}
     trainer = ours("T5", folder, **options)
     found["generated"] = [trainer.predict(examples_of("T5", count)) for count in counts]
     trainer.args.predict_with_generate = False
@@ -747,7 +749,7 @@ def evaluate_on_rank(rank, folder, counts):
     trainer = ours("T5", folder, eval_do_concat_batches=False, compute_metrics=Metrics())
     trainer.evaluate(examples_of("T5"))
     found["lists"] = trainer.compute_metrics.calls
-    # Accelerate deals out rows of one batch, and so wants equal widths.
+    # accelerate splits the rows of one batch over ranks, so widths must be equal.
     found["stream"] = trainer.evaluate(Stream(of_one_size()))["eval_loss"]
     for kind in HEADS:
         trainer = our_head(kind, folder)
@@ -806,6 +808,6 @@ def test_ranks(ranks, tmp_path):
         if kind != "tokens":
             np.testing.assert_array_equal(first[kind].label_ids, expected.label_ids)
     check_training(*first["training"])
-    alone = train_with_evaluation(f"{tmp_path}/alone")  # each rank on its own gradients is not this
+    alone = train_with_evaluation(f"{tmp_path}/alone")  # differs if ranks do not average gradients
     for found, expected in zip(first["training"], alone):
         assert found == pytest.approx(expected, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The gradient of an optimizer step is that of its whole batch, padded, on the model as it was."""
+"""The gradient of a step equals that of its whole padded batch on the unpatched model."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def is_causal(name):
 
 
 class Seen(KeepGradients):
-    """Also which examples each step had, on this rank."""
+    """Also records the examples of each step on this rank."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Seen(KeepGradients):
 
 
 def train(name, folder, *, microbatches=1, accumulation=1, **options):
-    """Two epochs; what each step had, its gradient, and the losses logged."""
+    """Train three steps. Returns examples, micro-batches, gradients and logged losses."""
     examples = make_examples(40, causal=is_causal(name))
     seen = Seen()
     per_batch = 250
@@ -59,7 +59,7 @@ def train(name, folder, *, microbatches=1, accumulation=1, **options):
         max_tokens_per_microbatch=per_batch if microbatches == 1 else 60,
         gradient_accumulation_steps=accumulation,
         max_steps=3,
-        learning_rate=0.0,  # every step is that of the first weights
+        learning_rate=0.0,  # all steps have the initial weights
         **options,
     )
     seen.trainer = trainer
@@ -99,7 +99,7 @@ def test_one_process(name, microbatches, accumulation, smoothing, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_seven_microbatches_in_one_batch(name, tmp_path):
-    """7 to the letter: a bound is found that cuts the batch so."""
+    """The budget is chosen so that the batch has exactly 7 micro-batches."""
     causal = is_causal(name)
     examples = make_examples(30, causal=causal)
     rows = measure(collate(examples), is_encoder_decoder=not causal, shifts_labels=causal)
@@ -125,7 +125,7 @@ def test_seven_microbatches_in_one_batch(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["T5", "Llama"])
 def test_unpatched(name, tmp_path):
-    """pack=False: the model's own loss is a mean that ignores how many targets there are."""
+    """With pack=False, the model's own loss is a mean that ignores num_items_in_batch."""
     examples, _, gradients, losses = train(name, tmp_path, microbatches=7, pack=False)
     check(name, 0.0, examples, gradients, losses)
 
@@ -162,7 +162,7 @@ def test_batches_that_come_packed(name, on_device, smoothing, tmp_path):
 
 
 @pytest.mark.parametrize("on_device", [True, False])
-def test_cut_on_the_device_or_the_host(on_device, tmp_path):
+def test_split_on_the_device_or_the_host(on_device, tmp_path):
     examples, _, gradients, losses = train(
         "T5", tmp_path, microbatches=7, use_cpu_microbatch=not on_device
     )
@@ -170,7 +170,7 @@ def test_cut_on_the_device_or_the_host(on_device, tmp_path):
 
 
 def mean_of_the_batch(outputs, labels, num_items_in_batch=None):
-    """A loss function that takes no notice of how many targets the step has."""
+    """A loss function that ignores the number of targets of the step."""
     return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
 
 
@@ -192,22 +192,22 @@ def test_a_loss_function_of_the_user(function, tmp_path):
 def trainers_with_own_loss():
     from tokenpack.trainer import HierarchicalTokenTrainer
 
-    class WithoutTheNumber(HierarchicalTokenTrainer):
+    class WithoutNumItems(HierarchicalTokenTrainer):
         def compute_loss(self, model, inputs, return_outputs=False):
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    class IgnoringTheNumber(HierarchicalTokenTrainer):
+    class IgnoringNumItems(HierarchicalTokenTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    class HeedingTheNumber(HierarchicalTokenTrainer):
+    class UsingNumItems(HierarchicalTokenTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    return [WithoutTheNumber, IgnoringTheNumber, HeedingTheNumber]
+    return [WithoutNumItems, IgnoringNumItems, UsingNumItems]
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -222,7 +222,7 @@ def test_a_compute_loss_of_the_user(which, tmp_path):
     check("T5", 0.0, examples, gradients, losses)
 
 
-def half_of_which_ask_nothing():
+def examples_half_without_targets():
     examples = make_examples(12)
     for each in examples[::2]:
         each["labels"] = [-100] * len(each["labels"])
@@ -231,8 +231,8 @@ def half_of_which_ask_nothing():
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_examples_without_targets(pack, tmp_path):
-    """Some batches ask for nothing, some micro-batches ask for nothing."""
-    examples = half_of_which_ask_nothing()
+    """Some batches and some micro-batches have no targets."""
+    examples = examples_half_without_targets()
     seen = Seen()
     trainer = make_trainer(
         "T5",
@@ -248,18 +248,18 @@ def test_examples_without_targets(pack, tmp_path):
     seen.trainer = trainer
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    asked = 0
+    num_with_targets = 0
     for chosen, gradient, logged in zip(seen.examples, seen.steps, losses, strict=True):
-        asking = [examples[i] for i in chosen if i % 2]
-        if not asking:
+        with_targets = [examples[i] for i in chosen if i % 2]
+        if not with_targets:
             assert not gradient or all(not g.any() for g in gradient.values())
             assert logged == 0.0
             continue
-        asked += len(asking)
-        loss, expected = padded_gradient("T5", asking)
+        num_with_targets += len(with_targets)
+        loss, expected = padded_gradient("T5", with_targets)
         assert distance(gradient, expected) < TOLERANCE
         assert logged == pytest.approx(loss, rel=1e-5)
-    assert asked == 6
+    assert num_with_targets == 6
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -289,7 +289,7 @@ def test_two_ranks_without_accumulation(options, tmp_path):
     check("T5", 0.0, together, first[2], first[3])
 
 
-def test_each_rank_by_itself_if_asked(tmp_path):
+def test_ranks_average_over_their_own_targets_on_request(tmp_path):
     """average_tokens_across_devices=False: the mean over ranks of each rank's mean."""
     options = {"average_tokens_across_devices": False}
     first, second = on_ranks(2, train_on_rank, "T5", tmp_path, options)
@@ -302,8 +302,8 @@ def test_each_rank_by_itself_if_asked(tmp_path):
     assert first[3][0] == pytest.approx(np.mean([loss_a, loss_b]), rel=1e-5)
 
 
-def train_where_half_asks_nothing(rank, folder, options):
-    examples = half_of_which_ask_nothing()
+def train_half_without_targets(rank, folder, options):
+    examples = examples_half_without_targets()
     seen = Seen()
     trainer = make_trainer(
         "T5",
@@ -323,17 +323,17 @@ def train_where_half_asks_nothing(rank, folder, options):
 @pytest.mark.parametrize("oom_max_retries", [0, 3])
 @pytest.mark.parametrize("average", [False, True])
 def test_a_rank_without_targets(average, oom_max_retries, tmp_path):
-    """It has a gradient of zeros to average with, and the others do not wait for it."""
+    """A rank without targets contributes zeros to the average. The others do not wait for it."""
     options = {"average_tokens_across_devices": average, "oom_max_retries": oom_max_retries}
-    ranks = on_ranks(2, train_where_half_asks_nothing, tmp_path, options)
+    ranks = on_ranks(2, train_half_without_targets, tmp_path, options)
     examples = make_examples(12)
     alone = 0
     for first, second, gradient in zip(ranks[0][0], ranks[1][0], ranks[0][1], strict=True):
-        asking = [[examples[i] for i in chosen if i % 2] for chosen in (first, second)]
-        if all(asking) or not any(asking):
+        with_targets = [[examples[i] for i in chosen if i % 2] for chosen in (first, second)]
+        if all(with_targets) or not any(with_targets):
             continue
         alone += 1
-        _, expected = padded_gradient("T5", asking[0] or asking[1])
+        _, expected = padded_gradient("T5", with_targets[0] or with_targets[1])
         if not average:  # the mean over ranks of each rank's mean, one of which is 0
             expected = {name: grad / 2 for name, grad in expected.items()}
         assert distance(gradient, expected) < TOLERANCE

@@ -1,4 +1,4 @@
-"""A column, Arrow and items give the same lengths, and each item is created at most once."""
+"""Lengths are the same from a column, from Arrow and from items, which are made once at most."""
 
 import gc
 import logging
@@ -32,16 +32,16 @@ def arrow(**columns):
 
 
 class Items(torch.utils.data.Dataset):
-    """A map-style dataset that counts its reads."""
+    """A map-style dataset that counts how many items it has made."""
 
     def __init__(self, columns, make=lambda tokens: tokens):
-        self.columns, self.make, self.reads = columns, make, 0
+        self.columns, self.make, self.made = columns, make, 0
 
     def __len__(self):
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, at):
-        self.reads += 1
+        self.made += 1
         return {name: self.make(column[at]) for name, column in self.columns.items()}
 
 
@@ -69,7 +69,7 @@ def make(request):
     return KINDS[request.param]
 
 
-def test_of_sources_and_labels(make):
+def test_sources_and_labels(make):
     found = dataset_lengths(make())
     assert found.tolist() == BOTH
     assert found.dtype == np.int64
@@ -77,7 +77,7 @@ def test_of_sources_and_labels(make):
     assert dataset_lengths(make(labels=None)).tolist() == [[source, 0] for source, _ in BOTH]
 
 
-def test_a_length_column_goes_first(make):
+def test_a_length_column_takes_precedence(make):
     given = [30, 10, 20, 40, 50]
     assert dataset_lengths(make(input_length=given))[:, 0].tolist() == given
     assert dataset_lengths(make(input_length=given))[:, 1].tolist() == [2, 3, 1, 1, 2]
@@ -90,14 +90,14 @@ def test_a_length_column_goes_first(make):
     assert dataset_lengths(other, "size")[:, 1].tolist() == [1, 2, 3, 4, 5]
 
 
-def test_padding_is_no_token(make):
+def test_padding_is_not_counted(make):
     masks = [[1, 1, 0], [1], [0, 1], [0, 0, 0, 0], [1]]
     labels = [[1, -100], [-100, 4, 5], [-100], [7], [-100, 9]]
     found = dataset_lengths(make(attention_mask=masks, labels=labels))
     assert found.tolist() == [[2, 1], [1, 3], [1, 0], [0, 1], [1, 2]]
 
 
-def test_columns_of_other_names(make):
+def test_columns_with_other_names(make):
     dataset = make(text=SOURCES, summary=LABELS, input_ids=None, labels=None)
     found = dataset_lengths(dataset, source_column="text", target_column="summary")
     assert found.tolist() == BOTH
@@ -113,7 +113,7 @@ def test_items_are_read_in_blocks_if_possible(monkeypatch):
 @pytest.mark.parametrize(
     "hold", [list, tuple, np.array, torch.tensor, lambda tokens: torch.tensor(tokens).int()]
 )
-def test_lists_arrays_and_tensors_are_accepted(hold):
+def test_all_containers_of_tokens(hold):
     columns = rows(attention_mask=[[1] * len(each) for each in SOURCES])
     assert dataset_lengths(Items(columns, hold)).tolist() == BOTH
     sizes = {"input_length": [3, 1, 2]}
@@ -148,7 +148,7 @@ SELECTED = {
 
 @pytest.mark.parametrize("name", SELECTED)
 @pytest.mark.parametrize("masked", [False, True])
-def test_selected_and_reordered_datasets(name, masked):
+def test_selected_rows_of_a_dataset(name, masked):
     masks = [[1, 0, 1], [1], [0, 1], [1, 1, 0, 0], [1]]
     dataset = SELECTED[name](arrow(attention_mask=masks if masked else None))
     plain = dataset.with_format(None)
@@ -157,7 +157,7 @@ def test_selected_and_reordered_datasets(name, masked):
     assert dataset_lengths(dataset).tolist() == want
 
 
-def test_masks_in_columns_are_counted_like_masks_in_items():
+def test_random_padding_is_counted_as_by_item():
     rng = np.random.default_rng(0)
     masks = [rng.integers(0, 2, rng.integers(0, 9)).tolist() for _ in range(300)]
     labels = [rng.choice([-100, 5], rng.integers(0, 7)).tolist() for _ in range(300)]
@@ -168,14 +168,14 @@ def test_masks_in_columns_are_counted_like_masks_in_items():
     assert (dataset_lengths(dataset) == dataset_lengths(Items(columns))).all()
 
 
-def test_arrow_is_read_by_column_and_not_by_item(monkeypatch):
+def test_arrow_is_read_by_column(monkeypatch):
     dataset = arrow()
-    monkeypatch.setattr(type(dataset), "__getitem__", lambda *_: pytest.fail("read an item"))
-    monkeypatch.setattr(module, "_by_item", lambda *_: pytest.fail("read by item"))
+    monkeypatch.setattr(type(dataset), "__getitem__", lambda *_: pytest.fail("made an item"))
+    monkeypatch.setattr(module, "_by_item", lambda *_: pytest.fail("measured by item"))
     assert dataset_lengths(dataset).tolist() == BOTH
 
 
-def test_a_dataset_with_a_transform_is_read_by_item():
+def test_a_transform_makes_the_items():
     dataset = datasets.Dataset.from_dict({"text": ["a b", "c", "d e f"]})
     split = dataset.with_transform(
         lambda batch: {"input_ids": [[1] * len(text.split()) for text in batch["text"]]}
@@ -193,7 +193,7 @@ class Halves:
         return np.stack([raw_lengths - raw_lengths // 2, raw_lengths // 2], axis=1)
 
 
-def test_a_collator_may_change_the_lengths(make):
+def test_a_collator_can_change_lengths(make):
     dataset = make(labels=None)
     assert dataset_lengths(dataset, collator=Halves()).tolist() == [
         [2, 1], [1, 0], [1, 1], [2, 2], [1, 0]
@@ -208,21 +208,21 @@ def test_a_collator_may_change_the_lengths(make):
         dataset_lengths(dataset, collator=Wrong())
 
 
-# ----------------------------------------------------------------------------------------- caching
+# ------------------------------------------------------------------------------------------- cache
 
 
-def test_items_are_created_once_while_the_dataset_exists():
+def test_items_are_made_once_per_dataset():
     dataset = Items(rows())
     dataset_lengths(dataset)
     changed = dataset_lengths(dataset)
-    assert dataset.reads == 5
+    assert dataset.made == 5
     changed[:] = 0  # a copy
     assert dataset_lengths(dataset).tolist() == BOTH
-    assert dataset.reads == 5
+    assert dataset.made == 5
     dataset_lengths(dataset, target_column="other")
-    assert dataset.reads == 10
+    assert dataset.made == 10
     dataset_lengths(dataset, cache=False)
-    assert dataset.reads == 15
+    assert dataset.made == 15
     number = id(dataset)
     unkept = Items(rows())
     dataset_lengths(unkept, cache=False)
@@ -253,7 +253,7 @@ def test_a_dataset_that_has_grown_is_measured_again():
     assert dataset_lengths(dataset).tolist() == [[2, 0], [3, 0]]
 
 
-def test_a_format_set_in_place_is_measured_again():
+def test_a_format_set_in_place_invalidates_the_cache():
     dataset = datasets.Dataset.from_dict({"text": ["a b", "c"]})
     for words in (1, 2):
         dataset.set_transform(
@@ -269,18 +269,18 @@ def on_disk(tmp_path):
     return tmp_path / "saved"
 
 
-def cache_files(folder):
+def kept(folder):
     return list(folder.glob("tokenpack-lengths-*"))
 
 
-def test_lengths_are_cached_next_to_a_dataset_on_disk(on_disk, monkeypatch):
+def test_lengths_of_a_dataset_on_disk_are_cached_next_to_it(on_disk, monkeypatch):
     assert dataset_lengths(datasets.load_from_disk(on_disk), cache=False).tolist() == BOTH
-    assert not cache_files(on_disk)
+    assert not kept(on_disk)
     assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
-    (file,) = cache_files(on_disk)
+    (file,) = kept(on_disk)
     selected = datasets.load_from_disk(on_disk).select([3, 1])
-    assert dataset_lengths(selected).tolist() == [BOTH[3], BOTH[1]]  # the fingerprint differs
-    assert len(cache_files(on_disk)) == 2
+    assert dataset_lengths(selected).tolist() == [BOTH[3], BOTH[1]]  # has another fingerprint
+    assert len(kept(on_disk)) == 2
     with monkeypatch.context() as patched:
         patched.setattr(module, "_by_column", lambda *_: pytest.fail("measured again"))
         assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
@@ -291,7 +291,7 @@ def test_lengths_are_cached_next_to_a_dataset_on_disk(on_disk, monkeypatch):
     assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
 
 
-def test_a_folder_without_write_permission_is_not_an_error(on_disk, monkeypatch, caplog):
+def test_a_read_only_folder_is_not_an_error(on_disk, monkeypatch, caplog):
     def refuse(*args, **options):
         raise PermissionError("read-only")
 
@@ -299,7 +299,7 @@ def test_a_folder_without_write_permission_is_not_an_error(on_disk, monkeypatch,
     with caplog.at_level(logging.INFO, module.__name__):
         assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
     assert "read-only" in caplog.text
-    assert not cache_files(on_disk)
+    assert not kept(on_disk)
 
 
 def test_a_failed_write_leaves_no_file(on_disk, monkeypatch):
@@ -308,15 +308,15 @@ def test_a_failed_write_leaves_no_file(on_disk, monkeypatch):
 
     monkeypatch.setattr(module.np, "save", refuse)
     assert dataset_lengths(datasets.load_from_disk(on_disk)).tolist() == BOTH
-    assert not cache_files(on_disk)
+    assert not kept(on_disk)
 
 
-def test_progress_follows_the_argument_or_transformers(capfd, monkeypatch):
+def test_progress_follows_the_argument_or_the_verbosity_of_transformers(capfd, monkeypatch):
     dataset_lengths(Items(rows()), show_progress=True)
     assert "Measuring examples" in capfd.readouterr().err
     dataset_lengths(Items(rows()), show_progress=False)
     assert not capfd.readouterr().err
-    monkeypatch.undo()  # restore what the fixture replaced
+    monkeypatch.undo()  # the patch of the fixture
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -340,7 +340,7 @@ def test_datasets_without_lengths():
         dataset_lengths(arrow(), kind="both")
 
 
-def test_neither_lengths_nor_tokens(make):
+def test_neither_length_column_nor_tokens(make):
     with pytest.raises(ValueError, match=r"'size' of lengths .*'input_ids' .* got text, summary"):
         dataset_lengths(make(input_ids=None, labels=None, text=SOURCES, summary=LABELS), "size")
 

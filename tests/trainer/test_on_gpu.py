@@ -1,4 +1,4 @@
-"""What only a GPU has: copies on a side stream, page-locked batches, memory that truly runs out."""
+"""Tests for a GPU: copies on a side stream, page-locked batches, real out-of-memory errors."""
 
 import pytest
 import torch
@@ -34,17 +34,17 @@ def one_step(name, folder, examples, **options):
 
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_the_gradient_is_that_of_the_whole_batch(name, ahead, tmp_path):
+def test_the_gradient_equals_that_of_the_whole_batch(name, ahead, tmp_path):
     examples = make_examples(60, causal=is_causal(name))
     gradient, _ = one_step(
         name, tmp_path, examples, max_tokens_per_microbatch=100, use_cpu_microbatch=ahead
     )
     _, expected = padded_gradient(name, examples)
-    assert distance(gradient, expected) < 1e-3  # TF32 is off; other kernels, other order of sums
+    assert distance(gradient, expected) < 1e-3  # TF32 is off, but kernels sum in another order
 
 
 def test_boundaries_of_packed_batches_stay_on_the_host(tmp_path):
-    """On the device, each forward would have to wait for them."""
+    """If they were on the device, each forward would wait for them."""
     seen = []
 
     class Watching(HierarchicalTokenTrainer):
@@ -57,7 +57,7 @@ def test_boundaries_of_packed_batches_stay_on_the_host(tmp_path):
     assert set(seen) == {("cuda", "cpu")}
 
 
-def test_a_step_that_really_runs_out_of_memory_is_done_again(tmp_path):
+def test_a_step_that_really_runs_out_of_memory_is_repeated(tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 
     def model():

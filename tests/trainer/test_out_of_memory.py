@@ -1,4 +1,4 @@
-"""Memory runs out at any place: the step is done again, exactly, or an error says what to do."""
+"""If memory runs out anywhere, the step is repeated exactly, or an error explains what to do."""
 
 import json
 
@@ -15,7 +15,7 @@ TOLERANCE = 1e-6
 
 
 class Fault:
-    """Raises once, in the ``at``-th micro-batch: in its forward, or midway in its backward."""
+    """Raises an error in the forward or backward of the ``at``-th micro-batch, ``times`` times."""
 
     def __init__(self, model, at, where, error=None, times=1):
         self.calls, self.at, self.where, self.times = 0, at, where, times
@@ -75,7 +75,7 @@ def check_same(faulty, sound):
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("name", ["T5", "Llama"])
 def test_one_process(name, at, where, accumulation, tmp_path):
-    """``at`` 3 is the last micro-batch of the step, or one of the second batch."""
+    """``at=3`` is the last micro-batch of the step, or one of the second batch."""
     options = {"gradient_accumulation_steps": accumulation}
     faulty = run(name, tmp_path, {"at": at, "where": where}, **options)
     check_same(faulty, run(name, tmp_path, **options))
@@ -96,8 +96,8 @@ def test_the_last_microbatch_of_a_step(tmp_path):
         check_same(faulty, sound)
 
 
-def test_random_numbers_are_drawn_again(tmp_path):
-    """Micro-batches of a sequence each stay so with a smaller budget; so must dropout."""
+def test_random_numbers_are_repeated(tmp_path):
+    """With one sequence per micro-batch, a smaller budget changes nothing, so dropout repeats."""
 
     def model():
         made = CASES["T5"].build()
@@ -147,7 +147,7 @@ def test_gives_up_after_the_retries(tmp_path):
         )
 
 
-def test_or_leaves_the_step_out(tmp_path):
+def test_skips_the_step_after_the_retries(tmp_path):
     faulty = run(
         "T5",
         tmp_path,
@@ -170,7 +170,7 @@ def long_one(examples):
 
 
 class TooLong:
-    """Runs out of memory wherever a sequence has more than 60 tokens."""
+    """Raises out of memory for every micro-batch with a sequence of more than 60 tokens."""
 
     def __init__(self, trainer, causal=False):
         inner = trainer.compute_loss
@@ -208,13 +208,13 @@ def test_a_single_sequence_that_does_not_fit(tmp_path):
         trainer.train()
 
 
-def test_is_left_out_and_counted_if_asked(tmp_path):
+def test_a_single_sequence_that_does_not_fit_is_skipped_on_request(tmp_path):
     examples, longest, seen, trainer = run_with_a_long_one(tmp_path, oom_skip_batch_on_fail=True)
     TooLong(trainer)
     trainer.train()
     assert trainer.runner.counts.skipped_sequences == 1
     assert trainer.runner.counts.skipped_steps == 0
-    assert trainer.runner.max_tokens == 200  # it was lowered in vain
+    assert trainer.runner.max_tokens == 200  # lowering it did not help, so it was restored
     rest = [each for i, each in enumerate(examples) if i != longest]
     from .setting import padded_gradient
 
@@ -223,11 +223,11 @@ def test_is_left_out_and_counted_if_asked(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("why", ["asks for nothing", "is left out"])
-def test_a_scaler_takes_a_step_without_gradients(why, tmp_path):
-    """fp16's: it wants a gradient to look at. Nothing is learned, and training goes on."""
+@pytest.mark.parametrize("why", ["has no targets", "is skipped"])
+def test_a_scaler_accepts_a_step_without_gradients(why, tmp_path):
+    """fp16's scaler needs a gradient. The step changes nothing, and training continues."""
     examples = [{"input_ids": [5] * 20, "labels": [5] * 20} for _ in range(6)]
-    if why == "asks for nothing":
+    if why == "has no targets":
         for each in examples[:2]:
             each["labels"] = [-100] * 20
     trainer = make_trainer(
@@ -241,8 +241,8 @@ def test_a_scaler_takes_a_step_without_gradients(why, tmp_path):
         train_sampling_strategy="sequential",
     )
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    if why == "is left out":
-        # Two sequences at once, then another one alone: more than one retry.
+    if why == "is skipped":
+        # Fails for two sequences together, then for one of them: more than one retry.
         fault = Fault(trainer.model, 0, "forward", times=2)
         fault.at = 0
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
@@ -256,7 +256,7 @@ def test_a_scaler_takes_a_step_without_gradients(why, tmp_path):
     trainer.add_callback(First())
     trainer.train()
     assert trainer.state.global_step == 3
-    assert trainer.runner.counts.skipped_steps == (why == "is left out")
+    assert trainer.runner.counts.skipped_steps == (why == "is skipped")
     assert all(torch.equal(before[name], after_first[name]) for name in before)
     assert not all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
 
@@ -281,7 +281,7 @@ def test_the_budget_is_saved_and_restored(tmp_path):
     assert trainer.runner.counts.out_of_memory == 1
 
 
-def test_a_budget_that_the_user_set_anew_outweighs_the_saved_one(tmp_path):
+def test_a_changed_budget_takes_precedence_over_the_saved_one(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1}
     run("T5", tmp_path, {"at": 0, "where": "forward"}, **options)
     trainer = make_trainer(
@@ -331,15 +331,15 @@ def probe_on_rank(rank, folder, failing, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"oom_max_retries": 0}, {"ddp_broadcast_buffers": True}])
-def test_probing_where_one_rank_has_less_memory(options, tmp_path):
-    """Llama has buffers, which DDP would send around in a forward that one does not come to."""
+def test_probing_if_one_rank_has_less_memory(options, tmp_path):
+    """Llama has buffers, which DDP would send in a forward that a failing rank does not reach."""
     first, second = on_ranks(2, probe_on_rank, tmp_path, [1], options)
     assert first == second
     assert first[0] < 300
 
 
 def buffers_on_rank(rank, folder, broadcasts):
-    """What each forward of a rank finds in a buffer that every rank had put its number into."""
+    """The values that each forward finds in a buffer that every rank sets to its number."""
     model, found = CASES["Llama"].build(), []
     model.register_buffer("number", torch.zeros(()))
 
@@ -362,13 +362,13 @@ def buffers_on_rank(rank, folder, broadcasts):
 
 
 @pytest.mark.parametrize("broadcasts", [True, False])
-def test_buffers_of_the_first_rank_before_each_step_if_asked(broadcasts, tmp_path):
+def test_buffers_of_the_first_rank_are_broadcast_on_request(broadcasts, tmp_path):
     ranks = on_ranks(2, buffers_on_rank, tmp_path, broadcasts)
     assert ranks == [{0.0}, {0.0 if broadcasts else 1.0}]
 
 
 def fails_on_rank(rank, folder):
-    """What each rank's error says, when a sequence of rank 1 does not fit alone."""
+    """The error message of each rank if a sequence of rank 1 does not fit by itself."""
     _, longest, _, trainer = run_with_a_long_one(folder)
     TooLong(trainer)
     try:
@@ -377,6 +377,6 @@ def fails_on_rank(rank, folder):
         return longest, str(error)
 
 
-def test_every_rank_says_what_did_not_fit(tmp_path):
+def test_every_rank_names_the_sequence_that_did_not_fit(tmp_path):
     for longest, message in on_ranks(2, fails_on_rank, tmp_path):
         assert f"example {longest} (" in message

@@ -1,4 +1,4 @@
-"""A run that was stopped, or killed, and resumed is the run that was not: to the bit on the CPU."""
+"""A run that is stopped or killed, and resumed, is bit-identical on the CPU to one that is not."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ from ..adapters.models import T5, VOCABULARY
 from ..data.test_seq2seq import make_tokenizer
 from .setting import collate, make_examples, make_trainer, on_ranks
 
-# 40 examples in 5 batches: with two batches a step, an epoch has steps of 2, 2 and 1.
+# 40 examples in 5 batches. With two batches per step, the steps of an epoch have 2, 2 and 1.
 EXAMPLES = make_examples(40)
 OPTIONS = {
     "num_train_epochs": 3,
@@ -53,20 +53,20 @@ OPTIONS = {
 
 
 def t5(dropout=0.1, **options):
-    """T5 as in the other tests, but smaller; its attention, too, drops what it is told to."""
+    """The T5 of the other tests, but smaller, and with dropout."""
     torch.manual_seed(0)
     options = {**T5.options, "num_layers": 1, "dropout_rate": dropout, **options}
     return dataclasses.replace(T5, options=options).build()
 
 
 class Diary(TrainerCallback):
-    """What each step had: examples and inputs; and, in a file, what was begun before a kill."""
+    """Records the examples and inputs of each step, also in a file that survives a kill."""
 
     def __init__(self, path=None):
         self.path, self.steps, self.carried = path, [], None
 
     def on_step_begin(self, args, state, control, **_):
-        if self.carried is None:  # what the first log counts of steps before the first
+        if self.carried is None:  # the loss that the first log includes from before the resume
             self.carried = self.trainer._tr_loss.item()
 
     def on_pre_optimizer_step(self, args, state, control, **_):
@@ -82,7 +82,7 @@ class Diary(TrainerCallback):
 
 
 class At(TrainerCallback):
-    """Does something at the end of a step, once that has been counted; or of every n-th."""
+    """Calls a function at the end of a step, or of every n-th step."""
 
     def __init__(self, step, do, every=False):
         self.step, self.do, self.every = step, do, every
@@ -94,7 +94,7 @@ class At(TrainerCallback):
 
 
 class Within(TrainerCallback):
-    """Does something in the midst of a step."""
+    """Calls a function during a step."""
 
     def __init__(self, step, do):
         self.step, self.do = step, do
@@ -141,7 +141,7 @@ def trainer_of(folder, *callbacks, dropout=0.1, examples=EXAMPLES, path=None, **
 
 
 def outcome(trainer):
-    """What must not differ: weights, what was logged of each step, examples and inputs."""
+    """The weights, the logs, and the examples and inputs of each step, which must be equal."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return weights, logged(trainer), trainer.diary.steps
@@ -163,7 +163,7 @@ def run(folder, *callbacks, resume=None, **options):
 
 
 def check_same(resumed, whole, since=0):
-    """Bit by bit; what the resumed run had is the whole one's, from a step on."""
+    """Check that the resumed run is bit-identical to the whole run from step ``since`` on."""
     ours, theirs = outcome(resumed), outcome(whole)
     assert ours[2] == theirs[2][since:]
     assert ours[1] == theirs[1]
@@ -174,7 +174,7 @@ def check_same(resumed, whole, since=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """What is imported is not gone through whenever `train` collects garbage."""
+    """Exclude imported modules from the garbage collection in `train`, to save time."""
     gc.collect()
     gc.freeze()
     yield
@@ -183,13 +183,13 @@ def quick():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nothing happens to."""
+    """A run without interruption."""
     return run(tmp_path_factory.mktemp("whole"), At(9, save), save_strategy="no")
 
 
 @pytest.fixture
 def warned(monkeypatch):
-    """What is said of checkpoints."""
+    """The warnings about checkpoints."""
     said = []
     monkeypatch.setattr(checkpoints.logger, "warning", said.append)
     return said
@@ -207,7 +207,7 @@ def kill(*_, **__):
 
 
 class KilledInSaving:
-    """Kills the process at the n-th thing that is done to files; what it wrote is half there."""
+    """Kills the process during the n-th file operation, whose file is left truncated."""
 
     def __init__(self, trainer, at):
         self.left = at
@@ -241,7 +241,7 @@ class KilledInSaving:
 
 
 def forked(function):
-    """Run in a copy of this process, which has imported everything; the copy's id."""
+    """Run in a fork of this process, which has imported everything. Returns the process id."""
     child = os.fork()
     if child == 0:
         try:
@@ -254,7 +254,7 @@ def forked(function):
 
 
 def status_of(child, timeout=60):
-    """How it ended: an exit status, or minus the signal."""
+    """The exit status of the process, or minus the signal that killed it."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -263,11 +263,11 @@ def status_of(child, timeout=60):
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    raise AssertionError("hangs")
+    raise AssertionError("timeout")
 
 
 def whole_steps(folder):
-    """Steps whose checkpoints are whole."""
+    """The steps with a complete checkpoint."""
     return [s for s in steps_of(folder) if (folder / f"checkpoint-{s}/{STATE_NAME}").exists()]
 
 
@@ -276,15 +276,15 @@ def lines(path):
 
 
 def test_killed_ten_times(tmp_path):
-    """At random moments of training, and of saving."""
+    """Kill a run at random times during training and saving."""
     options = {
-        "num_train_epochs": 24,  # more than what ten kills let through on any machine
+        "num_train_epochs": 24,  # more than ten attempts can finish on any machine
         "save_total_limit": 1,
         "logging_steps": 3,
     }
     whole = run(tmp_path / "whole", **{**options, "save_strategy": "no"})
     folder, diary, result = tmp_path / "killed", tmp_path / "diary", tmp_path / "result.pt"
-    chance = random.Random(0)
+    rng = random.Random(0)
 
     def attempt(in_saving=0):
         trainer = trainer_of(folder, path=diary, **options)
@@ -297,14 +297,14 @@ def test_killed_ten_times(tmp_path):
     for kills in range(10):
         before = len(lines(diary))
         if kills % 2:
-            in_saving = chance.randrange(1, 20)
+            in_saving = rng.randrange(1, 20)
             child = forked(lambda at=in_saving: attempt(at))
         else:
             child = forked(attempt)
-            steps = chance.randrange(1, 5)
+            steps = rng.randrange(1, 5)
             while len(lines(diary)) < before + steps:
                 time.sleep(0.002)
-            time.sleep(chance.random() * 0.05)
+            time.sleep(rng.random() * 0.05)
             os.kill(child, signal.SIGKILL)
         assert status_of(child) == -signal.SIGKILL
     assert status_of(forked(attempt)) == 0
@@ -315,7 +315,7 @@ def test_killed_ten_times(tmp_path):
     for name, tensor in weights.items():
         assert torch.equal(tensor, theirs[0][name]), name
     entries = [json.loads(line) for line in lines(diary)]
-    assert len(entries) > len(theirs[2])  # some steps were done more than once
+    assert len(entries) > len(theirs[2])  # some steps ran more than once
     assert sorted({entry[0] for entry in entries}) == list(range(len(theirs[2])))
     for entry in entries:
         assert entry == theirs[2][entry[0]]
@@ -323,7 +323,7 @@ def test_killed_ten_times(tmp_path):
 
 @pytest.mark.parametrize("at", range(1, 9))
 def test_killed_at_each_file_of_a_checkpoint(at, whole, tmp_path):
-    """The older one stays until the newer is whole, and is what the run goes on from."""
+    """The older checkpoint is kept, and resumed from, until the newer one is complete."""
     options = {"save_total_limit": 1}
     run(tmp_path, At(2, end_training), **options)
 
@@ -334,14 +334,16 @@ def test_killed_at_each_file_of_a_checkpoint(at, whole, tmp_path):
 
     assert status_of(forked(attempt)) == -signal.SIGKILL
     last = max(whole_steps(tmp_path))
-    assert last == (2 if at < 7 else 4)  # six things before the mark: five files, and their sizes
+    assert last == (
+        2 if at < 7 else 4
+    )  # six operations precede the state file: five files, and their sizes
     check_same(run(tmp_path, resume=True, **options), whole, since=last)
     assert steps_of(tmp_path) == [9]
 
 
 @pytest.mark.parametrize("at", range(1, 10))
 def test_killed_while_a_step_is_saved_again(at, whole, tmp_path):
-    """There is no older checkpoint then: what was whole stays so."""
+    """There is no older checkpoint, so the complete one of the same step must be kept."""
     options = {"save_total_limit": 1, "save_steps": 3}
 
     def attempt():
@@ -355,14 +357,14 @@ def test_killed_while_a_step_is_saved_again(at, whole, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9"]
 
 
-@pytest.mark.parametrize("fault", ["no mark", "cut short", "missing"])
-def test_what_is_not_whole_is_passed_over(fault, whole, tmp_path, warned):
+@pytest.mark.parametrize("fault", ["no state", "truncated", "missing"])
+def test_incomplete_checkpoints_are_skipped(fault, whole, tmp_path, warned):
     run(tmp_path, At(4, end_training))
     assert whole_steps(tmp_path) == [2, 4]
     folder = tmp_path / "checkpoint-4"
-    if fault == "no mark":
+    if fault == "no state":
         (folder / STATE_NAME).unlink()
-    elif fault == "cut short":
+    elif fault == "truncated":
         os.truncate(folder / "optimizer.pt", 100)
     else:
         (folder / "model.safetensors").unlink()
@@ -371,15 +373,15 @@ def test_what_is_not_whole_is_passed_over(fault, whole, tmp_path, warned):
     assert "checkpoint-4: " in warned[0]
 
 
-def test_what_is_not_whole_counts_for_nothing(tmp_path):
-    """It goes first, however young: of two that may stay, both are whole."""
+def test_incomplete_checkpoints_do_not_count_towards_the_limit(tmp_path):
+    """An incomplete checkpoint is deleted first, so that two complete ones are kept."""
     run(tmp_path, At(4, end_training), save_total_limit=2)
     (tmp_path / "checkpoint-4" / STATE_NAME).unlink()
     run(tmp_path, At(3, end_training), resume=True, save_total_limit=2)
     assert whole_steps(tmp_path) == steps_of(tmp_path) == [2, 3]
 
 
-def test_a_text_in_it_may_be_edited(whole, tmp_path, warned):
+def test_a_json_file_may_be_edited(whole, tmp_path, warned):
     run(tmp_path, At(2, end_training))
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
     path.write_text(json.dumps(json.loads(path.read_text())))  # shorter
@@ -396,7 +398,7 @@ def test_nothing_to_resume_from(tmp_path):
         run(tmp_path, resume=True)
 
 
-def test_what_is_uploaded_bears_the_mark(tmp_path, monkeypatch):
+def test_uploaded_checkpoints_have_the_state_file(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(
         Trainer, "_push_from_checkpoint", lambda self, folder: found.append(whole_steps(tmp_path))
@@ -411,14 +413,14 @@ def test_what_is_uploaded_bears_the_mark(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 8])
-def test_at_any_step(stop, whole, tmp_path):
-    """3 and 6 are ends of epochs."""
+def test_resuming_at_any_step(stop, whole, tmp_path):
+    """Steps 3 and 6 end an epoch."""
     run(tmp_path, At(stop, end_training))
     check_same(run(tmp_path, resume=True), whole, since=stop)
 
 
-def test_a_run_that_was_complete_takes_no_further_step(tmp_path):
-    """It was killed between its last checkpoint and its end: in the midst of an epoch."""
+def test_a_complete_run_takes_no_further_step(tmp_path):
+    """The run was killed after its last checkpoint, within an epoch."""
     whole = run(tmp_path, max_steps=4)
     resumed = run(tmp_path, resume=True, max_steps=4)
     assert resumed.state.global_step == 4
@@ -437,7 +439,7 @@ def test_with_workers(stop, persistent, whole, tmp_path):
 
 
 def noisy_collate(examples):
-    """Draws from all three generators that a run is seeded with."""
+    """A collator that draws from all three random number generators that a run seeds."""
     batch = collate(examples)
     noise = torch.rand(batch["input_ids"].shape) < 0.2
     noise[:, 0] = np.random.random() < random.random()
@@ -447,15 +449,15 @@ def noisy_collate(examples):
 
 
 @pytest.mark.parametrize("stop", [2, 3])
-def test_a_collator_that_draws_from_the_run(stop, tmp_path):
+def test_a_collator_that_draws_random_numbers(stop, tmp_path):
     options = {"data_collator": noisy_collate}
     whole = run(tmp_path / "whole", save_strategy="no", **options)
     run(tmp_path, At(stop, end_training), **options)
     check_same(run(tmp_path, resume=True, **options), whole, since=stop)
 
 
-def test_and_draws_in_workers_as_the_epoch_has_it(tmp_path):
-    """From the beginning of an epoch, that is; within it, workers begin anew."""
+def test_a_collator_that_draws_random_numbers_in_workers(tmp_path):
+    """This holds from the beginning of an epoch. Within an epoch, workers start again."""
     options = {"data_collator": noisy_collate, "dataloader_num_workers": 2}
     whole = run(tmp_path / "whole", save_strategy="no", **options)
     run(tmp_path, At(3, end_training), **options)
@@ -488,8 +490,8 @@ def test_span_corruption(workers, tmp_path):
     check_same(run(tmp_path, resume=True, **options()), whole, since=stop)
 
 
-def test_an_epoch_that_was_ended_early(tmp_path):
-    """Steps do not tell epochs then: the checkpoint does."""
+def test_an_epoch_that_ended_early(tmp_path):
+    """The step does not determine the epoch then, so the checkpoint stores it."""
     early = At(2, end_epoch, every=True)
     whole = run(tmp_path / "whole", early, save_strategy="no")
     assert whole.state.global_step == 6
@@ -499,8 +501,8 @@ def test_an_epoch_that_was_ended_early(tmp_path):
         check_same(resumed, whole, since=stop)
 
 
-def test_skipping_no_data(whole, tmp_path):
-    """The epoch begins again."""
+def test_ignore_data_skip(whole, tmp_path):
+    """With ignore_data_skip, the epoch starts again."""
     run(tmp_path, At(4, end_training))
     resumed = run(tmp_path, resume=True, ignore_data_skip=True)
     examples = [entry[1] for entry in resumed.diary.steps]
@@ -508,8 +510,8 @@ def test_skipping_no_data(whole, tmp_path):
     assert resumed.state.global_step == 9
 
 
-def test_other_accumulation(tmp_path):
-    """2 batches are done, and steps are of 3 now: they begin where such steps do."""
+def test_resuming_with_another_accumulation(tmp_path):
+    """2 batches are done, and a step now has 3: training resumes at a boundary of such steps."""
     run(tmp_path, At(1, end_training))
     options = {"gradient_accumulation_steps": 3}
     resumed = run(tmp_path, resume=True, **options)
@@ -528,7 +530,7 @@ def test_seeds_and_order(options, whole, tmp_path):
     check_same(run(tmp_path, resume=True, **options), other, since=4)
 
 
-def test_the_data_seed_outweighs_the_seed(whole, tmp_path):
+def test_the_data_seed_takes_precedence_over_the_seed(whole, tmp_path):
     other = run(tmp_path, save_strategy="no", seed=7, data_seed=whole.args.seed)
     assert other.diary.steps == whole.diary.steps
 
@@ -541,7 +543,7 @@ def test_the_data_seed_outweighs_the_seed(whole, tmp_path):
         ({"examples": EXAMPLES[:39]}, "examples=39 (was 40), lengths="),
     ],
 )
-def test_another_plan_is_told_of(options, said, tmp_path, warned):
+def test_another_plan_gives_a_warning(options, said, tmp_path, warned):
     run(tmp_path, At(1, end_training))
     run(tmp_path, At(2, end_training), resume=True)
     assert not warned
@@ -550,25 +552,25 @@ def test_another_plan_is_told_of(options, said, tmp_path, warned):
 
 
 def test_the_budget_found_by_probing_is_kept(tmp_path):
-    """Found anew it might be another, and so the order of sums."""
+    """Another probe could find another budget, and change the order of sums."""
     run(tmp_path, At(2, end_training), auto_find_microbatch=True)
     path = tmp_path / "checkpoint-2" / STATE_NAME
-    mark = json.loads(path.read_text())
-    assert mark["max_tokens_per_microbatch"]["in_force"] >= 240
-    mark["max_tokens_per_microbatch"]["in_force"] = 77
-    path.write_text(json.dumps(mark))
+    state = json.loads(path.read_text())
+    assert state["max_tokens_per_microbatch"]["in_force"] >= 240
+    state["max_tokens_per_microbatch"]["in_force"] = 77
+    path.write_text(json.dumps(state))
     resumed = run(tmp_path, At(3, end_training), resume=True, auto_find_microbatch=True)
     assert resumed.runner.max_tokens == 77
 
 
-def test_logged_losses_go_on(tmp_path):
-    """The mean is over the steps since the last log, of which some were before the checkpoint."""
+def test_logged_losses_continue(tmp_path):
+    """The logged mean includes the steps since the last log that precede the checkpoint."""
     options = {"logging_steps": 4}
     whole = run(tmp_path / "whole", save_strategy="no", **options)
     run(tmp_path, At(3, end_training), **options)
     resumed = run(tmp_path, resume=True, **options)
     assert logged(resumed) == logged(whole)
-    # What `train` returns is of the steps that it ran.
+    # `train` returns the mean loss of the steps that it ran.
     steps = run(tmp_path / "steps", save_strategy="no")
     losses = [entry[2] for entry in logged(steps)][3:]
     total = resumed.state.log_history[-1]["train_loss"]
@@ -576,10 +578,10 @@ def test_logged_losses_go_on(tmp_path):
         assert total == pytest.approx(sum(losses) / 6, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------- what it is made of
+# -------------------------------------------------------------------------------- checkpoint kinds
 
 
-def test_by_path(whole, tmp_path):
+def test_resuming_from_a_path(whole, tmp_path):
     run(tmp_path, At(5, end_training))
     moved = tmp_path.parent / (tmp_path.name + "-moved")
     shutil.move(tmp_path / "checkpoint-4", moved)
@@ -587,8 +589,8 @@ def test_by_path(whole, tmp_path):
     check_same(run(tmp_path / "other", resume=moved), whole, since=4)
 
 
-def test_of_transformers_own_trainer(tmp_path):
-    """Its schedule and epochs, on our batches: as many steps are left."""
+def test_a_checkpoint_of_transformers(tmp_path):
+    """A checkpoint of transformers' trainer: the same schedule and number of steps, our batches."""
     args = Seq2SeqTrainingArguments(
         str(tmp_path),
         use_cpu=True,
@@ -617,7 +619,7 @@ def test_of_transformers_own_trainer(tmp_path):
     assert [e[4] for e in logged(resumed)][4:] == [e[4] for e in logged(whole)][4:]
 
 
-def test_of_the_model_alone(tmp_path, warned):
+def test_a_checkpoint_of_only_the_model(tmp_path, warned):
     run(tmp_path, At(4, end_training), save_only_model=True)
     assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
     resumed = run(tmp_path, resume=True)
@@ -632,7 +634,7 @@ BEST = {
     "save_total_limit": 1,
     "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
-    "greater_is_better": True,  # the first, then
+    "greater_is_better": True,  # so the first model is the best
     "eval_dataset": make_examples(8, seed=1),
 }
 
@@ -651,7 +653,7 @@ def test_the_best_model(tmp_path):
 
 
 def random_metrics(prediction):
-    return {"chance": random.random() + np.random.random() + float(torch.rand(()))}
+    return {"rng": random.random() + np.random.random() + float(torch.rand(()))}
 
 
 def test_evaluation_changes_nothing_in_training(tmp_path):
@@ -665,7 +667,7 @@ def test_evaluation_changes_nothing_in_training(tmp_path):
         eval_dataset=EXAMPLES[:8],
         compute_metrics=random_metrics,
     )
-    assert sum("eval_chance" in entry for entry in evaluated.state.log_history) == 9
+    assert sum("eval_rng" in entry for entry in evaluated.state.log_history) == 9
     check_same(evaluated, whole)
 
 
@@ -687,7 +689,7 @@ def test_a_dataset_without_a_length(stop, tmp_path):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """As they are where a process starts: and as they were, after each test."""
+    """Default signal handlers, and a check that each test restores them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ours = {number: signal.getsignal(number) for number in before}
@@ -700,7 +702,7 @@ def handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [2, 5, 6])
 def test_a_signal(step, number, whole, tmp_path):
-    """In the midst of a step, it ends with that."""
+    """After a signal during a step, training ends with that step."""
     stopped = run(tmp_path, Within(step, send(number)), save_steps=4)
     assert stopped.state.global_step == step
     assert whole_steps(tmp_path)[-1] == step
@@ -708,7 +710,7 @@ def test_a_signal(step, number, whole, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["no", "epoch", "best"])
-def test_a_signal_saves_whatever_else_is_saved(strategy, tmp_path):
+def test_a_signal_saves_with_any_save_strategy(strategy, tmp_path):
     options = {"save_strategy": strategy, "eval_strategy": "epoch"}
     if strategy == "best":
         options.update(BEST, greater_is_better=False, eval_steps=1, metric_for_best_model="worse")
@@ -737,7 +739,7 @@ def test_a_second_interrupt(tmp_path):
     assert steps_of(tmp_path) == []
 
 
-def test_an_interrupt_after_sigterm_is_the_first(tmp_path):
+def test_an_interrupt_after_sigterm_counts_as_the_first(tmp_path):
     def both(control):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
@@ -747,7 +749,7 @@ def test_an_interrupt_after_sigterm_is_the_first(tmp_path):
 
 
 def test_other_handlers(tmp_path):
-    """One for SIGTERM is called too, what is ignored stays ignored; all are there again after."""
+    """A SIGTERM handler is called too, ignored signals stay ignored, and all are restored."""
     called = []
     before = signal.signal(signal.SIGTERM, lambda *_: called.append(1))
     ours = signal.getsignal(signal.SIGTERM)
@@ -765,7 +767,7 @@ def test_handlers_after_an_error(tmp_path):
         raise RuntimeError("of the user")
 
     with pytest.raises(RuntimeError, match="of the user"):
-        run(tmp_path, Within(2, fail))  # `handlers` looks
+        run(tmp_path, Within(2, fail))  # `handlers` checks the handlers
 
 
 def test_in_another_thread(whole, tmp_path):
@@ -782,8 +784,8 @@ class InEvaluation(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_during_evaluation(whole, tmp_path):
-    """It is heard with the step that follows; where an evaluation was due then, that waits."""
+def test_a_signal_during_evaluation(whole, tmp_path):
+    """The next step stops training, and its evaluation is postponed."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": EXAMPLES[:8]}
 
     def evaluations(trainer):
@@ -799,7 +801,7 @@ def test_during_evaluation(whole, tmp_path):
     assert evaluations(resumed) == evaluations(evaluated)
 
 
-def test_an_evaluation_at_the_end_of_an_epoch_waits_too(tmp_path):
+def test_an_evaluation_at_the_end_of_an_epoch_is_postponed_too(tmp_path):
     options = {"eval_strategy": "epoch", "eval_dataset": EXAMPLES[:8]}
     stopped = run(tmp_path, Within(3, send(signal.SIGTERM)), **options)
     resumed = run(tmp_path, resume=True, **options)
@@ -817,8 +819,8 @@ def slow_collate(examples):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_workers_too(number, tmp_path):
-    """A terminal, or torchrun, sends it to the whole group of processes."""
+def test_a_signal_to_the_process_group(number, tmp_path):
+    """A terminal or torchrun sends the signal to the whole process group."""
 
     def to_all(control):
         os.killpg(0, number)
@@ -827,7 +829,7 @@ def test_a_signal_to_the_workers_too(number, tmp_path):
     def attempt():
         os.setsid()
         trainer = trainer_of(tmp_path, data_collator=slow_collate, dataloader_num_workers=2)
-        trainer.add_callback(At(1, to_all))  # too late for this step to be the last
+        trainer.add_callback(At(1, to_all))  # after the exchange, so one more step runs
         trainer.train()
         assert trainer.state.global_step == 2
 
@@ -835,8 +837,8 @@ def test_a_signal_to_the_workers_too(number, tmp_path):
     assert whole_steps(tmp_path) == [2]
 
 
-def test_workers_are_mortal_outside_of_training(tmp_path):
-    """Where a loader is not waited for, at exit, its workers are ended by SIGTERM."""
+def test_sigterm_ends_workers_outside_of_training(tmp_path):
+    """At exit, a loader ends its workers with SIGTERM."""
     stop = StopSignals()
     with stop:
         batches = iter(stop.shield_workers(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
@@ -847,15 +849,15 @@ def test_workers_are_mortal_outside_of_training(tmp_path):
         batches = iter(stop.shield_workers(DataLoader(range(9), num_workers=1, prefetch_factor=1)))
         next(batches)
         worker = batches._workers[0]
-    with contextlib.suppress(RuntimeError):  # torch notices, and says so at any time
+    with contextlib.suppress(RuntimeError):  # torch may raise an error about the dead worker
         worker.terminate()
-        worker.join(30)  # a worker that waits for work looks up every 5 s
+        worker.join(30)  # an idle worker checks for the signal every 5 s
     worker.join(30)
     assert worker.exitcode == -signal.SIGTERM
 
 
-def test_other_children_are_mortal(tmp_path):
-    """A pool that a metric opens is closed by SIGTERM, and must not take itself for the trainer."""
+def test_sigterm_ends_other_child_processes(tmp_path):
+    """SIGTERM ends the process pool of a metric, which inherits the trainer's handler."""
     exits = []
     context = mp.get_context("fork")
     begun = context.Event()
@@ -881,7 +883,7 @@ def test_other_children_are_mortal(tmp_path):
 
 
 def on_rank(rank, folder, resume, stop, signalled, options):
-    """Train to ``stop``, or to the end; a signal goes to one rank."""
+    """Train to step ``stop`` or to the end. The rank ``signalled`` gets a signal instead."""
     callbacks = [At(stop, end_training)] if stop and signalled is None else []
     if rank == signalled:
         callbacks = [Within(stop, send(signal.SIGTERM))]
@@ -889,7 +891,7 @@ def on_rank(rank, folder, resume, stop, signalled, options):
     return trainer.state.global_step, *outcome(trainer), trainer.diary.carried
 
 
-# transformers 5.15 to 5.17 load the optimizer to "cpu:0", which torch does not know.
+# transformers 5.15 to 5.17 load the optimizer to "cpu:0", which torch does not support.
 needs_restorable_optimizer = pytest.mark.skipif(
     'self.args.device if self.args.world_size > 1 else "cpu"'
     in inspect.getsource(Trainer._load_optimizer_and_scheduler),
@@ -902,7 +904,7 @@ def several_on_rank(rank, runs):
 
 
 def examples_of(ranks, which):
-    """What each step had, of all ranks."""
+    """The examples of each step over all ranks."""
     by_rank = [[entry[1] for entry in rank[which][3]] for rank in ranks]
     return [sorted(i for share in step for i in share) for step in zip(*by_rank, strict=True)]
 
@@ -919,8 +921,8 @@ def check_close(rank, which, whole, since):
 
 
 @needs_restorable_optimizer
-def test_other_numbers_of_ranks(tmp_path):
-    """From 1 to 2 and 3, from 2 to 1 and 3, from 3 to 1: within an epoch, and at its end."""
+def test_resuming_on_another_number_of_ranks(tmp_path):
+    """From 1 to 2 and 3 ranks, from 2 to 1 and 3, from 3 to 1, within an epoch and at its end."""
     options = {"logging_steps": 3}
     whole = run(tmp_path / "whole", save_strategy="no", dropout=0.0, **options)
     steps = [sorted(entry[1]) for entry in whole.diary.steps]
@@ -965,17 +967,17 @@ def test_other_numbers_of_ranks(tmp_path):
         resumed = run(tmp_path / name, resume=True, **options)
         assert [sorted(entry[1]) for entry in resumed.diary.steps] == steps[since:]
         check_close([(9, *outcome(resumed))], 0, whole, since)
-    mark = json.loads((tmp_path / "dropout-5" / "checkpoint-5" / STATE_NAME).read_text())
-    assert mark["loss"]["sums"] == [rank[4][4] for rank in two]
-    assert len(set(mark["loss"]["sums"])) == 2
-    for rank in two:  # the same number of ranks: to the bit, dropout included
+    state = json.loads((tmp_path / "dropout-5" / "checkpoint-5" / STATE_NAME).read_text())
+    assert state["loss"]["sums"] == [rank[4][4] for rank in two]
+    assert len(set(state["loss"]["sums"])) == 2
+    for rank in two:  # with the same number of ranks, bit-identical with dropout
         assert rank[2][2] == rank[4][2]
         for name, tensor in rank[2][1].items():
             assert torch.equal(tensor, rank[4][1][name]), name
 
 
 def signalled_on_rank(rank, folder):
-    """Rank 1 is told to stop within step 3; both do after step 4, which all have heard of."""
+    """Rank 1 gets a signal during step 3. Both ranks stop after the next exchange."""
     evaluated = {"eval_strategy": "steps", "eval_steps": 4, "eval_dataset": EXAMPLES[:8]}
     stopped = on_rank(rank, folder, None, 3, 1, evaluated)
     resumed = on_rank(rank, folder, True, None, None, evaluated)

@@ -1,4 +1,4 @@
-"""The sampler plans the same batches on every rank and gives each rank an even share of them."""
+"""Each rank gets an even share of the batches that all ranks plan, in each epoch."""
 
 import pickle
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from tokenpack.packing import pack_lengths
 from tokenpack.trainer.sampler import TokenBudgetBatchSampler
-from tokenpack.trainer.sharing import share_evenly
+from tokenpack.trainer.shares import share_evenly
 
 
 def lognormal(count, mean=150, longest=768, seed=0):
@@ -25,7 +25,7 @@ def pairs(count, seed=0):
 
 
 def ranks(lengths, max_tokens, num_ranks, epoch=0, **options):
-    """A sampler for each rank, as each process would create it."""
+    """The batches of one sampler per rank, as in separate processes."""
     samplers = [
         TokenBudgetBatchSampler(lengths, max_tokens, num_ranks=num_ranks, rank=rank, **options)
         for rank in range(num_ranks)
@@ -57,7 +57,7 @@ def cases(draw):
     shuffle=st.booleans(),
     padded=st.booleans(),
 )
-def test_all_ranks_have_as_many_batches_and_each_example_occurs_once(
+def test_every_example_once_in_equally_many_batches_on_every_rank(
     case, num_ranks, epoch, shuffle, padded
 ):
     lengths, max_tokens = case
@@ -67,7 +67,7 @@ def test_all_ranks_have_as_many_batches_and_each_example_occurs_once(
         options["max_tokens_per_group"] = max_tokens
     samplers = ranks(lengths, max_tokens, num_ranks, epoch, **options)
     count = len(samplers[0])
-    for other in range(3):  # batches in each epoch
+    for other in range(3):  # number of batches in each epoch
         assert len(samplers[0].plan(other)[1]) == count + 1
     shares = [list(sampler) for sampler in samplers]
     assert [len(share) for share in shares] == [count] * num_ranks
@@ -100,7 +100,7 @@ def test_batches_are_full(max_tokens, lengths):
     assert sampler.fill == pytest.approx(lengths.sum() / (len(sampler) * max_tokens))
 
 
-def test_batches_do_not_depend_on_the_ranks():
+def test_batches_do_not_depend_on_ranks():
     lengths = lognormal(3_000)
     plans = [sampler.plan() for n in (1, 4) for sampler in ranks(lengths, 4096, n, seed=5)]
     for items, offsets in plans[1:]:
@@ -108,11 +108,11 @@ def test_batches_do_not_depend_on_the_ranks():
         assert (offsets == plans[0][1]).all()
 
 
-def test_batches_differ_by_epoch_and_seed_and_are_reproducible():
+def test_epochs_and_seeds_change_the_batches_reproducibly():
     lengths = lognormal(3_000)
     sampler = TokenBudgetBatchSampler(lengths, 4096, seed=1)
     first = list(sampler)
-    assert list(sampler) == first  # the epoch has not changed
+    assert list(sampler) == first  # until another epoch is set
     sampler.set_epoch(1)
     second = list(sampler)
     assert not {frozenset(batch) for batch in first} & {frozenset(batch) for batch in second}
@@ -133,7 +133,7 @@ def test_an_epoch_is_planned_once(monkeypatch):
         module, "find_plan", lambda *args: calls.append(args[3]) or find_plan(*args)
     )
     sampler = TokenBudgetBatchSampler(lognormal(500), 4096, seed=7)
-    assert not calls  # not planned before it is needed
+    assert not calls  # the constructor does not plan
     for _ in range(2):
         len(sampler), list(sampler), sampler.fill, sampler.describe()
     assert calls == [(7, 0)]
@@ -142,7 +142,7 @@ def test_an_epoch_is_planned_once(monkeypatch):
     assert calls == [(7, 0), (7, 2)]
 
 
-def test_without_shuffle_batches_are_next_fit():
+def test_without_shuffle_batches_are_those_of_next_fit():
     lengths = lognormal(500)
     sampler = TokenBudgetBatchSampler(lengths, 2048, shuffle=False)
     plain = pack_lengths(lengths, 2048, "nf")
@@ -158,7 +158,7 @@ def test_without_shuffle_batches_are_next_fit():
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 @pytest.mark.parametrize("lengths", [lognormal(20_000), pairs(20_000)], ids=["one", "two"])
-def test_ranks_get_about_the_same_tokens(num_ranks, lengths):
+def test_ranks_get_equally_many_tokens(num_ranks, lengths):
     sampler = TokenBudgetBatchSampler(lengths, 3000 * num_ranks, num_ranks=num_ranks)
     tokens = lengths.reshape(len(lengths), -1).sum(1)
     items, offsets = sampler.plan()
@@ -174,7 +174,7 @@ def test_ranks_get_about_the_same_tokens(num_ranks, lengths):
 
 
 def test_swaps_narrow_the_gap_that_longest_first_leaves():
-    tokens = np.array([8, 7, 6, 5, 4])  # without swaps 17 and 13: 8 + 5 + 4 and 7 + 6
+    tokens = np.array([8, 7, 6, 5, 4])  # 17 and 13 without swaps: 8 + 5 + 4 and 7 + 6
     rank_of = share_evenly(tokens, tokens.astype(float), 2)
     assert sorted(np.bincount(rank_of, tokens).tolist()) == [15, 15]
     tokens = np.array([6, 4, 10, 9, 5])  # another swap would only reverse the gap
@@ -182,11 +182,11 @@ def test_swaps_narrow_the_gap_that_longest_first_leaves():
     assert sorted(np.bincount(rank_of, tokens).tolist()) == [16, 18]
 
 
-def test_the_cheaper_of_two_equally_full_ranks_gets_the_next_example():
+def test_among_ranks_with_equal_tokens_the_cheaper_one_gets_the_next():
     tokens = np.array([1000, 1001, 30, 30])
     rank_of = share_evenly(tokens, np.array([3000.0, 1000.0, 50.0, 50.0]), 2)
     assert rank_of[2] == rank_of[1]
-    # With a hidden size of 1, attention is most of the cost of a long sequence.
+    # The cost of long sequences exceeds their tokens: with hidden size 1, most of it is attention.
     long = TokenBudgetBatchSampler([[100, 0], [50, 50]], 400, hidden_size=1)
     one, two = long._costs(np.arange(2))
     assert one == 100 + 100**2 / 6
@@ -228,7 +228,7 @@ def padded(lengths, max_tokens=16_384, group=2048, **options):
 
 
 @pytest.mark.parametrize("lengths", [lognormal(5_000), pairs(5_000)], ids=["one", "two"])
-def test_padded_batches_are_limited_by_the_slots_of_their_groups(lengths):
+def test_padded_batches_are_filled_by_the_slots_of_their_groups(lengths):
     sampler = padded(lengths)
     composed = []
     for epoch in range(4):
@@ -248,13 +248,13 @@ def test_padded_batches_are_limited_by_the_slots_of_their_groups(lengths):
         assert lengths.sum() >= 0.85 * total
     half = len(composed) // 2
     one, other = set().union(*composed[:half]), set().union(*composed[half:])
-    assert len(one & other) <= 0.02 * len(one)  # groups also differ between epochs
+    assert len(one & other) <= 0.02 * len(one)  # the groups change with the epoch too
 
 
-def test_groups_without_jitter_fit_if_jittered_groups_do_not(monkeypatch):
+def test_groups_without_jitter_are_the_fallback(monkeypatch):
     from tokenpack.trainer import sampler as module
 
-    assert module._JITTERS[-1] == 0.0  # count_batches used groups without jitter
+    assert module._JITTERS[-1] == 0.0  # the jitter of count_batches
     monkeypatch.setattr(module, "_JITTERS", (2.0, 0.0))
     seeds = []
     find_plan = module.find_plan
@@ -292,13 +292,13 @@ def test_padded_groups_are_split_if_there_are_few():
     assert [len(share) for share in shares] == [16] * 4
 
 
-def test_padded_batches_without_shuffle_keep_the_order():
+def test_padded_without_shuffle_keeps_the_order():
     lengths = pairs(300)
     sampler = padded(lengths, shuffle=False)
     assert [index for batch in sampler for index in batch] == list(range(300))
 
 
-# --------------------------------------------------------------------- data loaders and messages
+# ----------------------------------------------------------------------------------- integration
 
 
 def test_a_data_loader_accepts_it_and_it_has_no_batch_size():
@@ -309,7 +309,7 @@ def test_a_data_loader_accepts_it_and_it_has_no_batch_size():
     assert list(loader) == list(sampler)
 
 
-def test_a_pickled_copy_yields_the_same_shares_without_the_plan():
+def test_pickling_drops_the_plan_and_changes_nothing_else():
     sampler = TokenBudgetBatchSampler(pairs(2_000), 4096, num_ranks=2, rank=1, seed=4)
     sampler.set_epoch(3)
     planned = list(sampler)
@@ -338,7 +338,7 @@ batch  examples  tokens   used  shortest  median  longest  tokens per rank
 @pytest.mark.parametrize(
     "lengths, options, error, message",
     [
-        ([3, 0], {}, ValueError, r"1 or more, source and target together, got lengths\[1\] = 0$"),
+        ([3, 0], {}, ValueError, r"1 or more, source plus target, got lengths\[1\] = 0$"),
         ([[3, 1], [0, 0]], {}, ValueError, r"got lengths\[1\] = 0 \+ 0"),
         ([3, 11, 12], {}, ValueError, r"at most max_tokens = 10, .* lengths\[1\] = 11 and 1 more"),
         ([[3, 1], [6, 5]], {}, ValueError, r"at most max_tokens = 10, .* lengths\[1\] = 6 \+ 5"),

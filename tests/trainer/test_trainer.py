@@ -1,4 +1,4 @@
-"""What a user asks of a trainer, and what it says: budgets, arguments, limits, logs."""
+"""Budgets, arguments, limits, logs and probing of the trainers."""
 
 import inspect
 from types import SimpleNamespace
@@ -27,11 +27,11 @@ def losses_of(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-# ---------------------------------------------------------------------------- 200 steps beside it
+# ------------------------------------------------------------------- compared with Seq2SeqTrainer
 
 
 class SameBatches(Seq2SeqTrainer):
-    """transformers' trainer, handed another's batches."""
+    """transformers' trainer with the batches of another trainer."""
 
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(
@@ -40,7 +40,7 @@ class SameBatches(Seq2SeqTrainer):
 
 
 def test_200_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
-    """T5, span corruption of real text; the same batches whole, padded, by transformers."""
+    """T5 with span corruption of real text. transformers trains on the same batches, padded."""
     from tokenpack.data import T5SpanCorruptionCollatorFast
     from tokenpack.samples.text import standard_library_texts
     from tokenpack.samples.tokenizer import train_tokenizer
@@ -90,7 +90,7 @@ def test_200_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
     theirs.planned = ours.plan
     theirs.planned.set_epoch(0)
     theirs.train()
-    assert len(losses_of(ours)) == 200 <= len(ours.plan)  # one epoch, which `planned` is set to
+    assert len(losses_of(ours)) == 200 <= len(ours.plan)  # within the epoch of `planned`
     assert losses_of(ours)[-1] < 0.9 * losses_of(ours)[0]
     assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=1e-3)
     assert ours.state.log_history[0]["microbatches_per_step"] > 2
@@ -121,7 +121,7 @@ def test_the_signature_names_every_field_of_a_budget():
     assert (defaults.max_encoder_len, defaults.max_decoder_len) == (512, 256)
 
 
-def test_arguments_carry_the_same_fields_and_keywords_outweigh_them(tmp_path):
+def test_arguments_have_the_same_fields_and_keywords_take_precedence(tmp_path):
     (args,) = HfArgumentParser(TokenBudgetArguments).parse_args_into_dataclasses(
         [
             *("--output_dir", str(tmp_path), "--max_tokens_per_batch", "4000", "--pack", "false"),
@@ -145,6 +145,16 @@ def test_arguments_carry_the_same_fields_and_keywords_outweigh_them(tmp_path):
     )
 
 
+def test_arguments_copy_types_defaults_and_help_of_the_budget():
+    copies = TokenBudgetArguments.__dataclass_fields__
+    for name, option in TokenBudget.__dataclass_fields__.items():
+        copy = copies["debug_batches" if name == "debug" else name]
+        assert copy.default == option.default
+        assert copy.metadata["help"] == option.metadata["help"]
+        assert copy.metadata.keys() <= {"help", "choices"}  # HfArgumentParser accepts no others
+        assert copy.type == option.type or (name, copy.type) == ("overlong", "str")
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -160,7 +170,7 @@ def test_arguments_carry_the_same_fields_and_keywords_outweigh_them(tmp_path):
         ({"pack": "no"}, "pack must be True or False"),
     ],
 )
-def test_nonsense_is_refused(wrong, message, tmp_path):
+def test_invalid_options(wrong, message, tmp_path):
     with pytest.raises((TypeError, ValueError), match=message):
         make_trainer("T5", tmp_path, make_examples(3), **wrong)
 
@@ -170,12 +180,12 @@ def made_without_use_cpu(rank, folder):
         make_trainer("T5", folder, make_examples(3), use_cpu=False)
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="ranks know of each other then")
-def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path):
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="ranks find each other then")
+def test_processes_without_a_process_group_are_an_error(tmp_path):
     on_ranks(2, made_without_use_cpu, tmp_path)
 
 
-def test_a_model_that_cannot_be_packed_is_refused_unless_asked(tmp_path):
+def test_a_model_that_cannot_be_packed_needs_pack_false(tmp_path):
     from transformers import LongT5Config, LongT5ForConditionalGeneration
 
     config = LongT5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -185,7 +195,7 @@ def test_a_model_that_cannot_be_packed_is_refused_unless_asked(tmp_path):
     make_trainer("T5", tmp_path, make_examples(3), model=model, pack=False)
 
 
-def test_a_patch_of_the_user_keeps_its_options(tmp_path):
+def test_a_model_patched_by_the_user_keeps_its_options(tmp_path):
     from tokenpack import patch_model
 
     model = patch_model(CASES["T5"].build(), logits="always", strict=True)
@@ -223,7 +233,7 @@ def test_overlong_examples_are_an_error(tmp_path):
         trainer.train()
 
 
-def test_or_dropped(tmp_path):
+def test_overlong_examples_are_dropped(tmp_path):
     seen = Seen()
     trainer = make_trainer(
         "T5",
@@ -241,10 +251,10 @@ def test_or_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["list", "datasets"])
-def test_or_truncated_with_their_end_mark(kind, tmp_path):
+def test_overlong_examples_are_truncated_and_keep_their_eos(kind, tmp_path):
     given = []
 
-    def noting(examples):
+    def recording(examples):
         given.extend(examples)
         return collate(examples)
 
@@ -258,7 +268,7 @@ def test_or_truncated_with_their_end_mark(kind, tmp_path):
         max_encoder_len=40,
         max_decoder_len=30,
         overlong="truncate",
-        data_collator=noting,
+        data_collator=recording,
     )
     trainer.train()
     assert trainer.truncated_examples == 2
@@ -268,7 +278,7 @@ def test_or_truncated_with_their_end_mark(kind, tmp_path):
     assert list(deepest["labels"]) == [*range(3, 32), EOS]
 
 
-def test_a_collator_that_lengthens_cannot_break_the_bound(tmp_path):
+def test_a_collator_cannot_exceed_the_budget(tmp_path):
     def doubling(examples):
         return collate([{**each, "input_ids": each["input_ids"] * 3} for each in examples])
 
@@ -278,7 +288,7 @@ def test_a_collator_that_lengthens_cannot_break_the_bound(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_no_microbatch_is_over_the_bound(pack, tmp_path):
+def test_no_microbatch_exceeds_the_budget(pack, tmp_path):
     sizes = []
     examples = make_examples(60)
     trainer = make_trainer(
@@ -286,20 +296,20 @@ def test_no_microbatch_is_over_the_bound(pack, tmp_path):
     )
     inner = trainer._mean_loss
 
-    def noting(model, inputs, targets):
+    def recording(model, inputs, targets):
         slots = inputs["input_ids"].numel() + inputs["labels"].numel()
         real = int(inputs["attention_mask"].sum() + (inputs["labels"] != -100).sum())
         sizes.append(real if pack else slots)
         return inner(model, inputs, targets)
 
-    trainer.runner.mean_loss = noting
+    trainer.runner.mean_loss = recording
     trainer.train()
     total = sum(len(each["input_ids"]) + len(each["labels"]) for each in examples)
     assert max(sizes) <= 70
     assert sum(sizes) == total if pack else sum(sizes) >= total
 
 
-# ----------------------------------------------------------------------------------- what is seen
+# ----------------------------------------------------------------------------------------- logs
 
 
 def test_logs(tmp_path):
@@ -317,7 +327,7 @@ def test_logs(tmp_path):
     assert logs[-1 - len(logs) % 2]["longest_sequence"] <= longest
 
 
-def test_lengths_that_a_collator_adds_keep_nothing_from_being_packed(tmp_path):
+def test_a_length_column_of_the_collator_does_not_prevent_packing(tmp_path):
     tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS, padding_side="right")
     collator = CappedSeq2SeqCollator(tokenizer)
     assert "input_length" in collator(make_examples(2))
@@ -335,7 +345,7 @@ def test_debug_prints_the_plan(tmp_path, capsys):
     assert "tokens" in printed
 
 
-def test_an_iterable_dataset_goes_by_rows_and_is_cut_all_the_same(tmp_path):
+def test_an_iterable_dataset_is_batched_by_rows_and_split(tmp_path):
     examples = make_examples(40)
 
     class Stream(torch.utils.data.IterableDataset):
@@ -349,7 +359,7 @@ def test_an_iterable_dataset_goes_by_rows_and_is_cut_all_the_same(tmp_path):
     assert logs[0]["microbatches_per_step"] >= 3
 
 
-def test_the_order_of_the_dataset_if_asked(tmp_path):
+def test_sequential_sampling_keeps_the_order(tmp_path):
     seen = Seen()
     trainer = make_trainer(
         "T5", tmp_path, make_examples(30), callbacks=[seen], train_sampling_strategy="sequential"
@@ -382,7 +392,7 @@ def test_epochs_differ_and_seeds_repeat(tmp_path):
 
 
 def test_the_largest_budget_that_fits_is_found(tmp_path, monkeypatch):
-    """Memory ends at 333 tokens here."""
+    """Micro-batches over 333 tokens run out of memory."""
     trainer = make_trainer(
         "T5",
         tmp_path,
@@ -418,8 +428,8 @@ def test_the_largest_budget_that_fits_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_probing_takes_the_longest_targets_too(pack, tmp_path):
-    """Logits are of targets alone. And padded, slots count."""
+def test_probing_includes_the_longest_targets(pack, tmp_path):
+    """Only targets have logits. With padding, slots count."""
     examples = [
         {"input_ids": [5] * source, "labels": [6] * target}
         for source, target in [(60, 2), (2, 20)] * 40
@@ -435,11 +445,11 @@ def test_probing_takes_the_longest_targets_too(pack, tmp_path):
     )
     inner, tried = trainer.runner.mean_loss, []
 
-    def noting(model, inputs, targets):
+    def recording(model, inputs, targets):
         tried.append((inputs["input_ids"].numel(), inputs["labels"].numel()))
         return inner(model, inputs, targets)
 
-    trainer.runner.mean_loss = noting
+    trainer.runner.mean_loss = recording
     trainer._get_train_sampler()
     trainer.get_train_dataloader()
     trainer.find_microbatch()
@@ -448,8 +458,8 @@ def test_probing_takes_the_longest_targets_too(pack, tmp_path):
     assert pack or max(map(sum, tried)) <= 600
 
 
-def test_what_a_search_tries_outweighs_keywords(tmp_path):
-    """As optuna's: fields of the arguments are set before each trial."""
+def test_values_of_a_search_take_precedence_over_keywords(tmp_path):
+    """Like optuna's search, which sets fields of the arguments before each trial."""
     args = TokenBudgetArguments(str(tmp_path), use_cpu=True, report_to=[])
     trainer = HierarchicalTokenTrainer(
         CASES["T5"].build(),
@@ -483,7 +493,7 @@ def log_on_first_rank(rank, folder):
 
 
 def test_a_user_may_log_on_one_rank(tmp_path):
-    """Only the trainer's own logs ask the other ranks, and take up the counts."""
+    """Only the trainer's own logs gather from other ranks and reset the counts."""
     first, second = on_ranks(2, log_on_first_rank, tmp_path)
     assert len(first) == len(second) > 0
     assert all(entry["tokens_per_second"] > 0 for entry in first)

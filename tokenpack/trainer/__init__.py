@@ -2,14 +2,15 @@
 
 Each file imports only from files above it:
 
-    arguments                            the options of a token budget
-    batches, sharing, sampler            the batches of an epoch, and each rank's share of them
-    example_lengths                      the lengths of a dataset's examples
-    device_feed, measure, microbatch     split a collated batch
-    loading, signals                     from indices to collated batches; stop requests
-    out_of_memory, ranks, step_share, step   one optimizer step
-    base, loss, planning, evaluation, checkpoints   the parts of the trainers
-    callbacks, probing, trainer          the trainers
+    arguments                                        the options of a token budget
+    batches, shares, sampler                         batches of an epoch, and each rank's share
+    example_lengths                                  lengths of a dataset's examples
+    device_feed, measure, microbatch                 micro-batches of a collated batch
+    loading                                          from planned indices to a collated batch
+    signals                                          stop requests
+    out_of_memory, ranks, step_share, step           one optimizer step
+    base, loss, planning, evaluation, checkpoints    parts of the trainers
+    callbacks, probing, trainer                      the trainers
 """
 
 from __future__ import annotations

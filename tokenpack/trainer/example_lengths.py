@@ -1,12 +1,12 @@
-"""Count the tokens of every example of a dataset, in the cheapest way that the dataset offers.
+"""The number of tokens of every example of a dataset, found in the cheapest way.
 
-    source[i] = dataset[i][length column], or the ones in its attention_mask, or len(input_ids)
+    source[i] = dataset[i][length column], or ones in its attention_mask, or len(input_ids)
     target[i] = len(labels) without trailing -100, or 0 without labels
 
-A plan needs the lengths of all examples before the first step. The cheapest source is a length
-column. Next is a `datasets.Dataset`: Arrow stores the offsets of the rows of a column, and their
-differences are the lengths. No tokens are read, except for masks and for labels that end in -100.
-Any other dataset creates its items on access, so each item is created once. The result is cached.
+A plan needs the lengths of all examples before the first step. A length column contains them. For a
+`datasets.Dataset` without one, they are the differences of the offsets that Arrow stores with a
+column of lists, so no tokens are read. (The values of masks, and of labels that end with -100, are
+read.) If a dataset makes its items on demand, each item is made once, and the result is cached.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +27,13 @@ from ..segments import offsets_of
 
 logger = logging.getLogger(__name__)
 
-_Count = Callable[[NDArray[Any], NDArray[np.int64]], NDArray[np.int64]]
-
 KINDS = ("seq2seq", "causal")
 _MASK = "attention_mask"
 _TARGET_LENGTHS = ("labels_length", "label_length")
 _BLOCK = 1000  # items per call of __getitems__
 
-# Keyed by id, because many datasets compare by content or are not hashable. An entry is deleted
-# with its dataset.
+# By id, because many datasets compare by content or are not hashable. An entry is removed with its
+# dataset.
 _cached: dict[int, tuple[weakref.ref[Any], dict[tuple[Any, ...], NDArray[np.int64]]]] = {}
 
 
@@ -50,63 +48,67 @@ def dataset_lengths(
     show_progress: bool | None = None,
     cache: bool = True,
 ) -> NDArray[np.int64]:
-    """Count the tokens of each example.
+    """Return the number of tokens of each example.
 
-    The source length is the first of these that exists: the column ``length_column_name``; the
-    number of ones in ``attention_mask``; the length of ``source_column``. The target length is the
-    length of ``target_column`` without trailing -100, or an integer column ``labels_length`` or
-    ``label_length``, or 0.
+    The source length is, in this order: the column ``length_column_name``; the number of ones in
+    ``attention_mask``, which excludes padding; the length of ``source_column``. The target length
+    is the length of ``target_column`` without trailing -100, or a column ``labels_length`` or
+    ``label_length`` of integers, or 0.
 
     A `datasets.Dataset` is read by column, also after ``select``, ``shuffle`` or
-    ``train_test_split``. Any other dataset, or one with a transform, is read item by item.
+    ``train_test_split``. Other datasets, and a `datasets.Dataset` with a transform, are read item
+    by item.
 
     Args:
-        dataset: a map-style dataset with a length. Its items are mappings to lists, arrays or
-            tensors.
-        length_column_name: a column, or key of the items, with the number of source tokens, or of
-            all tokens if no target is found.
+        dataset: a map-style dataset: it has a length, and its items are mappings of lists, arrays
+            or tensors.
+        length_column_name: a column, or key of items, that contains the tokens of the source, or of
+            the whole example if there is no target.
         source_column: token ids of the encoder, or of a causal model.
         target_column: token ids of the decoder.
-        kind: "seq2seq", or "causal" if an example is one sequence.
-        collator: the data collator. If it changes the lengths, it must have a method
-            ``lengths(raw_lengths (n, 2)) -> (n, 2)``. A collator without one has no effect.
-        show_progress: show a progress bar while items are read. By default, follow transformers'
-            verbosity.
-        cache: cache lengths that require reading values or items: in memory while the dataset
-            exists, and for a `datasets.Dataset` with files, next to these by its fingerprint.
+        kind: "seq2seq", or "causal" if an example is a single sequence.
+        collator: the collator. If it changes lengths, it must have a method
+            ``lengths(raw_lengths (n, 2)) -> (n, 2)``. Other collators have no effect.
+        show_progress: whether to show the progress of a pass over items. By default, this follows
+            the verbosity of transformers.
+        cache: cache lengths that require a pass over values or items: in memory while the dataset
+            exists, and next to the files of a `datasets.Dataset`, by its fingerprint.
 
     Returns:
-        ``(n, 2)`` int64, source and target; ``(n,)``, their sum, if ``kind`` is "causal".
+        ``(n, 2)`` int64, source and target tokens. ``(n,)`` if ``kind`` is "causal".
 
     Raises:
         TypeError: if the dataset has no length, an item is not a mapping, or a column does not
-            hold lists of integers.
-        ValueError: if there is neither a length column nor a source column, if a sequence is not
-            one-dimensional, or if ``kind`` is unknown.
+            contain lists of integers.
+        ValueError: if the dataset has neither the length column nor the source column, a sequence
+            is not one-dimensional, or ``kind`` is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     columns = _Columns(length_column_name, source_column, target_column if kind == KINDS[0] else "")
     count = _length_of(dataset)
-    lengths = _from_memory(dataset, columns, count) if cache else None
-    if lengths is None:
-        lengths = _measure(dataset, columns, count, show_progress, cache)
-    if (lengths_after := getattr(collator, "lengths", None)) is not None:
-        lengths = _from_collator(lengths_after(lengths), count)
-    return lengths.sum(1) if kind == "causal" else lengths.copy()
+    found = _from_cache(dataset, columns.key, count) if cache else None
+    if found is None:
+        found = _measure(dataset, columns, count, show_progress, cache)
+    if (offers := getattr(collator, "lengths", None)) is not None:
+        found = _from_collator(offers(found), count)
+    return found.sum(1) if kind == "causal" else found.copy()
 
 
-class _Columns(NamedTuple):
-    """Names of the columns. ``target`` is empty for causal models."""
+class _Columns:
+    """The names of the columns. ``target`` is empty for causal models."""
 
-    length: str
-    source: str
-    target: str
+    def __init__(self, length: str, source: str, target: str) -> None:
+        self.length, self.source, self.target = length, source, target
 
-    def missing(self, found: Iterable[str]) -> ValueError:
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.length, self.source, self.target)
+
+    def missing(self, found: Any) -> ValueError:
         return ValueError(
             f"dataset must have a column {self.length!r} of lengths (length_column_name) or "
-            f"{self.source!r} of token ids (source_column), got {', '.join(found) or 'no columns'}"
+            f"{self.source!r} of token ids (source_column), got {', '.join(found) or 'none'}"
         )
 
 
@@ -115,35 +117,35 @@ def _length_of(dataset: Any) -> int:
         return len(dataset)
     except TypeError:
         raise TypeError(
-            f"dataset must have a length, to plan batches of all its examples, got "
-            f"{type(dataset).__name__} without __len__"
+            "dataset must have a length, to plan batches of all its examples, got "
+            f"{type(dataset).__name__}, which has no length"
         ) from None
 
 
 def _measure(
     dataset: Any, columns: _Columns, count: int, show_progress: bool | None, cache: bool
 ) -> NDArray[np.int64]:
-    """``(n, 2)`` int64."""
+    """``(n, 2)`` int64, from the cache, by column, or by item."""
     names = _arrow_columns(dataset)
     if names is not None and columns.length not in names and columns.source not in names:
         raise columns.missing(names)
     cheap = names is not None and (columns.length in names or _MASK not in names)
     path = None if cheap or not cache else _cache_file(dataset, columns)
-    lengths = None if path is None else _load(path, count)
-    if lengths is None:
+    found = None if path is None else _load(path, count)
+    if found is None:
         if names is not None:
-            lengths = _by_column(dataset, columns, names)
+            found = _by_column(dataset, columns, names)
         else:
-            lengths = _by_item(dataset, columns, count, show_progress)
+            found = _by_item(dataset, columns, count, show_progress)
         if path is not None:
-            _save(path, lengths)
+            _save(path, found)
     if cache and not cheap:
-        _keep_in_memory(dataset, columns, lengths)
-    return lengths
+        _to_cache(dataset, columns.key, found)
+    return found
 
 
-def _from_collator(returned: Any, count: int) -> NDArray[np.int64]:
-    lengths = np.asarray(returned)
+def _from_collator(offered: Any, count: int) -> NDArray[np.int64]:
+    lengths = np.asarray(offered)
     if lengths.shape != (count, 2) or lengths.dtype.kind not in "iu":
         raise ValueError(
             f"collator.lengths must return ({count}, 2) integers, source and target of each "
@@ -156,12 +158,12 @@ def _from_collator(returned: Any, count: int) -> NDArray[np.int64]:
 
 
 def _arrow_columns(dataset: Any) -> list[str] | None:
-    """The columns of a `datasets.Dataset` without a transform; None for any other dataset."""
+    """The columns of a `datasets.Dataset` whose items are its rows. None for other datasets."""
     if not (hasattr(dataset, "with_format") and hasattr(dataset, "data")):
         return None
     form = getattr(dataset, "format", None)
     if isinstance(form, Mapping) and form.get("type") == "custom":
-        return None  # the items come from the transform, not from the columns
+        return None  # a transform may make items with other columns
     return list(dataset.column_names)
 
 
@@ -174,16 +176,15 @@ def _by_column(dataset: Any, columns: _Columns, names: list[str]) -> NDArray[np.
         source = _count_rows(dataset, columns.source, None)
     target = np.zeros_like(source)
     if columns.target:
-        length_columns = [name for name in _TARGET_LENGTHS if name in names]
+        given = [name for name in _TARGET_LENGTHS if name in names]
         if columns.target in names:
             target = _count_rows(dataset, columns.target, _without_trailing)
-        elif length_columns:
-            target = _numbers(dataset, length_columns[0])
+        elif given:
+            target = _numbers(dataset, given[0])
     return np.stack([source, target], axis=1)
 
 
 def _numbers(dataset: Any, name: str) -> NDArray[np.int64]:
-    """``(n,)`` int64, a column of integers."""
     column = dataset.data.column(name)
     if column.null_count:
         raise TypeError(f"{name} must be integers, got a column with {column.null_count} nulls")
@@ -193,11 +194,11 @@ def _numbers(dataset: Any, name: str) -> NDArray[np.int64]:
     return _rows_of(dataset, values.astype(np.int64))
 
 
-def _count_rows(dataset: Any, name: str, count: _Count | None) -> NDArray[np.int64]:
-    """``(n,)`` int64, the length of each row of a column of lists, or ``count(values, offsets)``.
+def _count_rows(dataset: Any, name: str, count: Any) -> NDArray[np.int64]:
+    """The length of each row of a column of lists, or ``count(values, offsets)`` if it is given.
 
-    This counts the whole table and then selects the rows of the dataset, because selecting numbers
-    is cheaper than selecting lists.
+    This counts the whole table first and then takes the rows that the dataset selects, because
+    taking integers is cheaper than taking lists.
     """
     import pyarrow.compute
 
@@ -218,26 +219,26 @@ def _count_rows(dataset: Any, name: str, count: _Count | None) -> NDArray[np.int
 
 
 def _rows_of(dataset: Any, values: NDArray[Any]) -> NDArray[Any]:
-    """Select the rows of the table that the dataset has, in its order."""
+    """The values of the rows that the dataset selects from its table, in its order."""
     indices = getattr(dataset, "_indices", None)
     return values if indices is None else values[indices.column(0).to_numpy()]
 
 
 def _ones(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(n,)`` int64, the number of nonzero values of each row."""
+    """``(n,)`` int64, the number of values other than 0 in each row."""
     zeros = np.flatnonzero(values == 0)
     return np.diff(offsets) - np.diff(np.searchsorted(zeros, offsets))
 
 
 def _without_trailing(values: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(n,)`` int64, the length of each row up to its last label that is not ignored."""
+    """``(n,)`` int64, the length of each row without trailing -100."""
     lengths = np.diff(offsets)
     ends = offsets[1:][lengths > 0]
     if not (values[ends - 1] == IGNORE_INDEX).any():
         return lengths
-    labels = np.flatnonzero(values != IGNORE_INDEX)
-    last_ends = np.concatenate(([0], labels + 1))[np.searchsorted(labels, offsets[1:])]
-    return np.maximum(last_ends - offsets[:-1], 0)
+    kept = np.flatnonzero(values != IGNORE_INDEX)
+    kept_ends = np.concatenate(([0], kept + 1))[np.searchsorted(kept, offsets[1:])]
+    return np.maximum(kept_ends - offsets[:-1], 0)
 
 
 # ----------------------------------------------------------------------------------------- by item
@@ -297,10 +298,10 @@ def _target_of(item: Mapping[str, Any], at: int, columns: _Columns) -> int:
 
 
 def _row(tokens: Any, name: str) -> NDArray[Any]:
-    """The tokens of one example, from a list, an array or a tensor."""
+    """The tokens of one example as a NumPy array."""
     array = np.asarray(tokens.cpu() if hasattr(tokens, "cpu") else tokens)
     if array.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
+        raise ValueError(f"{name} must be one row of tokens, got shape {array.shape}")
     if array.size and array.dtype.kind not in "iub":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     return array
@@ -313,54 +314,54 @@ def _number(value: Any, name: str) -> int:
     return int(array.reshape(()))
 
 
-# ----------------------------------------------------------------------------------------- caching
+# ------------------------------------------------------------------------------------------- cache
 
 
-def _key(dataset: Any, columns: _Columns) -> tuple[Any, ...]:
-    """The columns and the fingerprint, which changes if a format is set in place."""
-    return (*columns, getattr(dataset, "_fingerprint", None))
+def _state(dataset: Any, key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``key`` and the fingerprint, because a format is set in place."""
+    return (*key, getattr(dataset, "_fingerprint", None))
 
 
-def _from_memory(dataset: Any, columns: _Columns, count: int) -> NDArray[np.int64] | None:
+def _from_cache(dataset: Any, key: tuple[Any, ...], count: int) -> NDArray[np.int64] | None:
     _, entries = _cached.get(id(dataset), (None, {}))
-    lengths = entries.get(_key(dataset, columns))
-    return lengths if lengths is not None and len(lengths) == count else None
+    found = entries.get(_state(dataset, key))
+    return found if found is not None and len(found) == count else None
 
 
-def _keep_in_memory(dataset: Any, columns: _Columns, lengths: NDArray[np.int64]) -> None:
-    number = id(dataset)
-    if number not in _cached:
+def _to_cache(dataset: Any, key: tuple[Any, ...], lengths: NDArray[np.int64]) -> None:
+    identity = id(dataset)
+    if identity not in _cached:
         try:
-            reference = weakref.ref(dataset, lambda _: _cached.pop(number, None))
-        except TypeError:  # for example a list: its entry would never be deleted
+            reference = weakref.ref(dataset, lambda _: _cached.pop(identity, None))
+        except TypeError:  # for example a list, which has no weak references
             return
-        _cached[number] = reference, {}
-    _cached[number][1][_key(dataset, columns)] = lengths
+        _cached[identity] = reference, {}
+    _cached[identity][1][_state(dataset, key)] = lengths
 
 
 def _cache_file(dataset: Any, columns: _Columns) -> Path | None:
-    """The path of the cache file, next to the files of a `datasets.Dataset`; None without files."""
+    """The cache file next to the files of a `datasets.Dataset`. None if it has no files."""
     files = getattr(dataset, "cache_files", None)
     fingerprint = getattr(dataset, "_fingerprint", None)
     if not files or not fingerprint:
         return None
-    name = hashlib.sha256(repr((fingerprint, *columns)).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr((fingerprint, *columns.key)).encode()).hexdigest()[:16]
     return Path(files[0]["filename"]).parent / f"tokenpack-lengths-{name}.npy"
 
 
 def _load(path: Path, count: int) -> NDArray[np.int64] | None:
     try:
         lengths = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # the file is missing or damaged
+    except (OSError, ValueError, EOFError):  # missing or incomplete
         return None
     valid = lengths.shape == (count, 2) and lengths.dtype == np.int64
     return lengths if valid else None
 
 
 def _save(path: Path, lengths: NDArray[np.int64]) -> None:
-    """Write the cache file. Other ranks may read or write it concurrently."""
+    """Write the cache file. Other ranks may read or write it at the same time."""
     try:
         with written_whole(path) as partial, partial.open("wb") as file:
             np.save(file, lengths)
     except OSError as error:
-        logger.info("Could not write the cache of lengths %s: %s", path, error)
+        logger.info("cannot cache lengths in %s: %s", path, error)

@@ -1,13 +1,12 @@
-"""A batch sampler that limits the tokens of a batch and splits each batch over ranks.
+"""The batches of an epoch, planned by tokens, and each rank's share of every batch.
 
-    batch b = examples items[offsets[b]:offsets[b + 1]],  at most max_tokens tokens in total
+    batch b = examples items[offsets[b]:offsets[b + 1]], at most max_tokens tokens in total
 
-A batch is global: ``max_tokens`` limits the tokens of all ranks together. Therefore the batches and
-the learning rate schedule do not depend on the number of ranks. Every rank plans the whole epoch
-from the same lengths and the same seed, and takes its share of every batch. Therefore all ranks
-have the same number of batches, and no rank waits for another one at the end of an epoch.
-
-`tokenpack.trainer.batches` plans the batches, `tokenpack.trainer.sharing` splits them over ranks.
+A batch is global: ``max_tokens`` is the limit over all ranks. So neither the batches nor the
+learning rate schedule depends on the number of ranks, and all ranks have the same number of
+batches. Each rank plans the whole epoch itself, from the same lengths and seed, and takes its share
+of every batch. `tokenpack.trainer.batches` makes the batches, and `tokenpack.trainer.shares` makes
+the shares.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from ..checks import at_least_one, check_seed
+from ..packing.arrival import next_fit
 from ..packing.lengths import as_lengths
-from ..packing.online import next_fit
 from ..packing.ranks import sequence_costs
-from ..segments import Plan, offsets_of, ranges
+from ..segments import offsets_of, ranges
 from .batches import count_batches, cut_groups, find_plan, group_similar
-from .sharing import share_evenly, share_groups
+from .shares import share_evenly, share_groups
 
-_JITTERS = (0.05, 0.02, 0.005, 0.0)  # jitter of the lengths in grouping; tried in this order
-_SPARE = 0.015  # extra batches, as a share of those needed, so that a plan with jitter fits
+_JITTERS = (0.05, 0.02, 0.005, 0.0)  # of lengths before grouping; the first that fits is used
+_SPARE = 0.015  # part of the batches to add, so that a jitter fits
 
 
 class _Epoch(NamedTuple):
     """The plan of one epoch.
 
     Attributes:
-        epoch: the epoch number.
-        items: ``(n,)`` int64, the example indices of the first batch, of the second batch, ...
-        offsets: ``(num_batches + 1,)`` int64, where each batch begins in ``items``.
-        group_of: ``(n,)`` int64, the group of each example, by example index; None without groups.
-        slots: the tokens of all batches, including the padding within groups.
+        epoch: the epoch.
+        items: ``(n,)`` int64, the examples, batch after batch.
+        offsets: ``(num_batches + 1,)`` int64.
+        group_of: ``(n,)`` int64, the group of each example, by example. None without groups.
+        slots: the tokens of all batches, including the padding in groups.
     """
 
     epoch: int
@@ -50,20 +49,20 @@ class _Epoch(NamedTuple):
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
-    """Plan batches of at most ``max_tokens`` tokens over all ranks; yield this rank's shares.
+    """Plans batches of at most ``max_tokens`` tokens over all ranks, and yields this rank's share.
 
-    Pass it to a `DataLoader` as ``batch_sampler``. A share is a list of example indices. If a batch
-    has fewer examples than there are ranks, each rank without an example gets a *filler*,
-    ``[-1 - index]`` of the batch's shortest example, so that it can run a step with the others. A
-    filler must have zero weight in the loss. ``-1 - filler`` is the example index.
+    Use it as the ``batch_sampler`` of a `DataLoader`. A share is a list of indices. If a batch has
+    fewer examples than there are ranks, the ranks without an example get a *filler*, which keeps
+    them in step with the others: ``[-1 - index]`` of the batch's shortest example. Give a filler no
+    weight. ``-1 - filler`` is the index.
 
-    The sampler has no ``batch_size`` attribute. If it had an integer one, accelerate would shard
-    the batches.
+    The class has no attribute ``batch_size``, because accelerate splits the batches of samplers
+    that have one.
 
     Attributes:
-        lengths: ``(n, 1)`` or ``(n, 2)`` int32, the tokens of each example: (source, target).
-        max_tokens: the largest number of tokens in a batch, over all ranks.
-        num_ranks: the number of ranks that share a batch.
+        lengths: ``(n, 1)`` or ``(n, 2)`` int32, tokens of each example: (source, target).
+        max_tokens: maximum number of tokens of a batch, over all ranks.
+        num_ranks: the number of ranks.
         rank: this rank.
         epoch: the epoch of the next pass.
     """
@@ -81,30 +80,30 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         padded: bool = False,
         max_tokens_per_group: int | None = None,
     ) -> None:
-        """Check the arguments. The plan is made when it is first needed.
+        """Check the arguments. The first use makes the plan.
 
         Args:
-            lengths: ``(n,)`` integers, the tokens of each example, or ``(n, 2)``, source and target
-                tokens, which are added.
-            max_tokens: the largest number of tokens in a batch, over all ranks.
-            num_ranks: the number of ranks that share a batch.
+            lengths: integers, ``(n,)`` tokens of each example, or ``(n, 2)`` source and target
+                tokens, whose sum counts.
+            max_tokens: maximum number of tokens of a batch, over all ranks.
+            num_ranks: the number of ranks.
             rank: this rank, from 0.
-            seed: seed of the shuffle, together with the epoch.
-            shuffle: plan different batches in each epoch. If False, examples stay in order, and
-                each batch takes the next examples that fit (next fit).
-            hidden_size: the model's hidden size, which sets the cost of attention relative to the
-                linear layers.
-            padded: count the slots (rows x columns) of padded batches instead of tokens. Examples
-                of similar lengths form groups of ``rows * (longest source + longest target)``
-                slots, and groups form batches. A rank gets whole groups. If the groups are too few
-                for even shares, they are split.
-            max_tokens_per_group: the largest number of slots in a group. By default
-                ``max_tokens // num_ranks``. Requires ``padded=True``.
+            seed: seed of the shuffle, in addition to the epoch.
+            shuffle: make other batches in each epoch. If False, examples stay in order, and each
+                batch takes the next examples that fit (next fit).
+            hidden_size: the model's hidden size, which sets the cost of attention in the share of a
+                rank.
+            padded: count the slots of a padded model instead of tokens. Examples form groups of
+                similar lengths with ``rows * (longest source + longest target)`` slots, and groups
+                form batches. A rank gets whole groups, one after the other, or parts of groups if
+                there are too few to share evenly.
+            max_tokens_per_group: maximum number of slots of a group. Only with ``padded``. By
+                default ``max_tokens // num_ranks``.
 
         Raises:
             TypeError: if a number or a length is not an integer.
-            ValueError: if a number is out of range, if there are no lengths, or if a length is
-                negative, 0, or over ``max_tokens`` (or ``max_tokens_per_group``).
+            ValueError: if a number is out of range, there are no lengths, or a length is negative,
+                0, or larger than ``max_tokens`` (or ``max_tokens_per_group``).
         """
         self.max_tokens = at_least_one("max_tokens", max_tokens)
         self.num_ranks = at_least_one("num_ranks", num_ranks)
@@ -121,13 +120,13 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self._planned: _Epoch | None = None
 
     def __len__(self) -> int:
-        """The number of batches in an epoch: the same on every rank and in every epoch."""
+        """The number of batches, which is the same on every rank and in every epoch."""
         if self._num_batches is None:
             self._num_batches = self._count()
         return self._num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Iterate over this rank's share of each batch of the current epoch."""
+        """This rank's share of each batch of the current epoch."""
         items, offsets = self.plan()
         for first, last in zip(offsets[:-1], offsets[1:]):
             yield self.share(items[first:last])
@@ -137,25 +136,20 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.epoch = _check_epoch(epoch)
 
     def plan(self, epoch: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the batches of all ranks.
-
-        Batch b has the examples ``items[offsets[b]:offsets[b + 1]]``. Both arrays are int64.
+        """The batches over all ranks: ``items (n,)`` and ``offsets (num_batches + 1,)``, int64.
 
         Args:
-            epoch: the epoch to plan; by default the current one.
-
-        Returns:
-            ``items (n,)`` and ``offsets (num_batches + 1,)``.
+            epoch: the epoch. By default the current one.
         """
         planned = self._plan_of(self.epoch if epoch is None else _check_epoch(epoch))
         return planned.items, planned.offsets
 
     def share(self, batch_items: Any, rank: int | None = None) -> list[int]:
-        """Return a rank's share of a batch: example indices in the batch's order, or one filler.
+        """A rank's share of a batch: indices in the order of the batch, or one filler.
 
         Args:
-            batch_items: ``(batch,)`` example indices: a batch of the epoch planned last.
-            rank: the rank; by default this one.
+            batch_items: ``(batch,)`` indices, a batch of the epoch that was planned last.
+            rank: the rank. By default this one.
         """
         items = np.asarray(batch_items, np.int64)
         rank = self.rank if rank is None else _check_rank(rank, self.num_ranks)
@@ -167,14 +161,14 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     @property
     def fill(self) -> float:
-        """The mean share of ``max_tokens`` that batches use, in slots if ``padded``."""
+        """The mean part of ``max_tokens`` that batches use, in slots with ``padded``."""
         return self._plan_of(self.epoch).slots / (len(self) * self.max_tokens)
 
     def describe(self, batches: int = 5) -> str:
-        """Return a table of the first batches of the current epoch, with the tokens per rank.
+        """A table of the first batches of the current epoch, with the tokens of each rank.
 
         Args:
-            batches: the number of batches to show.
+            batches: the number of batches.
         """
         items, offsets = self.plan()
         unit = "slots" if self.max_tokens_per_group is not None else "tokens"
@@ -195,13 +189,12 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return "\n".join([head, *lines])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Omit the plan. The copy makes it again when it is needed."""
+        """The state without the plan, which is made again when it is needed."""
         return {**self.__dict__, "_planned": None}
 
     # ------------------------------------------------------------------------------------ planning
 
     def _check_group(self, padded: bool, max_tokens_per_group: int | None) -> int | None:
-        """Return the largest number of slots in a group; None without padding."""
         if not padded:
             if max_tokens_per_group is not None:
                 raise ValueError(
@@ -243,7 +236,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         tokens = self._tokens()
         if self.shuffle:
             plan = find_plan(tokens, self.max_tokens, len(self), (self.seed, epoch))
-            assert plan is not None, "count_batches returned a number without a plan"
+            assert plan is not None, "count_batches returns a number for which there is a plan"
         else:
             plan = next_fit(tokens, self.max_tokens)
         return _Epoch(epoch, *plan, None, int(tokens.sum()))
@@ -254,20 +247,38 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             bounds = cut_groups(self.lengths, max_slots)
             slots = self._slots(items, bounds)
             groups, offsets = next_fit(slots, self.max_tokens)
-            return _epoch_of_groups(epoch, (items, bounds), (groups, offsets), slots)
+            return self._of_groups(epoch, items, bounds, groups, offsets, slots)
         seed = (self.seed, epoch)
         for jitter in _JITTERS:
             items, bounds = group_similar(self.lengths, max_slots, seed=seed, jitter=jitter)
             slots = self._slots(items, bounds)
             plan = find_plan(slots, self.max_tokens, len(self), seed)
             if plan is not None:
-                return _epoch_of_groups(epoch, (items, bounds), plan, slots)
-        raise AssertionError("count_batches returned a number without a plan")
+                return self._of_groups(epoch, items, bounds, *plan, slots)
+        raise AssertionError("without jitter, there is a plan with count_batches batches")
 
     def _slots(self, items: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
         """``(num_groups,)`` int64, rows * (longest source + longest target) of each group."""
         longest = np.maximum.reduceat(self.lengths[items], bounds[:-1]).astype(np.int64)
         return np.diff(bounds) * longest.sum(1)
+
+    def _of_groups(
+        self,
+        epoch: int,
+        items: NDArray[np.int64],
+        bounds: NDArray[np.int64],
+        groups: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        slots: NDArray[np.int64],
+    ) -> _Epoch:
+        """Turn a plan of groups into a plan of examples. The examples of a group stay together."""
+        rows = np.diff(bounds)
+        group_of = np.empty(len(items), np.int64)
+        group_of[items] = np.repeat(np.arange(len(rows)), rows)
+        by_batch = items[ranges(bounds[groups], rows[groups])]
+        return _Epoch(
+            epoch, by_batch, offsets_of(rows[groups])[offsets], group_of, int(slots.sum())
+        )
 
     # ------------------------------------------------------------------------------------- sharing
 
@@ -275,20 +286,17 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         """``(batch,)`` int64, the rank of each example of a batch.
 
         Args:
-            items: ``(batch,)`` int64 example indices: a batch of the epoch planned last.
+            items: ``(batch,)`` int64 indices, a batch of the epoch that was planned last.
         """
         if self.num_ranks == 1:
             return np.zeros(len(items), np.int64)
         if self.max_tokens_per_group is None:
             return share_evenly(self._tokens(items), self._costs(items), self.num_ranks)
-        bounds = self._group_bounds(items, self._planned or self._plan_of(self.epoch))
-        return share_groups(self.lengths[items].astype(np.int64), bounds, self.num_ranks)
-
-    def _group_bounds(self, items: NDArray[np.int64], planned: _Epoch) -> NDArray[np.int64]:
-        """``(num_groups + 1,)`` int64, where each group of a batch begins in ``items``."""
+        planned = self._planned or self._plan_of(self.epoch)
         assert planned.group_of is not None
-        edges = np.flatnonzero(np.diff(planned.group_of[items])) + 1
-        return np.concatenate(([0], edges, [len(items)]))
+        groups = planned.group_of[items]
+        bounds = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(items)]
+        return share_groups(self.lengths[items].astype(np.int64), bounds, self.num_ranks)
 
     def _costs(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
         source, *target = self.lengths[items].T
@@ -298,7 +306,11 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         tokens = self._tokens(items)
         used = tokens
         if self.max_tokens_per_group is not None:
-            used = self._slots(items, self._group_bounds(items, self._plan_of(self.epoch)))
+            planned = self._plan_of(self.epoch)
+            assert planned.group_of is not None
+            groups = planned.group_of[items]
+            bounds = np.array([0, *(np.flatnonzero(np.diff(groups)) + 1), len(items)])
+            used = self._slots(items, bounds)
         cells: list[Any] = [number, len(items), tokens.sum(), f"{used.sum() / self.max_tokens:.1%}"]
         cells += [tokens.min(), f"{np.median(tokens):g}", tokens.max()]
         if self.num_ranks > 1:
@@ -307,44 +319,28 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return list(map(str, cells))
 
 
-def _epoch_of_groups(epoch: int, groups: Plan, batches: Plan, slots: NDArray[np.int64]) -> _Epoch:
-    """Turn a plan of groups into a plan of examples, those of a group next to each other.
-
-    Args:
-        epoch: the epoch number.
-        groups: the examples of each group.
-        batches: the groups of each batch.
-        slots: ``(num_groups,)`` int64, the slots of each group.
-    """
-    (items, bounds), (order, offsets) = groups, batches
-    rows = np.diff(bounds)
-    group_of = np.empty(len(items), np.int64)
-    group_of[items] = np.repeat(np.arange(len(rows)), rows)
-    by_batch = items[ranges(bounds[order], rows[order])]
-    return _Epoch(epoch, by_batch, offsets_of(rows[order])[offsets], group_of, int(slots.sum()))
-
-
 def _check_lengths(lengths: Any, limit: int, name: str) -> NDArray[np.int32]:
-    """Return the lengths as an ``(n, 1)`` or ``(n, 2)`` int32 array."""
+    """``(n, 1)`` or ``(n, 2)`` int32."""
     sides = np.asarray(lengths) if np.ndim(lengths) == 2 else as_lengths(lengths)[:, None]
     if sides.shape[1] not in (1, 2) or not len(sides):
         raise ValueError(
-            f"lengths must have shape (n,) or (n, 2) and at least one row, got shape {sides.shape}"
+            "lengths must be (n,) or (n, 2), source and target of at least one example, got shape "
+            f"{sides.shape}"
         )
     if sides.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {sides.dtype}")
-    _reject((sides < 0).any(axis=1), sides, "lengths must not be negative")
+    _require_none((sides < 0).any(axis=1), sides, "lengths must not be negative")
     over = (sides > limit).any(1)
     if not over.any():
         total = sides.sum(1, dtype=np.int64)
-        _reject(total == 0, sides, "lengths must be 1 or more, source and target together")
+        _require_none(total == 0, sides, "lengths must be 1 or more, source plus target")
         over = total > limit
-    _reject(over, sides, f"lengths must be at most {name} = {limit}, source and target together")
+    _require_none(over, sides, f"lengths must be at most {name} = {limit}, source plus target")
     return np.ascontiguousarray(sides, np.int32)
 
 
-def _reject(wrong: Any, sides: NDArray[Any], message: str) -> None:
-    """Raise ``message`` with the first wrong row, if there is one."""
+def _require_none(wrong: Any, sides: NDArray[Any], message: str) -> None:
+    """Raise an error if an element of ``wrong`` is True. It names the first such length."""
     if wrong.any():
         at, count = int(wrong.argmax()), int(wrong.sum())
         more = f" and {count - 1} more" if count > 1 else ""

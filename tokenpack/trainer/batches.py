@@ -41,10 +41,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import at_least_one
-from ..packing.arrival import Plan
 from ..packing.lengths import Lengths, as_lengths, fit
 from ..packing.packer import pack_lengths
-from ..segments import group_by_bin, longest_first
+from ..segments import Plan, group_by_bin, longest_first
 from .deal import Freedom, deal, lower_bound, random_bits, shuffle, uniform
 
 _NEAR = (0.0, 0.0025, 0.005)  # parts of the lower bound to add to it, tried in turn

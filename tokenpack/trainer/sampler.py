@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from ..checks import at_least_one, check_seed
-from ..packing.arrival import next_fit
 from ..packing.lengths import as_lengths
+from ..packing.online import next_fit
 from ..packing.ranks import sequence_costs
 from ..segments import offsets_of, ranges
 from .batches import count_batches, cut_groups, find_plan, group_similar

@@ -1,39 +1,55 @@
-"""Every kernel, as its launcher launches it, compiled for GPUs that are not here.
+"""Compile every kernel, as its launcher launches it, for four GPU targets. No GPU is needed.
 
-The launchers run on CPU tensors with a driver that only names a target, and stop before the launch:
-what is compiled is what a GPU would be given, with its signature, alignment and options. A kernel
-that no case reaches fails the gate. For NVIDIA the machine code is read with the disassemblers that
-come with Triton. It takes minutes and one process: ``make compile`` runs it, for
-``COMPILE_TABLE=FILE``, where it writes its table.
+The launchers run on CPU tensors with a driver that only names a target, and stop before the launch.
+So the signature, the alignment and the options of each compilation are those of a launch on a GPU.
+The gate fails if no case compiles a kernel. For NVIDIA targets, the disassemblers that come with
+Triton read the machine code. The gate takes minutes, so it only runs with ``COMPILE_TABLE=FILE``,
+to which it writes its table: ``make compile``.
 """
 
 import contextlib
-import itertools
+import functools
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from tokenpack.kernels import layout_from_lengths, layout_ops, loss, padding, reduction
+from tokenpack.kernels import (
+    layout_from_lengths,
+    layout_kernels,
+    layout_ops,
+    loss,
+    loss_kernels,
+    padding,
+    reduction,
+)
 from tokenpack.kernels._triton import AVAILABLE, INTERPRETED
 from tokenpack.kernels.attention import backward_kv, backward_q, forward, op, primitives
 
 TABLE = os.environ.get("COMPILE_TABLE")
 
 pytestmark = [
-    pytest.mark.skipif(not TABLE, reason="compiles for minutes: make compile runs it"),
-    pytest.mark.skipif(
-        not AVAILABLE or INTERPRETED, reason="needs Triton, and not its interpreter"
-    ),
+    pytest.mark.skipif(not TABLE, reason="takes minutes: make compile runs it"),
+    pytest.mark.skipif(not AVAILABLE or INTERPRETED, reason="needs Triton without its interpreter"),
 ]
 
-MODULES = [layout_ops, padding, reduction, loss, forward, backward_q, backward_kv, primitives]
+MODULES = [
+    layout_kernels,
+    padding,
+    reduction,
+    loss_kernels,
+    forward,
+    backward_q,
+    backward_kv,
+    primitives,
+]
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -43,7 +59,7 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Kernels whose rows are wide enough for 16-byte loads in the cases below.
+# Kernels whose rows allow 16-byte loads in the cases below.
 WIDE = {
     "_unpad_kernel",
     "_repad_kernel",
@@ -53,7 +69,7 @@ WIDE = {
     "_attention_backward_q_kernel",
     "_attention_backward_kv_kernel",
 }
-# Kernels with products, and the instructions of each target's matrix units.
+# Kernels with matrix products, and the instructions of each target's matrix units.
 PRODUCTS = {name for name in WIDE if name.startswith("_attention")}
 MATRIX_UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA|HMMA", "sm_100": r"UTC\w*MMA|HMMA"}
 
@@ -127,7 +143,7 @@ ATTENTION = {  # kv_heads of 4, causal, bias, dropout, window, softcap
 
 
 def attention(kind, head_dim):
-    """A case for each row of the table of tiles and kind of call."""
+    """A case for one row of the table of tiles and one kind of call."""
     kv_heads, causal, bias, dropout_p, (left, right), softcap = ATTENTION[kind]
 
     def case(dtype):
@@ -144,19 +160,48 @@ def attention(kind, head_dim):
 
 
 def attention_cases(target, dtype):
-    """Every tile of the table where it is tuned for, the most telling ones elsewhere."""
-    if target == "sm_90":  # the table does not tell fp16 from bf16
+    """Every tile of the table for the target it is tuned for, and a selection for the others."""
+    if target == "sm_90":  # the table has the same tiles for fp16 and bf16
         kinds = [kind for kind in ATTENTION if dtype != "fp16" or "bias" in kind]
     else:
         kinds = ["bias", "causal"] if dtype == "bf16" else ["bias"]
     return [attention(kind, head_dim) for kind in kinds for head_dim in (64, 96, 256)]
 
 
-CASES = [layouts, rows, targets, losses]
+class Job(NamedTuple):
+    """A case to compile for one target, with each of the dtypes."""
+
+    target: str
+    dtypes: list[str]
+    case: Callable[[torch.dtype], None]
+
+
+def all_jobs() -> list[Job]:
+    """The longest jobs come first, so that all processes finish at about the same time.
+
+    Many kernels of the other ops are the same for all dtypes. One job has all dtypes, so that it
+    compiles and reads such a kernel once.
+    """
+    by_kind = [
+        Job(target, [dtype], case)
+        for target in TARGETS
+        for dtype in DTYPES
+        for case in attention_cases(target, dtype)
+    ]
+    by_kind.sort(key=lambda job: -job.case.__name__.count(", "))
+    others = [
+        Job(target, list(DTYPES), case)
+        for target in TARGETS
+        for case in (layouts, rows, targets, losses)
+    ]
+    return others + by_kind
+
+
+JOBS = all_jobs()
 
 
 class NamedTarget:
-    """Stands in for Triton's driver: it says what the GPU is, and has none."""
+    """Replaces Triton's driver: it names a GPU target, without a GPU."""
 
     def __init__(self, target):
         self._target = target
@@ -165,7 +210,7 @@ class NamedTarget:
         return self._target
 
     def get_current_device(self):
-        return f"{self._target.backend}:{self._target.arch}"  # keeps each target's kernels apart
+        return f"{self._target.backend}:{self._target.arch}"  # a cache key for each target
 
     def get_current_stream(self, device=None):
         return 0
@@ -173,7 +218,7 @@ class NamedTarget:
 
 @contextlib.contextmanager
 def compiling_for(target):
-    """Compile instead of launching; yields the list of what was compiled."""
+    """Compile instead of launching. Yields the compiled kernels by their hashes."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -186,8 +231,8 @@ def compiling_for(target):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(torch, "_assert_async", lambda *_: None)  # outputs were never written
-        patch.setattr(op, "kernel_lacks", lambda *_: None)  # a GPU, it would say
+        patch.setattr(torch, "_assert_async", lambda *_: None)  # no kernel wrote the outputs
+        patch.setattr(op, "kernel_lacks", lambda *_: None)  # it reports that there is no GPU
         driver.set_active(NamedTarget(GPUTarget(*target)))
         try:
             yield compiled
@@ -195,8 +240,9 @@ def compiling_for(target):
             driver.set_active(None)
 
 
+@functools.cache
 def read_cubin(cubin: bytes, matrix_units: str) -> tuple[int, int, int, int, int]:
-    """Registers, bytes of stack, spills, 16-byte loads, and instructions of the matrix units."""
+    """Registers, bytes of stack, and spill, 16-byte load and matrix-unit instructions."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
@@ -235,9 +281,10 @@ def table(rows: list[Row]) -> str:
     )
 
 
-def compile_for(target: str, dtype: str) -> list[Row]:
+def run_job(number: int) -> list[Row]:
+    target, dtypes, case = JOBS[number]
     gathered = []
-    for case in [*CASES, *attention_cases(target, dtype)]:
+    for dtype in dtypes:
         with compiling_for(TARGETS[target]) as compiled:
             case(DTYPES[dtype])
         label = f"{case.__name__}, {dtype}"
@@ -246,11 +293,20 @@ def compile_for(target: str, dtype: str) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def gate():
-    # Forked: a spawned process would have to find this module, which has no importable name.
+def pool():
+    # Forked processes share this module. A spawned process could not import it by its name.
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        jobs = itertools.product(TARGETS, DTYPES)
-        gathered = [row for rows in pool.starmap(compile_for, jobs, chunksize=1) for row in rows]
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def hundred_batches(pool):
+    return pool.apply_async(compile_batches)
+
+
+@pytest.fixture(scope="module")
+def gate(pool, hundred_batches):
+    gathered = [row for rows in pool.imap(run_job, range(len(JOBS))) for row in rows]
     gathered = sorted(set(gathered), key=lambda row: tuple(map(str, row)))
     if TABLE:
         import triton
@@ -278,7 +334,7 @@ def test_every_module_with_kernels_is_in_the_gate():
     assert with_kernels == {Path(module.__file__) for module in MODULES}
 
 
-# Spill instructions allowed: attention's tiles are chosen for sm_90.
+# Spill instructions allowed for attention on targets that its tiles are not tuned for.
 FEW = 40
 
 
@@ -286,7 +342,7 @@ def allowed_spills(row):
     return FEW if row.kernel in PRODUCTS and row.target != "sm_90" else 0
 
 
-def test_nothing_spills_but_what_is_listed(gate):
+def test_only_listed_kernels_spill(gate):
     for row in gate:
         if row.spills is not None:
             assert row.spills <= allowed_spills(row), row
@@ -309,7 +365,8 @@ def test_wide_rows_are_read_16_bytes_at_a_time(gate):
         assert found >= WIDE
 
 
-def test_no_new_shape_compiles_anything(gate):
+def compile_batches() -> tuple[set[str], set[str]]:
+    """The kernels compiled for one batch, and for that and 100 more of other shapes."""
     generator = torch.Generator().manual_seed(0)
 
     def one_batch():
@@ -337,7 +394,12 @@ def test_no_new_shape_compiles_anything(gate):
     with compiling_for(TARGETS["sm_90"]) as compiled:
         one_batch()
         kernels = set(compiled)
-        assert len(kernels) == 9
         for _ in range(100):
             one_batch()
-        assert set(compiled) == kernels
+        return kernels, set(compiled)
+
+
+def test_no_new_shape_compiles_anything(hundred_batches):
+    first, all_batches = hundred_batches.get()
+    assert len(first) == 9
+    assert all_batches == first

@@ -10,6 +10,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from tokenpack.trainer.device_feed import on_device
 from tokenpack.trainer.loading import Caps, PlannedDataset
 
 from .setting import (
@@ -169,6 +170,19 @@ def test_prompt_tuning_predicts_first_tokens_too(pack, tmp_path):
         return peft.get_peft_model(CASES["Llama"].build(), config)
 
     check_like_unsplit(build, make_examples(12, causal=True), collate, tmp_path, pack=pack)
+
+
+def test_tensors_are_copied_to_the_device_and_other_objects_are_not():
+    class Notes:
+        def to(self, *args, **options):
+            raise AssertionError
+
+    batch = {"input_ids": torch.ones(2), "pair": ({"x": [torch.ones(2)]}, 1), "notes": Notes()}
+    copied = on_device(batch, torch.device("meta"))
+    assert copied["input_ids"].is_meta
+    assert copied["pair"][0]["x"][0].is_meta
+    assert copied["pair"][1] == 1
+    assert copied["notes"] is batch["notes"]
 
 
 @pytest.mark.parametrize("plain", [dict, lambda batch: batch])

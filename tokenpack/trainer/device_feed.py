@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 
@@ -36,21 +36,30 @@ class DeviceFeed:
     def _copy(self, microbatch: Mapping[str, Any]) -> tuple[Mapping[str, Any], Any]:
         """The micro-batch on the device, and the event that marks the end of the copy."""
         if self._stream is None:
-            return send_to_device(microbatch, self.device, non_blocking=True), None
+            return on_device(microbatch, self.device), None
         with torch.cuda.stream(self._stream):
-            copied = send_to_device(pinned(microbatch), self.device, non_blocking=True)
+            copied = on_device(pinned(microbatch), self.device)
             return copied, self._stream.record_event()
 
     def _wait(self, microbatch: Mapping[str, Any], event: Any) -> Mapping[str, Any]:
         if event is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(event)
-            recursively_apply(
-                lambda tensor: tensor.record_stream(current),
-                dict(microbatch),
-                test_type=lambda value: isinstance(value, Tensor) and value.is_cuda,
-            )
+            for tensor in _tensors(microbatch):
+                if tensor.is_cuda:
+                    tensor.record_stream(current)
         return microbatch
+
+
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
+    """The batch with its tensors on ``device``, copied asynchronously from page-locked memory.
+
+    Other objects in the batch stay unchanged, even if they have a method ``to``: the feed could not
+    record which stream uses their memory.
+    """
+    containers = (Tensor, Mapping, list, tuple)
+    others = [name for name, value in inputs.items() if not isinstance(value, containers)]
+    return send_to_device(inputs, device, non_blocking=True, skip_keys=others)
 
 
 def pinned(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -58,8 +67,16 @@ def pinned(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     pin = getattr(inputs, "pin_memory", None)
     if pin is not None:
         return pin()
-    return recursively_apply(
-        Tensor.pin_memory,
-        dict(inputs),
-        test_type=lambda value: isinstance(value, Tensor) and value.is_cpu,
-    )
+    return {
+        name: value.pin_memory() if isinstance(value, Tensor) and value.is_cpu else value
+        for name, value in inputs.items()
+    }
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)

@@ -22,8 +22,8 @@ pytest.importorskip("accelerate")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBER = r"([\d.,]+)"
 LINE = re.compile(
-    rf"{NUMBER} steps, {NUMBER} tokens/s, {NUMBER}% of padded slots real,"
-    rf" loss {NUMBER} -> {NUMBER}, held out {NUMBER}"
+    rf"{NUMBER} steps, {NUMBER} tokens/s, {NUMBER}% of padded slots are real tokens,"
+    rf" loss {NUMBER} -> {NUMBER}, eval loss {NUMBER}"
 )
 
 
@@ -306,7 +306,7 @@ def test_llama_learns_answers(tmp_path, monkeypatch, texts, capsys):
         prompt = tokenizer.decode(row["input_ids"][:asked])
         assert prompt.endswith("\n### assistant\n")
         prompts.add(prompt.split("\n")[1])
-    assert prompts == {"Summarise this in one line.", "Write what this summarises."}
+    assert prompts == {"Summarize this in one line.", "Write the text that this summarizes."}
     assert max(map(len, trainer.train_dataset["input_ids"])) <= 200
     # What is saved can be asked in the same form.
     saved = AutoTokenizer.from_pretrained(tmp_path / "out")

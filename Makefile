@@ -8,7 +8,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 VENV_PYTHON ?= python3# what .venv is made with
-WORKERS ?= 2# test processes; each runs on one thread
+WORKERS ?= 3# test processes, one thread each. Some wait for their children: one more than cores.
 RESULTS ?= bench/results
 SECONDS_A_CALL ?= 400# of make gpu, after which it begins no part: the same command goes on
 ARGS ?=
@@ -36,7 +36,7 @@ help: ## this list
 demo: $(READY) ## train T5, NLLB and Llama padded and packed, and compare
 	$(PY) -m tokenpack demo $(ARGS)
 
-test: $(READY) ## the test suite, on WORKERS=2 processes, then the kernels in Triton's interpreter
+test: $(READY) ## the test suite, on WORKERS=3 processes, then the kernels in Triton's interpreter
 	HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)
 
@@ -86,14 +86,14 @@ clean: ## remove .venv, builds and caches
 
 # torch goes first and by itself, at its exact version: any looser requirement on it, met while none
 # is installed, may fetch a newer build with gigabytes of CUDA libraries. triton comes in the version
-# that belongs to it.
+# that belongs to it. Without --no-compile, pip compiles thousands of modules that no test imports.
 .venv/.installed: pyproject.toml setup.py constraints.txt
 	@$(VENV_PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("constraints.txt needs Python 3.11 or newer, $(VENV_PYTHON) is %d.%d: name another with VENV_PYTHON=" % v[:2])'
 	@echo 'installing into .venv (some minutes the first time)'
 	@$(VENV_PYTHON) -m venv .venv
-	@$(PY) -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	@$(PY) -m pip install -q -c constraints.txt "$$(grep '^triton==' constraints.txt)"
-	@$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install -q --no-compile -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@$(PY) -m pip install -q --no-compile -c constraints.txt "$$(grep '^triton==' constraints.txt)"
+	@$(PY) -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # Every time, since what an interpreter has installed is not ours to keep a record of: two seconds.
@@ -112,7 +112,7 @@ MISSING = import sys; from importlib.util import find_spec; \
 	lacking = [name for name in "$(1)".split() if not find_spec(name)]; \
 	lacking and sys.exit("$(PY) has no " + ", ".join(lacking))
 
-# pytest, with the plugins that the interpreter has. Two workers on two cores want one thread each.
+# pytest, with the plugins that the interpreter has. Each worker gets one thread.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --durations=15 $$($(PY) -c '$(PLUGIN_FLAGS)')
 PLUGIN_FLAGS = from importlib.util import find_spec; \
 	find_spec("xdist") and print("-n $(WORKERS) --dist worksteal"); \

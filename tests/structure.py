@@ -7,6 +7,7 @@ largest files and functions. `test_structure.py` holds both to their limits.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }
 
 
+@functools.cache
 def modules(root: Path = ROOT) -> dict[str, Path]:
     """The product's modules by dotted name."""
     found = {}
@@ -61,6 +63,7 @@ def room_of(module: str) -> str:
     return room.removeprefix("_") if room != "__main__" else room
 
 
+@functools.cache
 def imports(root: Path = ROOT) -> dict[str, set[str]]:
     """For each module the modules that it imports, anywhere in it: in functions and under
     TYPE_CHECKING too."""
@@ -141,6 +144,7 @@ class Function(NamedTuple):
     public: bool
 
 
+@functools.cache
 def functions(root: Path = ROOT) -> list[Function]:
     """All functions of the product."""
     public = {name for path in modules(root).values() for name in _exported(path)}

@@ -153,7 +153,7 @@ def weights_of(lengths, seed, dropout_p, head_dim=128):
     inputs = make_inputs((lengths, lengths), head_dim=head_dim, bias=True)
     units = torch.cat([torch.eye(head_dim)[:length] for length in lengths])
     v = units[:, None].expand(-1, HEADS, -1).contiguous()
-    # All queries and keys are equal, so a sequence's weights do not depend on its place.
+    # All queries and keys are equal, so a sequence's weights do not depend on its neighbors.
     q, k = (torch.ones_like(side) * 0.1 for side in inputs[:2])
     out = varlen_attention(
         q,
@@ -172,8 +172,8 @@ def test_dropout_does_not_depend_on_other_sequences():
     lengths = [70, 0, 5, 33]
     packed = weights_of(lengths, 5, 0.3)
     for s, length in enumerate(lengths):
-        alone = weights_of([*[0] * s, length], 5, 0.3)[s]
-        assert (packed[s] == 0).equal(alone == 0)
+        single = weights_of([*[0] * s, length], 5, 0.3)[s]
+        assert (packed[s] == 0).equal(single == 0)
     share = torch.cat([(part == 0).flatten() for part in packed]).float().mean()
     assert 0.28 < share < 0.32
     other = weights_of(lengths, 6, 0.3)

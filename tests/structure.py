@@ -58,9 +58,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 def room_of(module: str) -> str:
     """The room that a module is in."""
     parts = module.split(".")
-    room = parts[1] if len(parts) > 1 else parts[0]
-    # `metrics.py` and its private helpers are one room.
-    return room.removeprefix("_") if room != "__main__" else room
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
 @functools.cache

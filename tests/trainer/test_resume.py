@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -245,6 +246,9 @@ def forked(function):
     child = os.fork()
     if child == 0:
         try:
+            # tqdm's lock is a semaphore shared with the parent: a child killed while it holds the
+            # lock would block every later progress bar of the parent.
+            tqdm.set_lock(threading.RLock())
             function()
             os._exit(0)
         except BaseException:

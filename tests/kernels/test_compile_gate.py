@@ -3,7 +3,8 @@
 The launchers run on CPU tensors with a driver that only names a target, and stop before the launch.
 So the signature, the alignment and the options of each compilation are those of a launch on a GPU.
 The gate fails if no case compiles a kernel. For NVIDIA targets, registers, stack and spills are
-read from the machine code, wide loads and matrix instructions from the PTX, where both are explicit.
+read from the machine code. Wide loads and matrix instructions are read from the PTX, where both
+are explicit.
 The gate takes minutes, so it only runs with ``COMPILE_TABLE=FILE``, to which it writes its table:
 ``make compile``. Nothing is cached between runs.
 """
@@ -285,7 +286,7 @@ def read_cubin(cubin: bytes) -> tuple[int, int, int]:
 
         usage = tool("cuobjdump", "--dump-resource-usage")
         registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-        # A spill needs stack. The disassembler takes 0.3 s a kernel, so it only reads those with some.
+        # A spill needs stack, and the disassembler takes 0.3 s for a kernel.
         code = tool("nvdisasm", "-c") if stack else ""
     return registers, stack, len(re.findall(r"\b(?:STL|LDL)\b", code))
 

@@ -1,5 +1,6 @@
 """Makes Triton's interpreter fast enough to run every kernel test."""
 
+import dataclasses
 import functools
 
 from tokenpack.kernels._triton import INTERPRETED
@@ -33,5 +34,35 @@ def search_each_module_once_per_launch():
     interpreter.GridExecutor.__call__ = launch_with_nothing_searched
 
 
+def skip_overflow_checks():
+    """Do not compute whether an integer overflows.
+
+    The interpreter computes each sum, difference and product of 32-bit integers again in 64 bits,
+    to assert that it fits. It skips the assertion itself outside of debug mode. This takes half of
+    the remaining time.
+    """
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def find_each_numpy_dtype_once():
+    """Cache the NumPy dtype of a Triton dtype. The interpreter builds a table at each call."""
+    from triton.runtime import interpreter
+
+    get_np_dtype, found = interpreter._get_np_dtype, {}
+
+    def get_np_dtype_once(dtype):
+        name = dtype.scalar.name  # dtypes of blocks and pointers cannot be hashed
+        if name not in found:
+            found[name] = get_np_dtype(dtype)
+        return found[name]
+
+    interpreter._get_np_dtype = get_np_dtype_once
+
+
 if INTERPRETED:
     search_each_module_once_per_launch()
+    skip_overflow_checks()
+    find_each_numpy_dtype_once()

@@ -106,16 +106,21 @@ def test_a_folder_without_results_is_refused(tmp_path):
     assert "has no environment.json" in report(tmp_path, code=2)
 
 
-def test_a_folder_of_another_commit_is_skipped(tmp_path):
+def test_a_folder_of_another_commit_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.folder import folder_in
+
     def folder():
-        return Path(run_module("bench.folder", tmp_path).strip())
+        return folder_in(tmp_path)
 
     def started_by(commit):
-        folder().mkdir(exist_ok=True)
-        (folder() / "environment.json").write_text(json.dumps({"commit": commit}))
+        started = folder()
+        started.mkdir(exist_ok=True)
+        (started / "environment.json").write_text(json.dumps({"commit": commit}))
 
     first = folder()
     assert first.parent == tmp_path
+    assert run_module("bench.folder", tmp_path).strip() == str(first)
     started_by("another")
     second = folder()
     assert second == first.with_name(first.name + "-2")

@@ -1,18 +1,16 @@
 """Two gloo processes on the CPU, under DDP and FSDP2, train like one process."""
 
 import copy
-import os
-import socket
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tokenpack import packing_stats, patch_model
 
+from ..trainer.setting import on_ranks
 from .models import BY_NAME, LLAMA, NLLB, T5
 
 STEPS = 3
@@ -53,55 +51,37 @@ def train(case, model, parameters, rank=None, world=1):
     return losses
 
 
-def worker(rank, port, name, how, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        case = BY_NAME[name]
-        model = patch_model(case.build(), strict=True)
-        if how == "ddp":
-            wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        else:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh("cpu", (2,))
-            blocks = set(type(model)._no_split_modules)
-            for module in list(model.modules()):
-                if type(module).__name__ in blocks:
-                    fully_shard(module, mesh=mesh)
-            if "head" in how:  # FSDP gathers the head's weight only in the head's forward
-                fully_shard(model.get_output_embeddings(), mesh=mesh)
-            wrapped = fully_shard(model, mesh=mesh)
-        losses = train(case, wrapped, wrapped.parameters(), rank, world=2)
-        assert packing_stats(model).packed_calls == STEPS
-        if rank == 0:
-            queue.put(losses)
-        dist.barrier()
-    except BaseException:
-        dist.destroy_process_group()
-        raise
-    # Skip the interpreter's teardown, where gloo's threads sometimes abort the process.
-    os._exit(0)
+def train_on_rank(rank, name, how):
+    dist.init_process_group("gloo")
+    case = BY_NAME[name]
+    model = patch_model(case.build(), strict=True)
+    if how == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        blocks = set(type(model)._no_split_modules)
+        for module in list(model.modules()):
+            if type(module).__name__ in blocks:
+                fully_shard(module, mesh=mesh)
+        if "head" in how:  # FSDP gathers the head's weight only in the head's forward
+            fully_shard(model.get_output_embeddings(), mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    losses = train(case, wrapped, wrapped.parameters(), rank, world=2)
+    assert packing_stats(model).packed_calls == STEPS
+    dist.barrier()
+    return losses
 
 
 @pytest.mark.parametrize("case", [T5, NLLB, LLAMA], ids=lambda case: case.model)
 @pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 with a sharded head"])
-def test_two_processes_train_like_one(case, how, monkeypatch):
+def test_two_processes_train_like_one(case, how):
     if "head" in how and case is not LLAMA:
         pytest.skip("its head is tied to the embedding and is sharded with it")
     single = patch_model(case.build())
     expected = train(case, single, single.parameters())
     assert expected == pytest.approx(train_padded(case), abs=1e-5)
-    # The processes import this file by its name, and inherit sys.path.
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(worker, (port, case.model, how, queue), nprocs=2)
-    assert queue.get() == pytest.approx(expected, abs=1e-5)
+    for losses in on_ranks(2, train_on_rank, case.model, how):
+        assert losses == pytest.approx(expected, abs=1e-5)
 
 
 def train_padded(case):

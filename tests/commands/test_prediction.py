@@ -1,8 +1,6 @@
 """`tokenpack inspect --gpus`: its predictions, the batches they are based on, and bad input."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -89,11 +87,13 @@ def test_a_model_that_fits_no_device(arguments, tmp_path, capsys):
         ),
     ],
 )
-def test_bad_input(arguments, more, message):
-    command = [sys.executable, "-m", "tokenpack", *arguments, *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_bad_input(arguments, more, message, capsys):
+    try:
+        code = main([*arguments, *more])
+    except SystemExit as exit:  # raised by argparse
+        code = exit.code
+    assert code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_largest_batch_is_the_one_that_needs_most_memory():

@@ -49,7 +49,7 @@ def test_200_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
     texts = [text.source for text in standard_library_texts(1500)]
     plain = train_tokenizer(texts, 500)
     tokenizer = as_transformers(plain)
-    examples = [{"input_ids": ids[:120]} for ids in tokenizer(texts)["input_ids"] if len(ids) > 3]
+    examples = [{"input_ids": ids[:60]} for ids in tokenizer(texts)["input_ids"] if len(ids) > 3]
 
     def model():
         torch.manual_seed(0)
@@ -73,8 +73,8 @@ def test_200_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
         examples,
         model=model(),
         data_collator=collator(),
-        max_tokens_per_batch=800,
-        max_tokens_per_microbatch=300,
+        max_tokens_per_batch=500,
+        max_tokens_per_microbatch=200,
         **options,
     )
     ours.train()

@@ -61,7 +61,7 @@ def test_all_combinations_of_options(causal, window, softcap, grouped, bias, cro
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}], ids=str)
 def test_head_dims_and_float32(options, dtype, head_dim):
     inputs = make_inputs(
-        (ROWS, KEYS), heads=2, head_dim=head_dim, kv_heads=2, bias=True, dtype=dtype
+        (ROWS, KEYS), heads=1, head_dim=head_dim, kv_heads=1, bias=True, dtype=dtype
     )
     assert_as_exact_as_pytorch(inputs, **options)
 
@@ -289,13 +289,13 @@ def test_memory_is_linear_in_tokens_and_the_partials_are_as_stated(monkeypatch):
         run(varlen_attention, make_inputs(([40] * count, [40] * count), bias=True))
         return list(allocated)
 
-    first, second, third = (sizes(count) for count in (2, 4, 8))
+    first, second, third = (sizes(count) for count in (1, 2, 4))
     assert sum(third) - sum(second) <= 2.01 * (sum(second) - sum(first))
     # A row per tile of queries and head: the table's entries, and a sum beyond each end.
     tile = tiles.tile_for("dq", torch.empty(1, HEADS, 16), bias=True, dropout=False)
-    partials = (4 * 40 // tile.queries + 4) * HEADS * (2 * 11 + 3)
+    partials = (2 * 40 // tile.queries + 2) * HEADS * (2 * 11 + 3)
     assert second.count(partials) == 1
-    assert max(second) == max(partials, 4 * 40 * HEADS * 16)
+    assert max(second) == max(partials, 2 * 40 * HEADS * 16)
 
 
 @pytest.mark.parametrize("window", [(2**31 - 1, 0), (3, 2**31 - 1), (2**63, 2**40)], ids=str)

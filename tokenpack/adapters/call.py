@@ -7,6 +7,7 @@ The model's forward passes a `PackedCall` to its attention layers under the keyw
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from .family import Family
 KEYWORD = "packing"
 
 # The attributes that `patch_model` sets on modules.
-STATE = "_tokenpack_state"  # the PatchState
+STATE = "_tokenpack_state"  # the PatchState, on every module with another forward
+ENTRY = "_tokenpack_entry"  # the Entry, on every part that can be called by itself
 ROLE = "_tokenpack_role"  # of an attention: "enc", "dec", "cross" or "self"
 SIDE = "_tokenpack_side"  # of a position table: "enc" or "dec"
 
@@ -76,6 +78,7 @@ class PackedCall:
         "positions",
         "state",
         "targets",
+        "unfused",
     )
 
     def __init__(self, state: PatchState, layouts: dict[str, PackedLayout]) -> None:
@@ -90,6 +93,7 @@ class PackedCall:
         self.num_items: Tensor | float | None = None
         # Written by the fused head.
         self.loss: Tensor | None = None
+        self.unfused: str | None = None  # why the head computed logits
         self.head_logits: Tensor | None = None  # (1, 1, classes), of the first token
 
 
@@ -128,43 +132,76 @@ class PatchState:
         self.attention = attention
         self.logits = logits
         self.strict = strict
-        self.unpackable: str | None = None  # why no call of this model can be packed
-        self.has_token_head = False  # the patched module has a head over tokens, and takes labels
-        self.shifts_labels = False  # each token predicts the label of the next token
         self.counts_columns = False  # attention depends on distances, so holes would change it
-        self.has_row_head = False  # a head outside the patched base model reads padded rows
-        self.pools_first_token = False
         self.stats = PackingStats()
         self.head_is_plain: bool | None = None  # None until the first fused loss has been checked
         self.configs: list[Any] = []  # the `PatchedConfig` objects of interface.py
-        self._active: dict[int, PackedCall] = {}  # by thread
-
-    # The model calls some modules (position tables, head, pooler) without keywords. The forward
-    # that calls them activates its PackedCall for the current thread, and they look it up here.
-
-    @contextmanager
-    def activate(self, call: PackedCall | None) -> Iterator[None]:
-        """Make ``call`` the active call of this thread."""
-        thread = threading.get_ident()
-        previous = self._active.get(thread)
-        self._set_active(thread, call)
-        try:
-            yield
-        finally:
-            self._set_active(thread, previous)
-
-    def active_call(self) -> PackedCall | None:
-        """The active call of this thread."""
-        return self._active.get(threading.get_ident())
-
-    def _set_active(self, thread: int, call: PackedCall | None) -> None:
-        if call is None:
-            self._active.pop(thread, None)
-        else:
-            self._active[thread] = call
+        self.root: weakref.ref[Any] | None = None  # the model that was patched; None in a copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_active": {}}
+        return {**self.__dict__, "root": None}
+
+    @property
+    def splits_by_position(self) -> bool:
+        """Whether the model's own attention infers boundaries although a mask is given."""
+        return any("flash" in config.base for config in self.configs)
+
+
+@dataclass
+class Entry:
+    """A part of a patched model that can be called by itself: how it packs its arguments.
+
+    Attributes:
+        state: the state of the patched model, which all its entries share.
+        sides: ``("enc", "dec")`` for a whole encoder-decoder. Otherwise one side: ``"enc"``,
+            ``"dec"``, or ``"self"`` in a model that has only one.
+        unpackable: why no call of this part can be packed. None if calls can be.
+        is_stack: an encoder or decoder stack, which calls its position table without keywords.
+        has_token_head: a head reads each token separately, and the part takes labels.
+        shifts_labels: each token predicts the label of the next token.
+        pooler: the name of the child that reads the first token of each sequence.
+    """
+
+    state: PatchState
+    sides: tuple[str, ...]
+    unpackable: str | None = None
+    is_stack: bool = False
+    has_token_head: bool = False
+    shifts_labels: bool = False
+    pooler: str | None = None
+
+
+# Some modules (position tables, head, pooler) are called without keywords. The forward that calls
+# them activates its PackedCall for the current thread, and they look it up here. The state says
+# which model runs, and the call is None while that model runs padded.
+_ACTIVE: dict[int, tuple[PatchState, PackedCall | None]] = {}
+
+
+@contextmanager
+def activate(state: PatchState, call: PackedCall | None) -> Iterator[None]:
+    """Make ``call`` the active call of this thread; None while ``state``'s model runs padded."""
+    thread = threading.get_ident()
+    previous = _ACTIVE.get(thread)
+    _ACTIVE[thread] = state, call
+    try:
+        yield
+    finally:
+        if previous is None:
+            del _ACTIVE[thread]
+        else:
+            _ACTIVE[thread] = previous
+
+
+def active_call() -> PackedCall | None:
+    """The active call of this thread."""
+    active = _ACTIVE.get(threading.get_ident())
+    return None if active is None else active[1]
+
+
+def runs_padded(state: PatchState) -> bool:
+    """Whether this thread is in a padded forward of the model with this state."""
+    active = _ACTIVE.get(threading.get_ident())
+    return active is not None and active[0] is state and active[1] is None
 
 
 def marker_mask(device: torch.device) -> Tensor:

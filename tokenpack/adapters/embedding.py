@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hooks import changed_by
+
 _SETTINGS = ("padding_idx", "embed_scale")
 
 
@@ -27,7 +29,7 @@ def share_lookup(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if not torch.is_grad_enabled() or not {"input_ids", "decoder_input_ids"} <= arguments.keys():
         return arguments
     stacks = model.get_encoder(), model.get_decoder()
-    if any(not hasattr(stack, "get_input_embeddings") or _has_hooks(stack) for stack in stacks):
+    if any(not hasattr(stack, "get_input_embeddings") or changed_by(stack) for stack in stacks):
         return arguments
     table, other = (stack.get_input_embeddings() for stack in stacks)
     if not _can_share(table, other):
@@ -60,11 +62,5 @@ def _is_plain(module: Any) -> bool:
         and module.weight.requires_grad
         and module.max_norm is None
         and not (module.scale_grad_by_freq or module.sparse)
-        and "forward" not in vars(module)
-        and not _has_hooks(module)
+        and changed_by(module) is None
     )
-
-
-def _has_hooks(module: Any) -> bool:
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)

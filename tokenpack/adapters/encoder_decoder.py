@@ -1,44 +1,23 @@
 """M2M100/NLLB, BART, mBART, Marian, Pegasus: models that compute positions inside their stacks.
 
 A stack calls its position table with a shape or ids and no keywords. In a packed forward, the table
-looks up the positions in the active `PackedCall` instead: those of the tokens in the padded batch.
+looks up the positions in the active `PackedCall`: those of the tokens in the padded batch.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .call import KEYWORD, SIDE, STATE, PackedCall
+from .call import SIDE, active_call
 from .swap import Replacement
-
-
-@functools.partial(torch.compiler.disable, recursive=False)
-def stack_forward(original: Replacement, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """An encoder or decoder stack: activate the call for the position table.
-
-    The stack activates the call, and not the model's forward, so that gradient checkpointing of a
-    whole stack activates it again.
-    """
-    call: PackedCall | None = kwargs.get(KEYWORD)
-    if call is None:
-        return original(module, *args, **kwargs)
-    if getattr(module.embed_positions, STATE, None) is not call.state:
-        raise RuntimeError(
-            f"{type(module).__name__}.embed_positions was replaced after patch_model: call "
-            "unpatch_model before the replacement and patch_model after it"
-        )
-    with call.state.activate(call):
-        return original(module, *args, **kwargs)
 
 
 @torch.compiler.disable
 def _packed_positions(module: Any) -> Tensor | None:
-    state = getattr(module, STATE, None)
-    call = None if state is None else state.active_call()
+    call = active_call()
     return None if call is None else call.positions[getattr(module, SIDE)]
 
 
@@ -73,13 +52,13 @@ def m2m100_positions_forward(
     return module.weights.index_select(0, positions)[None]
 
 
-def m2m100_positions(model: Any, side: str, ids: Tensor) -> Tensor:
+def m2m100_positions(stack: Any, ids: Tensor) -> Tensor:
     """Positions count the ids that are not the padding id, from ``padding_idx + 1``.
 
     They are computed from the padded ids, so that left padding and padding ids within a text get
     the model's own positions. Grows the position table as the model does for this width.
     """
-    table = (model.get_encoder() if side == "enc" else model.get_decoder()).embed_positions
+    table = stack.embed_positions
     needed = table.padding_idx + 1 + ids.shape[1]
     if needed > table.weights.shape[0]:
         table.make_weights(needed + table.offset, table.embedding_dim, table.padding_idx)

@@ -38,11 +38,7 @@ def _bart_like(
     return Family(
         name,
         "encoder_decoder",
-        swaps={
-            f"{prefix}Encoder": encoder_decoder.stack_forward,
-            f"{prefix}Decoder": encoder_decoder.stack_forward,
-            f"{prefix}{embedding}": lookup,
-        },
+        swaps={f"{prefix}{embedding}": lookup},
         positions=positions,
         embeds_match_ids=embeds_match_ids,
     )

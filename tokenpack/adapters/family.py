@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .swap import Replacement
 
-Positions = Callable[[Any, str, Tensor], Tensor]
+Positions = Callable[[Any, Tensor], Tensor]
 Kind = Literal["encoder_decoder", "decoder", "encoder"]
 
 
@@ -22,8 +22,8 @@ class Family:
         name: the name in tables and messages.
         kind: determines the inputs and how labels are shifted.
         swaps: the forwards to replace, by class name.
-        positions: computes ``(rows, columns)`` position ids from the model, a side (``"enc"``,
-            ``"dec"`` or ``"self"``) and the padded ids. None if a token's position is its column.
+        positions: computes ``(rows, columns)`` position ids from a stack (or a model that is not
+            an encoder-decoder) and the padded ids. None if a token's position is its column.
         has_relative_bias: attention depends on the number of columns between two tokens. Packing
             closes the holes of a mask, and so would change the result for a mask with holes.
         embeds_match_ids: a stack only calls its own embedding module on ids, so it gives the same

@@ -1,4 +1,4 @@
-"""The forward of a patched model: pack, run the original forward on real tokens, and repad."""
+"""The forward of a part of a patched model: pack, run the original forward, and repad."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..checks import IGNORE_INDEX
-from ..kernels import PackedLayout, repad
-from .call import STATE, PatchState
+from ..kernels import PackedLayout, repad, unpad
+from .call import ENTRY, KEYWORD, STATE, Entry, PackedCall, activate, runs_padded
+from .checks import check_position_table
 from .embedding import share_lookup
+from .errors import CannotPackError
 from .head import after_head, fused_forward, logits_match, loss_from_logits, on_device
-from .inputs import CannotPackError, PackedInputs, pack_inputs
-from .swap import is_swapped
+from .hooks import changed_by
+from .inputs import PackedInputs, pack_inputs
+from .outputs import without_logits
+from .swap import is_swapped, swap_forward
 
 logger = logging.get_logger(__name__)
 
-_BOUNDARIES = frozenset({"cu_seqlens", "decoder_cu_seqlens"})
+BOUNDARIES = frozenset({"cu_seqlens", "decoder_cu_seqlens"})
 
 # The candidate sides of each output. The first one in the call's layouts is the output's side.
 _SIDES = {
     "last_hidden_state": ("dec", "self", "enc"),
-    "hidden_states": ("self", "enc"),
+    "hidden_states": ("self", "enc", "dec"),
     "logits": ("dec", "self", "enc"),
     "decoder_hidden_states": ("dec",),
     "encoder_last_hidden_state": ("enc",),
@@ -38,53 +42,74 @@ _SIDES = {
 # helpers. It still compiles the model's original forward.
 @functools.partial(torch.compiler.disable, recursive=False)
 def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's forward, with its signature, on real tokens only if the call can be packed."""
-    state: PatchState | None = getattr(model, STATE, None)
-    if state is None:  # the model was unpatched, but accelerate still has the forward it wrapped
+    """The forward of a part, with its signature, on real tokens only if the call can be packed."""
+    entry: Entry = getattr(model, ENTRY)
+    call: PackedCall | None = kwargs.get(KEYWORD)
+    if call is not None:  # a larger part has packed the batch
+        return _run_inside(original, model, entry, call, *args, **kwargs)
+    if runs_padded(entry.state):
         return original(model, *args, **kwargs)
-    inputs, parameters = _arguments_by_name(original, model, args, kwargs)
+    inputs, parameters = arguments_by_name(original, model, args, kwargs)
     try:
-        packed = pack_inputs(model, state, dict(inputs), parameters)
+        packed = pack_inputs(model, entry, original, dict(inputs), parameters)
     except CannotPackError as reason:
-        if state.strict or not inputs.keys().isdisjoint(_BOUNDARIES):
-            # The original forward ignores boundaries and would see one sequence.
-            raise ValueError(f"{type(model).__name__} cannot pack this call: {reason}") from None
-        return _run_padded(original, model, state, str(reason), inputs)
-    outputs = _run_packed(original, model, state, packed)
-    state.stats.packed_calls += 1
-    state.stats.packed_tokens += sum(side.total_tokens for side in packed.call.layouts.values())
-    state.stats.padded_tokens += packed.padded_slots
+        return run_padded(original, model, entry, str(reason), inputs)
+    outputs = _run_packed(original, model, entry, packed)
+    stats = entry.state.stats
+    stats.packed_calls += 1
+    stats.packed_tokens += sum(side.total_tokens for side in packed.call.layouts.values())
+    stats.padded_tokens += packed.padded_slots
     return_dict = inputs.get("return_dict")
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
     return outputs if return_dict else outputs.to_tuple()
 
 
+def _run_inside(
+    original: Callable[..., Any],
+    model: Any,
+    entry: Entry,
+    call: PackedCall,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not entry.is_stack:
+        return original(model, *args, **kwargs)
+    check_position_table(model)
+    # The stack activates the call for its position table, and not only the forward that packed the
+    # batch, so that gradient checkpointing of a whole stack activates it again.
+    with activate(entry.state, call):
+        return original(model, *args, **kwargs)
+
+
 @functools.partial(torch.compiler.disable, recursive=False)
 def _run_packed(
-    original: Callable[..., Any], model: Any, state: PatchState, packed: PackedInputs
+    original: Callable[..., Any], model: Any, entry: Entry, packed: PackedInputs
 ) -> Any:
+    state = entry.state
     keep_logits = state.logits == "always" or (
         state.logits == "auto" and not (model.training and packed.targets is not None)
     )
     if not keep_logits:
-        _request_fused_loss(model, packed)
+        _request_fused_loss(model, entry, packed)
     arguments = packed.arguments
     if state.family.embeds_match_ids:
         arguments = share_lookup(model, arguments)
-    with state.activate(packed.call):
+    if entry.is_stack:
+        check_position_table(model)
+    with activate(state, packed.call):
         outputs = original(model, **arguments)
     if packed.call.attention_calls == 0 and not _may_drop_every_layer(model):
         raise RuntimeError(
             f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
             "called after patch_model?"
         )
-    if packed.call.loss is not None and not _head_is_plain(model, state, packed, outputs):
+    if packed.call.loss is not None and not _head_is_plain(model, entry, packed, outputs):
         # Run the forward again and compute the loss from the logits.
         packed.call.targets = packed.call.loss = None
-        with state.activate(packed.call):
+        with activate(state, packed.call):
             outputs = original(model, **arguments)
-    return _results(outputs, state, packed, keep_logits)
+    return _results(outputs, entry, packed, keep_logits)
 
 
 def _may_drop_every_layer(model: Any) -> bool:
@@ -93,19 +118,29 @@ def _may_drop_every_layer(model: Any) -> bool:
     )
 
 
-def _request_fused_loss(model: Any, packed: PackedInputs) -> None:
-    """Let the head compute the loss, if `patch_model` changed the head."""
-    if packed.targets is None or packed.call.state.head_is_plain is False:
+def _request_fused_loss(model: Any, entry: Entry, packed: PackedInputs) -> None:
+    """Let the head compute the loss, if nothing else sees or changes its logits."""
+    if packed.targets is None or entry.state.head_is_plain is False:
         return
     head = model.get_output_embeddings()
-    # Hooks see and change logits, except for those of fully_shard, which only gather the weight.
-    hooked = head is not None and (head._forward_hooks or head._forward_pre_hooks)
-    if is_swapped(head, fused_forward) and (not hooked or hasattr(head, "unshard")):
-        packed.call.targets, packed.call.after_head = packed.targets, after_head(model)
+    if type(head) is nn.Linear and STATE not in vars(head):
+        # Exactly nn.Linear, because adapters and quantizers of a head subclass or wrap it. The head
+        # is new if `resize_token_embeddings` was called after `patch_model`.
+        swap_forward(head, fused_forward)
+        setattr(head, STATE, entry.state)
+    if not is_swapped(head, fused_forward):
+        packed.call.unfused = f"the head is a {type(head).__name__}, not a plain nn.Linear"
+        return
+    change = changed_by(head)
+    if change is not None:
+        packed.call.unfused = f"the head has {change}"
+        return
+    packed.call.targets, packed.call.after_head = packed.targets, after_head(model)
 
 
-def _head_is_plain(model: Any, state: PatchState, packed: PackedInputs, outputs: Any) -> bool:
+def _head_is_plain(model: Any, entry: Entry, packed: PackedInputs, outputs: Any) -> bool:
     """Whether the fused loss is the model's loss. Checked once, on the logits of one token."""
+    state = entry.state
     if state.head_is_plain is None:
         call = packed.call
         assert call.after_head is not None
@@ -120,63 +155,77 @@ def _head_is_plain(model: Any, state: PatchState, packed: PackedInputs, outputs:
 
 
 @torch.compiler.disable
-def _results(outputs: Any, state: PatchState, packed: PackedInputs, keep_logits: bool) -> Any:
+def _results(outputs: Any, entry: Entry, packed: PackedInputs, keep_logits: bool) -> Any:
     """The model's outputs with the loss, in the shape of the batch."""
-    call, targets = packed.call, packed.targets
+    call, targets, stats = packed.call, packed.targets, entry.state.stats
     # A ModelOutput cannot drop a field that has been set, so the results go into a new one.
     fields = dict(outputs.items())
+    result = type(outputs)
+    if not keep_logits and "logits" in fields:
+        logits, result = fields.pop("logits"), without_logits(result)
+    elif "logits" in fields:
+        logits = fields["logits"] = _repadded(fields["logits"], _layout_of("logits", packed))
+    for name in _SIDES.keys() & fields.keys() - {"logits"}:
+        fields[name] = _repadded(fields[name], _layout_of(name, packed))
     if call.loss is not None:
         fields["loss"] = call.loss
-        state.stats.loss = "fused with the head, without logits"
+        stats.loss = "fused with the head, without logits"
     elif targets is not None:
-        fields["loss"] = loss_from_logits(outputs.logits.squeeze(0), targets.labels, call.num_items)
-        state.stats.loss = _unfused_reason(state, keep_logits)
-    if not keep_logits:
-        fields.pop("logits", None)
-    if not packed.is_packed:
-        for name, sides in _SIDES.items():
-            if name in fields:
-                layout = next(call.layouts[side] for side in sides if side in call.layouts)
-                fields[name] = _repadded(fields[name], layout)
-    elif packed.rows is not None:
-        for name in _SIDES.keys() & fields.keys():
-            fields[name] = _repadded(fields[name], packed.rows)
-    return type(outputs)(**fields)
+        # Returned logits are read back, so that the loss is a function of what the caller gets.
+        layout = _layout_of("logits", packed) if keep_logits else None
+        stream = logits.squeeze(0) if layout is None else unpad(logits, layout)
+        fields["loss"] = loss_from_logits(stream, targets.labels, call.num_items)
+        stats.loss = f"from the logits: {_unfused_reason(entry, packed, keep_logits)}"
+    return result(**fields)
 
 
-def _unfused_reason(state: PatchState, keep_logits: bool) -> str:
+def _layout_of(name: str, packed: PackedInputs) -> PackedLayout | None:
+    """The layout that puts an output into the shape of the batch. None if it has that shape."""
+    if packed.is_packed:
+        return packed.rows
+    layouts = packed.call.layouts
+    return next(layouts[side] for side in _SIDES[name] if side in layouts)
+
+
+def _unfused_reason(entry: Entry, packed: PackedInputs, keep_logits: bool) -> str:
     if keep_logits:
-        return "from the logits, because they are returned"
-    if state.head_is_plain is False:
-        return "from the logits: the model changes them after the head in an unsupported way"
-    return "from the logits: the head is not a plain nn.Linear, or has hooks"
+        return "they are returned"
+    if entry.state.head_is_plain is False:
+        return "the model changes them after the head in an unsupported way"
+    return packed.call.unfused or "the model did not call its head"
 
 
-def _repadded(value: Tensor | tuple[Tensor, ...], layout: PackedLayout) -> Any:
+def _repadded(value: Any, layout: PackedLayout | None) -> Any:
+    """A tensor or a tuple of tensors, padded. None stands for a layer that was not asked for."""
+    if layout is None:
+        return value
     if isinstance(value, Tensor):
         return repad(value.squeeze(0), layout)
-    return tuple(repad([hidden.squeeze(0) for hidden in value], layout))
+    padded = iter(repad([hidden.squeeze(0) for hidden in value if hidden is not None], layout))
+    return tuple(None if hidden is None else next(padded) for hidden in value)
 
 
-def _run_padded(
-    original: Callable[..., Any],
-    model: Any,
-    state: PatchState,
-    reason: str,
-    inputs: dict[str, Any],
+def run_padded(
+    original: Callable[..., Any], model: Any, entry: Entry, reason: str, inputs: dict[str, Any]
 ) -> Any:
-    """Run and count the original forward, with a loss that respects ``num_items_in_batch``."""
-    state.stats.fallbacks[reason] += 1
+    """Run and count the original forward, with a loss that respects ``num_items_in_batch``.
+
+    Raises:
+        ValueError: with ``strict``, or if the original forward would ignore sequence boundaries.
+    """
+    if entry.state.strict or not inputs.keys().isdisjoint(BOUNDARIES):
+        raise ValueError(f"{type(model).__name__} cannot pack this call: {reason}") from None
+    entry.state.stats.fallbacks[reason] += 1
     if model.training:
         logger.warning_once(
             f"{type(model).__name__} runs padded: {reason}. See packing_stats(model).fallbacks."
         )
     labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
-    if not state.has_token_head or state.shifts_labels or labels is None or num_items is None:
-        return original(model, **inputs)  # causal models use the number themselves
-    # Most other models ignore the number, so compute the mean loss and rescale it.
-    del inputs["num_items_in_batch"]
-    outputs = original(model, **inputs)
+    with activate(entry.state, None):
+        if not entry.has_token_head or entry.shifts_labels or labels is None or num_items is None:
+            return original(model, **inputs)  # causal models use the number themselves
+        # Most other models ignore the number, so compute the mean loss and rescale it.
+        outputs = original(model, **{k: v for k, v in inputs.items() if k != "num_items_in_batch"})
     valid = int((labels != IGNORE_INDEX).sum())
     logits = outputs[1] if isinstance(outputs, tuple) else outputs.logits
     loss = outputs[0] * valid / on_device(num_items, logits.device) if valid else logits.sum() * 0.0
@@ -187,7 +236,7 @@ def _run_padded(
 
 
 @torch.compiler.disable
-def _arguments_by_name(
+def arguments_by_name(
     original: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], frozenset[str]]:
     """The arguments that are not None, by name, and the names of the forward's parameters."""

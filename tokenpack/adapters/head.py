@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import IGNORE_INDEX
 from ..kernels import packed_linear_cross_entropy
-from .call import AfterHead, PackedCall
+from .call import AfterHead, active_call
 from .swap import Replacement
 
 
@@ -34,8 +34,11 @@ def after_head(model: Any) -> AfterHead:
 @torch.compiler.disable
 def fused_forward(original: Replacement, module: Any, input: Tensor) -> Tensor:
     """``nn.Linear.forward``; with targets on the active call, the loss and one token's logits."""
-    call: PackedCall | None = module._tokenpack_state.active_call()
+    call = active_call()
     if call is None or call.targets is None:
+        return original(module, input)
+    if type(module.weight) not in (Tensor, nn.Parameter):  # quantized, or sharded (DTensor)
+        call.unfused = f"the weight of the head is a {type(module.weight).__name__}"
         return original(module, input)
     after = call.after_head or AfterHead()
     bias: Tensor | None = module.bias

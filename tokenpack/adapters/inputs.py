@@ -22,15 +22,13 @@ from ..kernels import (
     repad,
     unpad,
 )
-from .call import KEYWORD, PackedCall, PatchState, Targets, marker_mask
-from .packed_rows import rows_to_stream
+from .call import KEYWORD, Entry, PackedCall, PatchState, Targets, marker_mask
+from .checks import check_call, check_pooling
+from .errors import CannotPackError
+from .packed_rows import positions_to_stream, rows_to_stream
 
 # Arguments that do not affect whether a call can be packed.
 _ALWAYS_ACCEPTED = frozenset({"num_items_in_batch", "return_dict", "output_hidden_states"})
-
-
-class CannotPackError(Exception):
-    """This call must run padded. The message is the reason that `packing_stats` counts."""
 
 
 @dataclass
@@ -57,13 +55,18 @@ class _Side:
 
 @torch.compiler.disable
 def pack_inputs(
-    model: Any, state: PatchState, inputs: dict[str, Any], parameters: frozenset[str]
+    model: Any,
+    entry: Entry,
+    original: Any,
+    inputs: dict[str, Any],
+    parameters: frozenset[str],
 ) -> PackedInputs:
     """Pack the arguments of one forward.
 
     Args:
-        model: the patched model.
-        state: its state.
+        model: a part of a patched model.
+        entry: how the part packs.
+        original: its class's own forward.
         inputs: the arguments that are not None, by name. Changed in place.
         parameters: the names of the forward's parameters.
 
@@ -71,14 +74,16 @@ def pack_inputs(
         CannotPackError: if only the model's original forward computes this call correctly.
         ValueError: if the arguments contradict each other.
     """
-    if state.unpackable is not None:
-        raise CannotPackError(state.unpackable)
-    _check_call(model, state, inputs, parameters)
+    if entry.unpackable is not None:
+        raise CannotPackError(entry.unpackable)
+    check_call(model, entry, original, inputs, parameters)
     rows = rows_to_stream(inputs)
-    if state.family.kind == "encoder_decoder" and "decoder_input_ids" in parameters:
-        packed = _pack_encoder_decoder(model, state, inputs)
+    if rows is None and entry.state.family.kind == "decoder":
+        rows = positions_to_stream(inputs, entry.state.splits_by_position)
+    if entry.sides == ("enc", "dec"):
+        packed = _pack_encoder_decoder(model, entry, inputs)
     else:
-        packed = _pack_single(model, state, inputs, parameters)
+        packed = _pack_single(model, entry, inputs, parameters)
     unsupported = sorted(name for name in inputs if name not in _ALWAYS_ACCEPTED)
     if unsupported:
         raise CannotPackError(f"argument {unsupported[0]!r} is not supported")
@@ -114,10 +119,11 @@ def shift_right(model: Any, labels: Tensor) -> Tensor:
 # -------------------------------------------------------------------------- the two kinds of model
 
 
-def _pack_encoder_decoder(model: Any, state: PatchState, inputs: dict[str, Any]) -> PackedInputs:
+def _pack_encoder_decoder(model: Any, entry: Entry, inputs: dict[str, Any]) -> PackedInputs:
     if "encoder_outputs" in inputs:
         raise CannotPackError("encoder_outputs are given")
     labels = inputs.pop("labels", None)
+    state = entry.state
     encoder = _pop_side(inputs, "", state)
     no_decoder_inputs = inputs.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"})
     if labels is not None:
@@ -144,7 +150,8 @@ def _pack_encoder_decoder(model: Any, state: PatchState, inputs: dict[str, Any])
     call = PackedCall(state, {"enc": encoder.layout, "dec": decoder.layout})
     if state.family.swaps and not state.family.has_relative_bias:
         for name, side in (("enc", encoder), ("dec", decoder)):
-            call.positions[name] = _positions(model, state, name, side)
+            stack = model.get_encoder() if name == "enc" else model.get_decoder()
+            call.positions[name] = _positions(stack, state, side)
     marker = marker_mask(encoder.padded.device)
     return PackedInputs(
         call,
@@ -161,17 +168,15 @@ def _pack_encoder_decoder(model: Any, state: PatchState, inputs: dict[str, Any])
 
 
 def _pack_single(
-    model: Any, state: PatchState, inputs: dict[str, Any], parameters: frozenset[str]
+    model: Any, entry: Entry, inputs: dict[str, Any], parameters: frozenset[str]
 ) -> PackedInputs:
-    labels = inputs.pop("labels", None) if state.has_token_head else None
+    state, name = entry.state, entry.sides[0]
+    labels = inputs.pop("labels", None) if entry.has_token_head else None
     cu_seqlens = inputs.get("cu_seqlens")
     masked = "attention_mask" in inputs or cu_seqlens is not None
     side = _pop_side(inputs, "", state)
-    name = "enc" if state.family.kind == "encoder_decoder" else "self"
-    if side.is_packed and state.has_row_head:
-        raise CannotPackError("cu_seqlens is given, but the head reads padded rows")
     call = PackedCall(state, {name: side.layout})
-    _check_pooling(state, side.layout)
+    check_pooling(model, entry, side.layout)
 
     arguments = {
         _input_name("", side): unpad(side.padded, side.layout)[None],
@@ -184,10 +189,11 @@ def _pack_single(
                 "position_ids do not count up and no mask is given, so transformers infers "
                 "sequence boundaries from them (pass cu_seqlens instead)"
             )
-        positions = _positions(model, state, name, side) if own is None else unpad(own, side.layout)
+        positions = _positions(model, state, side) if own is None else unpad(own, side.layout)
         arguments["position_ids"] = positions.long()[None]
-    elif name == "enc" and state.family.swaps and not state.family.has_relative_bias:
-        call.positions[name] = _positions(model, state, name, side)
+    elif name != "self" and state.family.swaps and not state.family.has_relative_bias:
+        stack = model if entry.is_stack else model.get_encoder()
+        call.positions[name] = _positions(stack, state, side)
     if state.family.kind == "encoder" and "token_type_ids" in parameters:
         types = _to_padded("token_type_ids", inputs.pop("token_type_ids", None), side)
         if types is not None:
@@ -195,7 +201,7 @@ def _pack_single(
     targets = None
     if labels is not None:
         labels, _ = _padded_labels(labels, cu_seqlens)
-        targets = _targets(shift_left(labels) if state.shifts_labels else labels, side)
+        targets = _targets(shift_left(labels) if entry.shifts_labels else labels, side)
     if isinstance(inputs.get("logits_to_keep"), int) and inputs["logits_to_keep"] == 0:
         del inputs["logits_to_keep"]
     return PackedInputs(call, arguments, targets, side.is_packed, side.slots)
@@ -313,14 +319,14 @@ def _padded_labels(labels: Tensor, cu_seqlens: Any) -> tuple[Tensor, PackedLayou
     return repad(labels[0], layout, fill=IGNORE_INDEX), layout
 
 
-def _positions(model: Any, state: PatchState, name: str, side: _Side) -> Tensor:
+def _positions(stack: Any, state: PatchState, side: _Side) -> Tensor:
     """``(total_tokens,)`` int64, the position that the model gives each token when padded."""
     rule = state.family.positions
     if rule is None:
         return side.layout.columns.long()
     if side.padded.dim() == 3:
         raise CannotPackError("positions are computed from ids, but inputs_embeds is given")
-    return unpad(rule(model, name, side.padded), side.layout)
+    return unpad(rule(stack, side.padded), side.layout)
 
 
 def _targets(labels: Tensor, side: _Side) -> Targets:
@@ -344,48 +350,3 @@ def _targets(labels: Tensor, side: _Side) -> Targets:
 
 def _input_name(prefix: str, side: _Side) -> str:
     return f"{prefix}input_ids" if side.padded.dim() == 2 else f"{prefix}inputs_embeds"
-
-
-# -------------------------------------------------------------------- calls that cannot be packed
-
-
-def _check_call(
-    model: Any, state: PatchState, inputs: dict[str, Any], parameters: frozenset[str]
-) -> None:
-    """Raise CannotPackError if an argument or the config requires the model's original forward."""
-    config = model.config
-    if "labels" in inputs and state.has_token_head and "_loss_function" in vars(model):
-        raise CannotPackError("the model has a custom loss_function")
-    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
-        raise CannotPackError("a cache is in use")
-    if (
-        "use_cache" not in inputs
-        and "use_cache" in parameters
-        and getattr(config, "use_cache", False)
-        and not (model.training or "labels" in inputs or state.has_row_head)
-        and state.family.kind != "encoder"
-    ):
-        raise CannotPackError("a cache would be returned (pass use_cache=False)")
-    inputs.pop("use_cache", None)
-    for name in ("output_attentions", "output_router_logits"):
-        value = inputs.pop(name, None)
-        if value or (value is None and getattr(config, name, False)):
-            raise CannotPackError(f"{name} is set")
-    rope = getattr(config, "rope_parameters", None)
-    kinds = rope.values() if isinstance(rope, dict) else ()  # one dict, or one per layer type
-    if any(
-        kind in ("dynamic", "longrope")
-        or (isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"))
-        for kind in kinds
-    ):
-        raise CannotPackError("rotary embeddings depend on the length of the padded batch")
-    if getattr(config, "sparse_prediction", False):
-        raise CannotPackError("sparse_prediction is set")
-
-
-def _check_pooling(state: PatchState, layout: PackedLayout) -> None:
-    if not state.pools_first_token:
-        return
-    starts = layout.cu_seqlens[:-1].clamp(max=layout.total_tokens - 1)
-    if bool((layout.lengths == 0).any()) or bool((layout.columns[starts] != 0).any()):
-        raise CannotPackError("a pooler reads the first column, where a row has padding")

@@ -68,10 +68,26 @@ class PatchedConfig:
         register_over(self.base)  # a new process has not registered the name
 
 
+class _Name(str):
+    """The name of tokenpack's attention over "eager", which is equal to "eager" too.
+
+    transformers only accepts ``config.output_attentions = True`` for "eager".
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return other == "eager" or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 def register_over(base: str) -> str:
     """Register tokenpack's attention over the implementation ``base`` and return its name."""
     # Model code drops masks if the name contains "flash", so the name must not contain it.
     name = "tokenpack_" + base.replace("flash_attention", "fa").replace("flash", "f")
+    name = _Name(name) if base == "eager" else name
     _BASES[name] = base
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(_attention_forward, base))
@@ -101,6 +117,12 @@ def _attention_forward(
     """
     call: PackedCall | None = kwargs.pop(KEYWORD, None)
     if call is None:
+        if kwargs.get("cu_seqlens") is not None:
+            raise ValueError(
+                f"cu_seqlens must reach a forward that patch_model changed, got it in "
+                f"{type(module).__name__}, which would see one sequence: call a part of the "
+                "patched model, or leave cu_seqlens out"
+            )
         is_marker = attention_mask is not None and attention_mask.shape == (1, 1, 1, 1)
         if is_marker and query.shape[2] > 1:
             raise RuntimeError(
@@ -150,6 +172,11 @@ def _packed_attention_forward(
             "does not support: this model cannot be patched"
         )
     role = getattr(module, ROLE, "self")
+    if role not in ("cross", *call.layouts):
+        raise RuntimeError(
+            f"{type(module).__name__} was added after patch_model: call unpatch_model before the "
+            "change and patch_model after it"
+        )
     out, choice = layout_attention(
         query,
         key,

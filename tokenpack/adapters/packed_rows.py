@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..kernels import PackedLayout, layout_from_mask, unpad
+from ..checks import IGNORE_INDEX
+from ..kernels import PackedLayout, layout_from_lengths, layout_from_mask, unpad
+from .errors import CannotPackError
 
 # The same boundaries under the names of transformers' flash attention.
 _FLASH_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -56,6 +58,57 @@ def rows_to_stream(inputs: dict[str, Any]) -> PackedLayout | None:
     layout = layout_from_mask(_token_mask(inputs["cu_seqlens"], padded, shape, first.device))
     inputs.update(zip(tokens, (stream[None] for stream in unpad(list(tokens.values()), layout))))
     return layout
+
+
+def positions_to_stream(inputs: dict[str, Any], splits_by_position: bool) -> PackedLayout | None:
+    """Replace rows that transformers would split by their ``position_ids`` by a packed stream.
+
+    Without a mask, transformers begins a new sequence wherever a position is not one more than the
+    position before (its padding-free collators rely on this). The same boundaries become
+    ``cu_seqlens`` here.
+
+    Args:
+        inputs: the arguments by name, changed in place if they have such positions.
+        splits_by_position: the model runs on flash attention, which drops a mask of ones.
+
+    Returns:
+        The layout that puts a stream back into the rows, or None if nothing changed or the batch
+        has one row.
+
+    Raises:
+        CannotPackError: if packing would change the loss or the boundaries.
+    """
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
+    tokens = inputs.get(name)
+    if positions is None or tokens is None or "cu_seqlens" in inputs or positions.dim() != 2:
+        return None
+    if mask is not None and not (splits_by_position and len(tokens) == 1 and bool(mask.all())):
+        return None
+    rows, columns = tokens.shape[:2]
+    if positions.shape not in ((rows, columns), (1, columns)):
+        return None
+    begins = nn.functional.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
+    if not bool(begins[:, 1:].any()):
+        return None
+    if splits_by_position and rows > 1:
+        raise CannotPackError("flash attention does not split several rows by their position_ids")
+    begins = begins.expand(rows, columns)
+    labels = inputs.get("labels")
+    if labels is not None and labels.shape == begins.shape:
+        inner = begins.to(labels.device) & (torch.arange(columns, device=labels.device) > 0)
+        if bool((labels[inner] != IGNORE_INDEX).any()):
+            raise CannotPackError(
+                "position_ids begin a sequence at a token whose label is not -100, which the token "
+                "before it would predict"
+            )
+        inputs["labels"] = labels.reshape(1, -1)
+    inputs.pop("attention_mask", None)
+    inputs[name] = tokens.reshape(1, rows * columns, *tokens.shape[2:])
+    inputs["position_ids"] = positions.expand(rows, columns).reshape(1, -1)
+    starts = begins.flatten().nonzero().flatten()
+    inputs["cu_seqlens"] = nn.functional.pad(starts, (0, 1), value=rows * columns).int()
+    return layout_from_lengths([columns] * rows, device=tokens.device) if rows > 1 else None
 
 
 def _token_mask(cu_seqlens: Any, padded: Any, shape: torch.Size, device: torch.device) -> Tensor:

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import re
+import weakref
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import require_known_backend
-from .call import ROLE, SIDE, STATE, PackingStats, PatchState
+from .call import ENTRY, ROLE, SIDE, STATE, Entry, PackingStats, PatchState
+from .entries import (
+    entry_of,
+    is_entry,
+    is_wrapper,
+    parts_of,
+    reads_rows,
+    tag_attention,
+    whole_reason,
+)
 from .families import find_family
-from .family import Family
 from .forward import packed_forward
 from .head import fused_forward
 from .interface import PatchedConfig
-from .pooler import first_token_forward
+from .row_head import row_head_forward
 from .swap import is_swapped, restore_forward, swap_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 Logits = Literal["auto", "always", "never"]
-
-# Suffixes of the class names of heads that read each token separately ...
-_CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
-_TOKEN_HEADS = (
-    *_CAUSAL_HEADS,
-    "ForConditionalGeneration",
-    "ForMaskedLM",
-    "ForTokenClassification",
-    "MTModel",
-)
-# ... and of heads that read one real token of each row. A question-answering head is neither: it
-# compares all columns of a row, including padding.
-_ROW_HEADS = ("ForSequenceClassification",)
-_CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention")
 
 
 def patch_model(
@@ -74,47 +68,48 @@ def patch_model(
         raise ValueError(f"logits must be 'auto', 'always' or 'never', got {logits!r}")
     inner = _transformers_model(model)
     family = find_family(inner.config.model_type)
-    patched = _find_patched(inner)
-    if patched is not None:
-        state: PatchState = patched._tokenpack_state
-        if strict and state.unpackable is not None:
-            raise ValueError(f"{type(inner).__name__} can never be packed: {state.unpackable}")
+    if is_entry(inner):
+        _check_is_whole(inner)
+        entry: Entry = getattr(inner, ENTRY)
+        if strict and entry.unpackable is not None:
+            raise ValueError(f"{type(inner).__name__} can never be packed: {entry.unpackable}")
+        state = entry.state
         state.attention, state.logits, state.strict = attention, logits, strict
         return model
     _check_modules(inner)
+    _check_wrappers(model, inner)
     state = PatchState(family, attention, logits, strict)
-    state.unpackable = _unpackable_reason(inner, family)
-    if family is None or state.unpackable is not None:
-        if strict:
-            raise ValueError(f"{type(inner).__name__} can never be packed: {state.unpackable}")
+    state.root = weakref.ref(inner)
+    reason = whole_reason(inner, family)
+    if strict and reason is not None:
+        raise ValueError(f"{type(inner).__name__} can never be packed: {reason}")
+    if family is None or reason is not None:
         _swap(inner, packed_forward, state)
+        setattr(inner, ENTRY, Entry(state, (), unpackable=reason))
         return model
-    state.has_token_head = type(inner).__name__.endswith(_TOKEN_HEADS)
-    state.shifts_labels = type(inner).__name__.endswith(_CAUSAL_HEADS)
-    # A model with a head over tokens packs as a whole, including its loss. A head over rows reads
-    # padded hidden states, so only the base model packs.
-    target = inner if state.has_token_head else inner.base_model
-    state.has_row_head = target is not inner
+    entries = {name: entry_of(part, state) for name, part in parts_of(inner)}
+    if strict and entries[""].unpackable is not None:
+        raise ValueError(f"{type(inner).__name__} can never be packed: {entries[''].unpackable}")
     state.counts_columns = family.has_relative_bias or _has_window(inner.config)
-    # The head of an encoder reads the first column of those hidden states.
-    state.pools_first_token = family.kind == "encoder" and state.has_row_head
     # Stacks have copies of the config, so patch every config that a module reads.
     configs = (getattr(module, "config", None) for module in inner.modules())
     distinct = {id(config): config for config in configs if config is not None}
     state.configs = [PatchedConfig(config) for config in distinct.values()]
     for config in state.configs:
         config.replace()
-    for name, module in target.named_modules():
-        _tag(module, name, state)
+    for module in list(inner.modules()):
         replacement = family.swaps.get(type(module).__name__)
         if replacement is not None:
             _swap(module, replacement, state)
-            state.pools_first_token |= replacement is first_token_forward
-    head = target.get_output_embeddings() if state.has_token_head else None
-    # Exactly nn.Linear, because adapters and quantizers of a head subclass or wrap it.
-    if type(head) is nn.Linear:
-        _swap(head, fused_forward, state)
-    _swap(target, packed_forward, state)
+    for name, part in parts_of(inner):
+        tag_attention(part, family)
+        setattr(part, ENTRY, entries[name])
+        head = part.get_output_embeddings() if entries[name].has_token_head else None
+        # Exactly nn.Linear, because adapters and quantizers of a head subclass or wrap it.
+        if type(head) is nn.Linear:
+            _swap(head, fused_forward, state)
+        if not is_wrapper(part):  # the stack inside packs
+            _swap(part, row_head_forward if reads_rows(part) else packed_forward, state)
     return model
 
 
@@ -123,16 +118,19 @@ def unpatch_model(model: Model) -> Model:
 
     Raises:
         TypeError: if ``model`` contains no transformers model.
-        ValueError: if ``fully_shard`` has changed the model's classes since `patch_model`.
+        ValueError: if ``model`` is a part of the model that was patched, or ``fully_shard`` has
+            changed the model's classes since `patch_model`.
     """
-    patched = _find_patched(_transformers_model(model))
-    if patched is None:
+    inner = _transformers_model(model)
+    if not is_entry(inner):
         return model
-    state: PatchState = patched._tokenpack_state
-    for module in patched.modules():
-        if is_swapped(module) and getattr(module, "_tokenpack_state", None) is state:
+    _check_is_whole(inner)
+    state = getattr(inner, ENTRY).state
+    # A copy of a part (PEFT's `modules_to_save`) has a copy of the state, so restore every class.
+    for module in model.modules():
+        if is_swapped(module):
             restore_forward(module)
-        for attribute in (ROLE, SIDE, STATE):
+        for attribute in (ENTRY, ROLE, SIDE, STATE):
             module.__dict__.pop(attribute, None)
     for config in state.configs:
         config.restore()
@@ -142,7 +140,7 @@ def unpatch_model(model: Model) -> Model:
 def is_patched(model: nn.Module) -> bool:
     """Whether this model is patched."""
     try:
-        return _find_patched(_transformers_model(model)) is not None
+        return is_entry(_transformers_model(model))
     except TypeError:
         return False
 
@@ -156,10 +154,11 @@ def packing_stats(model: nn.Module) -> PackingStats:
         TypeError: if ``model`` contains no transformers model.
         ValueError: if the model is not patched.
     """
-    patched = _find_patched(_transformers_model(model))
-    if patched is None:
+    inner = _transformers_model(model)
+    if not is_entry(inner):
         raise ValueError(f"{type(model).__name__} is not patched: call patch_model(model) first")
-    return patched._tokenpack_state.stats
+    entry: Entry = getattr(inner, ENTRY)
+    return entry.state.stats
 
 
 # ------------------------------------------------------------------------------- whether to patch
@@ -183,14 +182,6 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     return seen
 
 
-def _find_patched(model: PreTrainedModel) -> Any:
-    """The part of ``model`` whose forward packs, or None."""
-    for candidate in (model, model.base_model):
-        if is_swapped(candidate, packed_forward):
-            return candidate
-    return None
-
-
 def _check_modules(model: PreTrainedModel) -> None:
     """Raise ValueError if a module of ``model`` would hide the patch or is already patched."""
     for name, module in model.named_modules():
@@ -206,22 +197,28 @@ def _check_modules(model: PreTrainedModel) -> None:
             )
 
 
-def _unpackable_reason(model: PreTrainedModel, family: Family | None) -> str | None:
-    name = type(model).__name__
-    if family is None:
-        return f"unknown family {model.config.model_type!r}"
-    if model is not model.base_model and not name.endswith((*_TOKEN_HEADS, *_ROW_HEADS)):
-        return f"{name} has a head that is not known to ignore padding"
-    if family.kind == "encoder_decoder" and name.endswith("ForCausalLM"):
-        return f"{name} is a decoder without its encoder"
-    if family.kind == "encoder" and getattr(model.config, "is_decoder", False):
-        return f"{name} is an encoder configured as a decoder"
-    if not type(model).forward.__module__.startswith("transformers."):
-        return f"{name} has a custom forward"
-    for option in ("output_attentions", "reorder_and_upcast_attn", "add_cross_attention"):
-        if getattr(model.config, option, False):
-            return f"{option} is set in the config"
-    return None
+def _check_is_whole(inner: PreTrainedModel) -> None:
+    """Raise ValueError if ``inner`` is a part of a model that was patched as a whole."""
+    root = getattr(inner, ENTRY).state.root
+    root = None if root is None else root()
+    if root is not None and root is not inner and any(inner is m for m in root.modules()):
+        raise ValueError(
+            f"model must be the whole model that was patched, a {type(root).__name__}, "
+            f"got its part {type(inner).__name__}, which is already patched"
+        )
+
+
+def _check_wrappers(model: nn.Module, inner: PreTrainedModel) -> None:
+    """Raise ValueError if a wrapper around ``inner`` has kept its forward of before the patch."""
+    inside = set(inner.modules())
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if module not in inside and getattr(forward, "__self__", None) in inside:
+            raise ValueError(
+                f"{name or 'model'} ({type(module).__name__}) keeps the forward of "
+                f"{type(forward.__self__).__name__}, so it would not run the patched one: call "
+                "patch_model on the transformers model before wrapping it"
+            )
 
 
 def _has_window(config: Any) -> bool:
@@ -235,15 +232,4 @@ def _has_window(config: Any) -> bool:
 
 def _swap(module: Any, replacement: Any, state: PatchState) -> None:
     swap_forward(module, replacement)
-    module._tokenpack_state = state
-
-
-def _tag(module: nn.Module, name: str, state: PatchState) -> None:
-    """Set the role of an attention module, or the side of a position table."""
-    side = "self"
-    if state.family.kind == "encoder_decoder":
-        side = "dec" if re.search(r"(^|\.)decoder\.", name) else "enc"
-    if "Attention" in type(module).__name__:
-        module.__dict__[ROLE] = "cross" if side == "dec" and _CROSS.search(name) else side
-    elif "PositionalEmbedding" in type(module).__name__:
-        module.__dict__[SIDE] = side
+    setattr(module, STATE, state)

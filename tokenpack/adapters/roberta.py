@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 
-def positions(model: Any, side: str, ids: Tensor) -> Tensor:
+def positions(model: Any, ids: Tensor) -> Tensor:
     """``(rows, columns)`` positions, as the model computes them from padded ids."""
     padding_idx = model.config.pad_token_id
     real = ids.ne(padding_idx).long()

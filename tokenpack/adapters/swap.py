@@ -53,7 +53,16 @@ def _swapped_class(original: Any, replacement: Replacement) -> Any:
 
     @functools.wraps(original_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # After `restore_forward`, accelerate may still have this function as the module's forward.
+        if type(self) is original:
+            return original_forward(self, *args, **kwargs)
         return replacement(original_forward, self, *args, **kwargs)
+
+    @functools.wraps(original.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        # A new module made by ``type(module)(config)`` has not been patched.
+        self.__class__ = original
+        self.__init__(*args, **kwargs)
 
     # torch.compile caches by code object and limits entries, so each class gets its own.
     forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
@@ -68,6 +77,7 @@ def _swapped_class(original: Any, replacement: Replacement) -> Any:
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
+            "__init__": __init__,
             "forward": forward,
             "__reduce_ex__": __reduce_ex__,
             "_tokenpack_swap": (original, replacement),

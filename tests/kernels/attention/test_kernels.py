@@ -61,7 +61,7 @@ def test_all_combinations_of_options(causal, window, softcap, grouped, bias, cro
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}], ids=str)
 def test_head_dims_and_float32(options, dtype, head_dim):
     inputs = make_inputs(
-        (ROWS, KEYS), heads=1, head_dim=head_dim, kv_heads=1, bias=True, dtype=dtype
+        (ROWS, KEYS), heads=2, head_dim=head_dim, kv_heads=2, bias=True, dtype=dtype
     )
     assert_as_exact_as_pytorch(inputs, **options)
 

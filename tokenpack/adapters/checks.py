@@ -1,0 +1,105 @@
+"""Calls that cannot be packed: the arguments, settings and hooks that need the padded batch."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers.loss import loss_utils
+
+from ..kernels import PackedLayout
+from .call import Entry
+from .errors import CannotPackError
+from .hooks import has_neftune, hook_by_row
+from .swap import is_swapped
+
+# The losses of transformers that are the mean cross entropy over valid labels, which a causal model
+# shifts first.
+_CAUSAL_LOSSES = frozenset({loss_utils.ForCausalLMLoss})
+_TOKEN_LOSSES = frozenset({loss_utils.ForMaskedLMLoss, loss_utils.ForTokenClassification})
+
+
+def check_call(
+    model: Any, entry: Entry, original: Any, inputs: dict[str, Any], parameters: frozenset[str]
+) -> None:
+    """Raise CannotPackError if an argument, the config or a hook requires the original forward."""
+    config, family = model.config, entry.state.family
+    assert family is not None
+    if "labels" in inputs and entry.has_token_head and not _has_stock_loss(model, entry, original):
+        raise CannotPackError("the model has a custom loss_function")
+    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
+        raise CannotPackError("a cache is in use")
+    if (
+        "use_cache" not in inputs
+        and "use_cache" in parameters
+        and getattr(config, "use_cache", False)
+        and not (model.training or "labels" in inputs)
+        and family.kind != "encoder"
+    ):
+        raise CannotPackError("a cache would be returned (pass use_cache=False)")
+    inputs.pop("use_cache", None)
+    for name in ("output_attentions", "output_router_logits"):
+        value = inputs.pop(name, None)
+        if value or (value is None and getattr(config, name, False)):
+            raise CannotPackError(f"{name} is set")
+    if _rope_depends_on_width(config):
+        raise CannotPackError("rotary embeddings depend on the length of the padded batch")
+    if getattr(config, "sparse_prediction", False):
+        raise CannotPackError("sparse_prediction is set")
+    hook = hook_by_row(model)
+    if hook is not None:
+        raise CannotPackError(hook)
+    embedding = model.get_input_embeddings()
+    if embedding is not None and has_neftune(embedding):
+        raise CannotPackError("NEFTune scales its noise by the padded width")
+
+
+def check_pooling(model: Any, entry: Entry, layout: PackedLayout) -> None:
+    """Check that a pooler, if there is one, reads a real token of each row.
+
+    Raises:
+        CannotPackError: if a row has padding in its first column.
+        RuntimeError: if the pooler is not the one that `patch_model` changed.
+    """
+    pooler = None if entry.pooler is None else getattr(model, entry.pooler)
+    if pooler is None:
+        return
+    _require_swapped(model, entry.pooler or "", pooler)
+    starts = layout.cu_seqlens[:-1].clamp(max=layout.total_tokens - 1)
+    if bool((layout.lengths == 0).any()) or bool((layout.columns[starts] != 0).any()):
+        raise CannotPackError("a pooler reads the first column, where a row has padding")
+
+
+def check_position_table(stack: Any) -> None:
+    """Raise RuntimeError if a stack's position table is not the one that `patch_model` changed."""
+    table = getattr(stack, "embed_positions", None)
+    if table is not None:
+        _require_swapped(stack, "embed_positions", table)
+
+
+def _require_swapped(parent: Any, name: str, child: Any) -> None:
+    """PEFT may wrap a child. Then the child that `patch_model` changed is inside."""
+    if not any(is_swapped(module) for module in child.modules()):
+        raise RuntimeError(
+            f"{type(parent).__name__}.{name} was replaced after patch_model: call unpatch_model "
+            "before the replacement and patch_model after it"
+        )
+
+
+def _has_stock_loss(model: Any, entry: Entry, original: Any) -> bool:
+    """Whether the forward's loss is a mean cross entropy. `loss_function` is looked up per call."""
+    if "_loss_function" in vars(model):
+        return False
+    names = inspect.unwrap(original).__code__.co_names
+    stock = _CAUSAL_LOSSES if entry.shifts_labels else _TOKEN_LOSSES
+    return "loss_function" not in names or model.loss_function in stock
+
+
+def _rope_depends_on_width(config: Any) -> bool:
+    rope = getattr(config, "rope_parameters", None)
+    kinds = rope.values() if isinstance(rope, dict) else ()  # one dict, or one per layer type
+    return any(
+        kind in ("dynamic", "longrope")
+        or (isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"))
+        for kind in kinds
+    )

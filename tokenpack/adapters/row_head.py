@@ -1,0 +1,67 @@
+"""Heads that read one token of each row: they run on the padded output of a packed base model.
+
+That output is zero at padded slots. A head reads a position that it computes from the ids, and not
+from the mask. So the call only packs if the mask marks all positions that the head reads as real.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import ENTRY, Entry, runs_padded
+from .forward import BOUNDARIES, arguments_by_name, run_padded
+
+
+@functools.partial(torch.compiler.disable, recursive=False)
+def row_head_forward(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a sequence classifier. Its base model packs."""
+    entry: Entry = getattr(model, ENTRY)
+    if runs_padded(entry.state):
+        return original(model, *args, **kwargs)
+    inputs, parameters = arguments_by_name(original, model, args, kwargs)
+    reason = entry.unpackable or _reason(model, entry, inputs)
+    if reason is not None:
+        return run_padded(original, model, entry, reason, inputs)
+    if "use_cache" in parameters and (model.training or "labels" in inputs):
+        inputs.setdefault("use_cache", False)  # a loss is wanted, and no cache
+    return original(model, **inputs)
+
+
+def _reason(model: Any, entry: Entry, inputs: dict[str, Any]) -> str | None:
+    """Why the head must run on a padded forward. None if it reads real slots only."""
+    family = entry.state.family
+    assert family is not None
+    if not inputs.keys().isdisjoint(BOUNDARIES):
+        return "cu_seqlens is given, but the head reads padded rows"
+    prefix = "decoder_" if family.kind == "encoder_decoder" else ""
+    mask = inputs.get(f"{prefix}attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None  # all slots are real, or the base model decides
+    if family.kind == "encoder":
+        read = torch.zeros(len(mask), dtype=torch.long)
+    elif family.kind == "decoder":
+        read = _last_column(model.config.get_text_config().pad_token_id, mask, inputs)
+    else:
+        ids = inputs.get("input_ids")
+        if ids is None or ids.shape != mask.shape:
+            return None  # the model itself raises an error
+        column = torch.arange(ids.shape[1], device=ids.device)
+        read = (ids.eq(model.config.eos_token_id) * column).argmax(1)
+    rows = torch.arange(len(mask), device=mask.device)
+    if bool((mask[rows, read.to(mask.device)] == 0).any()):
+        return "the head reads a slot that the mask marks as padding"
+    return None
+
+
+def _last_column(pad_token_id: int | None, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The column of the last id of each row that is not ``pad_token_id``, as the model finds it."""
+    ids = inputs.get("input_ids")
+    if ids is None or pad_token_id is None or ids.shape != mask.shape:
+        return torch.full((len(mask),), mask.shape[1] - 1)
+    column = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
+    return ((ids != pad_token_id) * column).argmax(1)

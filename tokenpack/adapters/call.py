@@ -7,6 +7,7 @@ The model's forward passes a `PackedCall` to its attention layers under the keyw
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ KEYWORD = "packing"
 # The attributes that `patch_model` sets on modules.
 STATE = "_tokenpack_state"  # the PatchState, on every module with another forward
 ENTRY = "_tokenpack_entry"  # the Entry, on every part that can be called by itself
+WATCHED = "_tokenpack_watched"  # the PatchState, on the first attention of the model
 ROLE = "_tokenpack_role"  # of an attention: "enc", "dec", "cross" or "self"
 SIDE = "_tokenpack_side"  # of a position table: "enc" or "dec"
 
@@ -104,6 +106,8 @@ class PackingStats:
     Attributes:
         packed_calls: number of forwards that ran on real tokens only.
         fallbacks: number of forwards that ran the model's original padded forward, by reason.
+        unseen_calls: number of training forwards that reached the model's attention without going
+            through any part that `patch_model` changed.
         packed_tokens: number of real tokens in packed forwards, including the decoder's.
         padded_tokens: number of slots that the same batches had before packing.
         attention: the backend of each kind of attention (``enc``, ``dec``, ``cross``, ``self``)
@@ -113,6 +117,7 @@ class PackingStats:
 
     packed_calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    unseen_calls: int = 0
     packed_tokens: int = 0
     padded_tokens: int = 0
     attention: dict[str, str] = field(default_factory=dict)
@@ -122,6 +127,9 @@ class PackingStats:
     def padding_share(self) -> float:
         """Fraction of the slots in packed batches that were padding, and were not computed."""
         return 1.0 - self.packed_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+_PATIENCE = 8  # training forwards, a few steps of accumulation
 
 
 class PatchState:
@@ -136,10 +144,22 @@ class PatchState:
         self.stats = PackingStats()
         self.head_is_plain: bool | None = None  # None until the first fused loss has been checked
         self.configs: list[Any] = []  # the `PatchedConfig` objects of interface.py
+        self.padded_training = 0  # forwards in training that were not packed
         self.root: weakref.ref[Any] | None = None  # the model that was patched; None in a copy
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "root": None}
+
+    def count_padded_training(self, reason: str) -> None:
+        """Count a training forward that was not packed, and warn if none was after a few."""
+        self.padded_training += 1
+        if self.padded_training == _PATIENCE and self.stats.packed_calls == 0:
+            warnings.warn(
+                f"patch_model has no effect: {_PATIENCE} training forwards of the patched model, "
+                f"and none was packed. {reason[0].upper()}{reason[1:]}. See packing_stats(model).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def splits_by_position(self) -> bool:
@@ -204,10 +224,14 @@ def runs_padded(state: PatchState) -> bool:
     return active is not None and active[0] is state and active[1] is None
 
 
+# Attention scores never have this shape, so attention that is not tokenpack's fails on the marker.
+MARKER_SHAPE = (1, 1, 2, 3)
+
+
 def marker_mask(device: torch.device) -> Tensor:
-    """The ``(1, 1, 1, 1)`` attention mask of a packed forward.
+    """The attention mask of a packed forward, of shape `MARKER_SHAPE`.
 
     transformers' mask functions return a four-dimensional mask unchanged. Attention recognizes this
     one by its shape.
     """
-    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+    return torch.ones(MARKER_SHAPE, dtype=torch.bool, device=device)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .call import ENTRY, ROLE, SIDE, Entry, PatchState
+from .call import ENTRY, ROLE, SIDE, WATCHED, Entry, PatchState
 from .family import Family
 from .pooler import first_token_forward
 
@@ -96,6 +96,14 @@ def tag_attention(part: Any, family: Family) -> None:
             module.__dict__[ROLE] = "cross" if side == "dec" and _CROSS.search(name) else side
         elif "PositionalEmbedding" in type(module).__name__:
             module.__dict__[SIDE] = side
+
+
+def watch_attention(model: nn.Module, state: PatchState) -> None:
+    """Let the first attention of a model report forwards that go around its entries."""
+    for module in model.modules():
+        if ROLE in vars(module) and not any(ROLE in vars(c) for c in module.children()):
+            module.__dict__[WATCHED] = state
+            return
 
 
 def whole_reason(model: PreTrainedModel, family: Family | None) -> str | None:

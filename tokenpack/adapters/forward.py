@@ -160,7 +160,7 @@ def _results(outputs: Any, entry: Entry, packed: PackedInputs, keep_logits: bool
     call, targets, stats = packed.call, packed.targets, entry.state.stats
     # A ModelOutput cannot drop a field that has been set, so the results go into a new one.
     fields = dict(outputs.items())
-    result = type(outputs)
+    result: Any = type(outputs)
     if not keep_logits and "logits" in fields:
         logits, result = fields.pop("logits"), without_logits(result)
     elif "logits" in fields:
@@ -220,6 +220,7 @@ def run_padded(
         logger.warning_once(
             f"{type(model).__name__} runs padded: {reason}. See packing_stats(model).fallbacks."
         )
+        entry.state.count_padded_training(f"it runs padded, because {reason}")
     labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
     with activate(entry.state, None):
         if not entry.has_token_head or entry.shifts_labels or labels is None or num_items is None:

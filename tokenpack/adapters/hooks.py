@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 _KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 
 # The arguments of PEFT's hooks that have one value for each row of the padded batch.
-_BY_ROW = ("adapter_names", "alora_offsets", "task_ids")
+_BY_ROW = ("adapter_names", "alora_offsets")
 
 
 def changed_by(module: Any) -> str | None:

@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import layout_attention
-from .call import KEYWORD, ROLE, PackedCall
+from .call import KEYWORD, MARKER_SHAPE, ROLE, WATCHED, PackedCall, PatchState, runs_padded
 
 # Keywords of attention layers that do not affect attention over packed sequences.
 _IGNORED = frozenset(
@@ -123,7 +123,10 @@ def _attention_forward(
                 f"{type(module).__name__}, which would see one sequence: call a part of the "
                 "patched model, or leave cu_seqlens out"
             )
-        is_marker = attention_mask is not None and attention_mask.shape == (1, 1, 1, 1)
+        watched: PatchState | None = vars(module).get(WATCHED)
+        if watched is not None and module.training and torch.is_grad_enabled():
+            _count_unseen(watched, module)
+        is_marker = attention_mask is not None and attention_mask.shape == MARKER_SHAPE
         if is_marker and query.shape[2] > 1:
             raise RuntimeError(
                 f"{type(module).__name__} did not pass the {KEYWORD!r} keyword to attention in a "
@@ -131,6 +134,24 @@ def _attention_forward(
             )
         return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
     return _packed_attention_forward(call, module, query, key, value, **kwargs), None
+
+
+def _count_unseen(state: PatchState, module: nn.Module) -> None:
+    """Count a training forward that goes around every part that `patch_model` changed.
+
+    Raises:
+        ValueError: with ``strict``.
+    """
+    # Gradient checkpointing recomputes a padded forward within the backward.
+    if runs_padded(state) or torch._C._current_graph_task_id() != -1:
+        return
+    if state.strict:
+        raise ValueError(
+            f"strict=True, and {type(module).__name__} was reached without any forward that "
+            "patch_model changed: call the model, its base model or one of its stacks"
+        )
+    state.stats.unseen_calls += 1
+    state.count_padded_training("the patched forwards are not called")
 
 
 def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers.utils import ModelOutput
-
 
 @functools.cache
-def without_logits(output: type[ModelOutput]) -> type[ModelOutput]:
+def without_logits(output: Any) -> Any:
     """A subclass of ``output`` that keeps the position of ``logits``.
 
     ``to_tuple`` and slices have None there. Reading the position raises an error.
@@ -48,5 +46,5 @@ def without_logits(output: type[ModelOutput]) -> type[ModelOutput]:
     )
 
 
-def _rebuild(output: type[ModelOutput], fields: dict[str, Any]) -> ModelOutput:
+def _rebuild(output: Any, fields: dict[str, Any]) -> Any:
     return without_logits(output)(**fields)

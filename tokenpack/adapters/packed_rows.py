@@ -17,8 +17,9 @@ from ..checks import IGNORE_INDEX
 from ..kernels import PackedLayout, layout_from_lengths, layout_from_mask, unpad
 from .errors import CannotPackError
 
-# The same boundaries under the names of transformers' flash attention.
-_FLASH_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# The same boundaries under the names that transformers' padding-free collators give them: for flash
+# attention, and for state-space layers, which no supported family has.
+_OTHER_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "labels", "position_ids")
 
 
@@ -37,7 +38,7 @@ def rows_to_stream(inputs: dict[str, Any]) -> PackedLayout | None:
     """
     if "cu_seqlens" not in inputs:
         return None
-    for name in _FLASH_NAMES:
+    for name in _OTHER_NAMES:
         inputs.pop(name, None)
     if "cu_seqlens_padded" not in inputs:
         return None
@@ -89,11 +90,15 @@ def positions_to_stream(inputs: dict[str, Any], splits_by_position: bool) -> Pac
     if positions.shape not in ((rows, columns), (1, columns)):
         return None
     begins = nn.functional.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
-    if not bool(begins[:, 1:].any()):
-        return None
-    if splits_by_position and rows > 1:
+    splits = bool(begins[:, 1:].any())
+    if splits_by_position and splits and rows > 1:
         raise CannotPackError("flash attention does not split several rows by their position_ids")
     begins = begins.expand(rows, columns)
+    starts = begins.flatten().nonzero().flatten()
+    cu_seqlens = nn.functional.pad(starts, (0, 1), value=rows * columns).int()
+    _drop_other_names(inputs, cu_seqlens, splits_by_position)
+    if not splits:
+        return None
     labels = inputs.get("labels")
     if labels is not None and labels.shape == begins.shape:
         inner = begins.to(labels.device) & (torch.arange(columns, device=labels.device) > 0)
@@ -106,9 +111,17 @@ def positions_to_stream(inputs: dict[str, Any], splits_by_position: bool) -> Pac
     inputs.pop("attention_mask", None)
     inputs[name] = tokens.reshape(1, rows * columns, *tokens.shape[2:])
     inputs["position_ids"] = positions.expand(rows, columns).reshape(1, -1)
-    starts = begins.flatten().nonzero().flatten()
-    inputs["cu_seqlens"] = nn.functional.pad(starts, (0, 1), value=rows * columns).int()
+    inputs["cu_seqlens"] = cu_seqlens
     return layout_from_lengths([columns] * rows, device=tokens.device) if rows > 1 else None
+
+
+def _drop_other_names(inputs: dict[str, Any], cu_seqlens: Tensor, is_flash: bool) -> None:
+    """Remove boundaries that attention without positions would read, if both are the same."""
+    given = inputs.get("cu_seq_lens_q")
+    if is_flash and given is not None and not torch.equal(given.flatten().int(), cu_seqlens):
+        raise CannotPackError("cu_seq_lens_q and position_ids give different boundaries")
+    for name in _OTHER_NAMES:
+        inputs.pop(name, None)
 
 
 def _token_mask(cu_seqlens: Any, padded: Any, shape: torch.Size, device: torch.device) -> Tensor:

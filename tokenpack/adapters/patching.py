@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import require_known_backend
-from .call import ENTRY, ROLE, SIDE, STATE, Entry, PackingStats, PatchState
+from .call import ENTRY, ROLE, SIDE, STATE, WATCHED, Entry, PackingStats, PatchState
 from .entries import (
     entry_of,
     is_entry,
@@ -17,6 +17,7 @@ from .entries import (
     parts_of,
     reads_rows,
     tag_attention,
+    watch_attention,
     whole_reason,
 )
 from .families import find_family
@@ -110,6 +111,7 @@ def patch_model(
             _swap(head, fused_forward, state)
         if not is_wrapper(part):  # the stack inside packs
             _swap(part, row_head_forward if reads_rows(part) else packed_forward, state)
+    watch_attention(inner, state)
     return model
 
 
@@ -130,7 +132,7 @@ def unpatch_model(model: Model) -> Model:
     for module in model.modules():
         if is_swapped(module):
             restore_forward(module)
-        for attribute in (ENTRY, ROLE, SIDE, STATE):
+        for attribute in (ENTRY, ROLE, SIDE, STATE, WATCHED):
             module.__dict__.pop(attribute, None)
     for config in state.configs:
         config.restore()

@@ -1,0 +1,453 @@
+"""Every part of a patched model that can be called by itself packs, and undoing restores all."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+from torch.nn.utils.parametrize import register_parametrization
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from tokenpack import is_patched, packing_stats, patch_model, unpatch_model
+
+from .models import BERT, BY_NAME, LLAMA, NLLB, T5
+
+BART = BY_NAME["BartForConditionalGeneration"]
+GPT2 = BY_NAME["GPT2LMHeadModel"]
+
+
+def padded_ids(columns=7, rows=3, seed=0):
+    """Ids and a right-padded mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (rows, columns), generator=generator)
+    lengths = torch.tensor([columns, 4, 2])[:rows]
+    return ids, (torch.arange(columns) < lengths[:, None]).long()
+
+
+def assert_equal_at_real_slots(ours, theirs, mask):
+    difference = (ours - theirs).abs() * mask[..., None]
+    assert difference.max() <= 1e-5
+    assert (ours * (1 - mask[..., None])).eq(0).all()
+
+
+# --------------------------------------------------------------------------------- parts as entries
+
+
+@pytest.mark.parametrize("case", [T5, NLLB, BART], ids=lambda case: case.model)
+@pytest.mark.parametrize("part", ["get_encoder", "get_decoder"])
+@pytest.mark.parametrize("alone", [False, True], ids=["in the model", "patched alone"])
+def test_a_stack(case, part, alone):
+    reference = getattr(case.build().eval(), part)()
+    model = copy.deepcopy(case.build().eval())
+    stack = getattr(model, part)()
+    patch_model(stack if alone else model, strict=True)
+    ids, mask = padded_ids()
+    ours = stack(input_ids=ids, attention_mask=mask, use_cache=False)
+    theirs = reference(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert_equal_at_real_slots(ours.last_hidden_state, theirs.last_hidden_state, mask)
+    assert packing_stats(stack).packed_calls == 1
+
+
+@pytest.mark.parametrize("case", [LLAMA, GPT2, BERT, NLLB], ids=lambda case: case.model)
+def test_a_base_model(case):
+    reference, model = case.build().eval(), patch_model(case.build().eval(), strict=True)
+    ids, mask = padded_ids()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if case.labels == "seq2seq":
+        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    batch |= {} if case is BERT else {"use_cache": False}
+    ours, theirs = (each.base_model(**batch).last_hidden_state for each in (model, reference))
+    assert_equal_at_real_slots(ours, theirs, mask)
+    assert packing_stats(model).packed_calls == 1
+
+
+def test_a_base_model_takes_a_stream():
+    model = patch_model(LLAMA.build().eval(), strict=True)
+    first, second = torch.randint(3, 97, (1, 5)), torch.randint(3, 97, (1, 4))
+    stream = torch.cat([first, second], 1)
+    packed = model.model(input_ids=stream, cu_seqlens=torch.tensor([0, 5, 9]), use_cache=False)
+    alone = LLAMA.build().eval().model(input_ids=second, use_cache=False)
+    torch.testing.assert_close(packed.last_hidden_state[:, 5:], alone.last_hidden_state)
+
+
+def test_boundaries_that_no_forward_uses_are_an_error():
+    model = patch_model(LLAMA.build().eval())
+    layer, hidden = model.model.layers[0], torch.randn(1, 9, 32)
+    positions = model.model.rotary_emb(hidden, torch.arange(9)[None])
+    with pytest.raises(ValueError, match="cu_seqlens must reach a forward that patch_model"):
+        layer(hidden, position_embeddings=positions, cu_seqlens=torch.tensor([0, 5, 9]))
+
+
+def test_positions_that_restart_split_rows_as_in_transformers():
+    reference, model = LLAMA.build(), patch_model(LLAMA.build(), strict=True)
+    ids = torch.randint(3, 97, (2, 10))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1, 2, 3, 4, 5]])
+    labels = ids.masked_fill(positions == 0, -100)
+    batch = {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
+    for each in (reference, model):
+        each.result = each(**batch).loss
+        each.result.backward()
+    assert abs(model.result - reference.result).item() <= 1e-6
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    assert packing_stats(model).packed_calls == 1
+    hidden = model.eval().model(input_ids=ids, position_ids=positions, use_cache=False)
+    theirs = reference.eval().model(input_ids=ids, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(hidden.last_hidden_state, theirs.last_hidden_state)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_flash_attention_splits_one_row_by_its_positions(rows, monkeypatch):
+    """transformers drops a mask of ones, and then splits a single row, but not several."""
+    model = patch_model(LLAMA.build())
+    for config in model._tokenpack_entry.state.configs:
+        monkeypatch.setattr(config, "base", "flash_attention_2")
+    ids = torch.randint(3, 97, (rows, 6))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(rows, -1)
+    batch = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    ours = model(**batch, attention_mask=torch.ones_like(ids)).logits
+    unpatched = LLAMA.build()
+    expected = unpatched(**batch) if rows == 1 else unpatched(**batch, attention_mask=ids * 0 + 1)
+    torch.testing.assert_close(ours, expected.logits)
+    assert packing_stats(model).packed_calls == 1
+
+
+def test_layers_that_were_not_asked_for_stay_none():
+    model = patch_model(LLAMA.build().eval())
+    batch = {k: v for k, v in LLAMA.batch("right").items() if k != "labels"}
+    states = model(**batch, use_cache=False, output_hidden_states=[0, 2]).hidden_states
+    expected = LLAMA.build().eval()(**batch, use_cache=False, output_hidden_states=[0, 2])
+    assert [s is None for s in states] == [s is None for s in expected.hidden_states]
+
+
+# ---------------------------------------------------------------------------------------- row heads
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 5])
+@pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
+def test_a_classifier_reads_the_position_that_the_model_reads(pad_token_id, embeds):
+    case = BY_NAME["LlamaForSequenceClassification"]
+    reference = case.build().eval()
+    reference.config.pad_token_id = pad_token_id
+    model = patch_model(copy.deepcopy(reference))
+    ids, mask = padded_ids()  # the masked ids are not the padding id
+    batch = {"attention_mask": mask, "use_cache": False}
+    batch |= {"inputs_embeds": reference.get_input_embeddings()(ids)} if embeds else {}
+    batch |= {} if embeds else {"input_ids": ids}
+    torch.testing.assert_close(model(**batch).logits, reference(**batch).logits)
+    assert list(packing_stats(model).fallbacks) == [
+        "the head reads a slot that the mask marks as padding"
+    ]
+    batch["attention_mask"] = torch.ones_like(mask)
+    torch.testing.assert_close(model(**batch).logits, reference(**batch).logits)
+    assert packing_stats(model).packed_calls == 1
+
+
+def test_an_encoder_decoder_classifier_reads_eos():
+    reference = hf.BartForSequenceClassification(BART.build().config).eval()
+    model = patch_model(copy.deepcopy(reference))
+    ids, mask = padded_ids()
+    eos = reference.config.eos_token_id
+    ids = ids.masked_fill(ids == eos, 7)
+    ids[:, -1] = eos  # under a zero of the mask in two rows
+    batch = {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
+    for masks in ({}, {"decoder_attention_mask": mask}):
+        torch.testing.assert_close(
+            model(**batch, **masks).logits, reference(**batch, **masks).logits
+        )
+    stats = packing_stats(model)
+    assert (stats.packed_calls, sum(stats.fallbacks.values())) == (1, 1)
+
+
+def test_a_classifier_returns_its_cache_where_the_model_does():
+    reference = BY_NAME["LlamaForSequenceClassification"].build().eval()
+    model = patch_model(copy.deepcopy(reference))
+    ids, _ = padded_ids()
+    assert reference(input_ids=ids).past_key_values is not None
+    assert model(input_ids=ids).past_key_values is not None
+    assert model(input_ids=ids, labels=torch.zeros(3, dtype=torch.long)).past_key_values is None
+
+
+@pytest.mark.parametrize("name", ["T5", "MT5", "UMT5"])
+def test_question_answering_runs_padded(name):
+    config = getattr(hf, f"{name}Config")(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    reference = getattr(hf, f"{name}ForQuestionAnswering")(config).eval()
+    model = patch_model(copy.deepcopy(reference))
+    ids, mask = padded_ids()
+    batch = {"input_ids": ids % 50, "attention_mask": mask, "use_cache": False}
+    ours, theirs = model(**batch), reference(**batch)
+    torch.testing.assert_close(ours.start_logits, theirs.start_logits)
+    (reason,) = packing_stats(model).fallbacks
+    assert reason == f"{name}ForQuestionAnswering has a head that is not known to ignore padding"
+    assert model.get_encoder()(**batch).last_hidden_state.shape == (3, 7, 16)
+    assert packing_stats(model).packed_calls == 1  # its stacks pack
+
+
+# ------------------------------------------------------------------------ what a call looks up late
+
+
+def test_output_attentions_set_after_the_patch():
+    reference = LLAMA.build().eval()
+    reference.set_attn_implementation("eager")
+    model = patch_model(copy.deepcopy(reference))
+    model.config.output_attentions = True
+    ids, mask = padded_ids()
+    attentions = model(input_ids=ids, attention_mask=mask, use_cache=False).attentions
+    assert attentions[0].shape == (3, 4, 7, 7)
+    assert packing_stats(model).fallbacks == {"output_attentions is set": 1}
+
+
+@pytest.mark.parametrize("kind", ["mapping", "type"])
+def test_a_loss_that_is_replaced_after_the_patch(kind, monkeypatch):
+    reference, model = LLAMA.build(), patch_model(LLAMA.build())
+    if kind == "mapping":
+        stock = LOSS_MAPPING["ForCausalLM"]
+        monkeypatch.setitem(LOSS_MAPPING, "ForCausalLM", lambda *a, **k: 2 * stock(*a, **k))
+    else:
+        reference.loss_type = model.loss_type = "ForMaskedLM"
+    batch = LLAMA.batch("right")
+    assert model(**batch).loss.equal(reference(**batch).loss)
+    assert packing_stats(model).fallbacks == {"the model has a custom loss_function": 1}
+
+
+def test_the_loss_is_a_function_of_the_logits():
+    for packed in (False, True):
+        model = patch_model(LLAMA.build(), logits="always")
+        batch = LLAMA.batch("right")
+        if packed:
+            batch = {
+                "input_ids": batch["input_ids"][:1, :6],
+                "labels": batch["input_ids"][:1, :6],
+                "cu_seqlens": torch.tensor([0, 2, 6]),
+            }
+        outputs = model(**batch)
+        (gradient,) = torch.autograd.grad(outputs.loss, outputs.logits)
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("case", [T5, NLLB, LLAMA], ids=lambda case: case.model)
+def test_position_1_is_logits_or_an_error(case):
+    model = patch_model(case.build())
+    outputs = model(**case.batch("right"))
+    with pytest.raises(ValueError, match="logits must be computed"):
+        outputs[1]
+    loss, logits = outputs[:2]
+    assert loss.equal(outputs.loss)
+    assert logits is None
+    again = pickle.loads(pickle.dumps(type(outputs)(loss=outputs.loss.detach())))
+    assert again.to_tuple()[1] is None
+    assert model(**case.batch("right"), return_dict=False)[1] is None
+    with torch.no_grad():
+        outputs = model.eval()(**case.batch("right"))
+    assert outputs[1] is outputs.logits
+
+
+# -------------------------------------------------------------------------- hooks and other weights
+
+
+def halve(module, gradients, *rest):
+    return tuple(g if g is None else g * 0.5 for g in gradients)
+
+
+class Halved(torch.nn.Module):
+    def forward(self, weight):
+        return weight * 0.5
+
+
+CHANGES = {
+    "a backward hook": lambda head: head.register_full_backward_hook(halve),
+    "a backward-pre hook": lambda head: head.register_full_backward_pre_hook(halve),
+    "a forward-pre hook": lambda head: head.register_forward_pre_hook(lambda m, args: args[0] * 2),
+    "a forward hook": lambda head: head.register_forward_hook(lambda m, args, out: out * 2),
+    "a parametrization": lambda head: register_parametrization(head, "weight", Halved()),
+    "a forward set on the instance": lambda head: setattr(
+        head, "forward", lambda hidden, weight=head.weight: 2 * hidden @ weight.T
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_head_that_someone_changed(change):
+    models = LLAMA.build(), patch_model(LLAMA.build())
+    for each in models:
+        CHANGES[change](each.lm_head)
+        each.result = each(**LLAMA.batch("right")).loss
+        each.result.backward()
+    reference, model = models
+    assert abs(model.result - reference.result).item() <= 1e-5
+    ours, theirs = (each.model.embed_tokens.weight.grad for each in (model, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert packing_stats(model).packed_calls == 1
+    assert packing_stats(model).loss.startswith("from the logits")
+
+
+def test_a_weight_of_another_class_is_not_fused():
+    class Quantized(torch.Tensor):
+        pass
+
+    model = patch_model(LLAMA.build())
+    data = model.lm_head.weight.detach().as_subclass(Quantized)
+    del model.lm_head.weight
+    model.lm_head.weight = data
+    loss = model(**LLAMA.batch("right")).loss
+    assert abs(loss - LLAMA.build()(**LLAMA.batch("right")).loss).item() <= 1e-5
+    assert packing_stats(model).loss == "from the logits: the weight of the head is a Quantized"
+
+
+def test_noise_by_the_padded_width():
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model = patch_model(LLAMA.build())
+    table = model.get_input_embeddings()
+    table.neftune_noise_alpha = 5.0
+    table.register_forward_hook(neftune_post_forward_hook)
+    model(**LLAMA.batch("right"))
+    assert packing_stats(model).fallbacks == {"NEFTune scales its noise by the padded width": 1}
+    model.eval()(**LLAMA.batch("right"))
+    assert packing_stats(model).packed_calls == 1
+
+
+# ------------------------------------------------------------------------- replaced, copied, undone
+
+
+def test_a_head_that_is_new_after_the_patch_is_fused():
+    model = patch_model(LLAMA.build())
+    model.resize_token_embeddings(120, mean_resizing=False)
+    model(**LLAMA.batch("right"))
+    assert packing_stats(model).loss == "fused with the head, without logits"
+    assert type(unpatch_model(model).lm_head) is torch.nn.Linear
+
+
+def test_a_new_pooler_is_an_error_and_a_copy_is_exact():
+    reference = BY_NAME["BertForSequenceClassification"].build().eval()
+    model = patch_model(copy.deepcopy(reference))
+    model.bert.pooler = copy.deepcopy(model.bert.pooler)  # as PEFT's modules_to_save does
+    ids, mask = padded_ids()
+    torch.testing.assert_close(
+        model(input_ids=ids, attention_mask=mask).logits,
+        reference(input_ids=ids, attention_mask=mask).logits,
+    )
+    assert packing_stats(model).packed_calls == 1
+    model.bert.pooler = copy.deepcopy(reference.bert.pooler)
+    with pytest.raises(RuntimeError, match=r"BertModel.pooler was replaced after patch_model"):
+        model(input_ids=ids, attention_mask=mask)
+
+
+def test_a_layer_that_is_added_after_the_patch_is_an_error():
+    model = patch_model(NLLB.build())
+    model.model.encoder.layers.append(copy.deepcopy(NLLB.build().model.encoder.layers[0]))
+    with pytest.raises(RuntimeError, match=r"size of tensor|expanded size"):
+        model(**NLLB.batch("right"))  # its attention is not tokenpack's, and fails on the mask
+    for module in model.model.encoder.layers[-1].modules():
+        module.config = model.config
+    model.set_attn_implementation(model.config._attn_implementation)
+    with pytest.raises(RuntimeError, match="was added after patch_model"):
+        model(**NLLB.batch("right"))
+
+
+@pytest.mark.parametrize("how", ["call", "from_pretrained"])
+def test_a_class_of_a_patched_model_makes_an_unpatched_one(how, tmp_path):
+    model = patch_model(LLAMA.build())
+    if how == "call":
+        other = type(model)(model.config)
+    else:
+        model.save_pretrained(tmp_path)
+        other = type(model).from_pretrained(tmp_path)
+    assert type(other) is hf.LlamaForCausalLM
+    assert not is_patched(other)
+    other.config._attn_implementation = "sdpa"
+    assert packing_stats(patch_model(other)).packed_calls == 0
+
+
+def classes_in(model):
+    return [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize("case", [T5, NLLB, LLAMA, BERT], ids=lambda case: case.model)
+@pytest.mark.parametrize("way", ["plain", "deepcopy", "pickle", "stack"])
+def test_undoing_restores_every_class(case, way):
+    model = case.build()
+    if way == "stack" and case in (T5, NLLB):
+        model = model.get_encoder()
+    before = classes_in(model)
+    patch_model(model)
+    if way == "deepcopy":
+        model = copy.deepcopy(model)
+    elif way == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    unpatch_model(model)
+    assert classes_in(model) == before
+    assert not is_patched(model)
+    assert not any(key.startswith("_tokenpack") for m in model.modules() for key in vars(m))
+    patch_model(model)  # nothing is left that would refuse it
+
+
+def test_a_copy_of_the_head_outlives_the_patch():
+    model = patch_model(LLAMA.build())
+    head = copy.deepcopy(model.lm_head)
+    unpatch_model(model)
+    hidden = torch.randn(2, 32)
+    assert head(hidden).equal(model.lm_head(hidden))
+
+
+def test_a_part_is_not_undone_by_itself():
+    model = patch_model(LLAMA.build())
+    with pytest.raises(ValueError, match="a LlamaForCausalLM, got its part LlamaModel"):
+        unpatch_model(model.model)
+    part = copy.deepcopy(model.model)
+    assert not is_patched(unpatch_model(part))
+    assert is_patched(model)
+
+
+# ------------------------------------------------------------------------ a patch without an effect
+
+
+def layers_only(model, ids):
+    """A forward around every part, as a hand-written pipeline has it."""
+    hidden = model.model.embed_tokens(ids)
+    positions = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    for layer in model.model.layers:
+        hidden = layer(hidden, position_embeddings=positions)
+    return model.lm_head(model.model.norm(hidden))
+
+
+def test_training_around_the_patch_is_counted_and_warned_about():
+    model = patch_model(LLAMA.build())
+    ids, _ = padded_ids()
+
+    def train():
+        for _ in range(8):
+            layers_only(model, ids).sum().backward()
+
+    with pytest.warns(RuntimeWarning, match=r"patch_model has no effect.*forwards are not called"):
+        train()
+    assert packing_stats(model).unseen_calls == 8
+    with pytest.raises(ValueError, match=r"strict=True, and LlamaAttention was reached"):
+        layers_only(patch_model(model, strict=True), ids)
+
+
+def test_training_that_only_falls_back_is_warned_about():
+    model = patch_model(LLAMA.build())
+
+    def train():
+        for _ in range(8):
+            model(**LLAMA.batch("right"), use_cache=True)
+
+    with pytest.warns(RuntimeWarning, match="It runs padded, because a cache is in use"):
+        train()
+    assert packing_stats(model).unseen_calls == 0
+
+
+def test_training_that_packs_is_not_warned_about():
+    model = patch_model(LLAMA.build())
+    model.gradient_checkpointing_enable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for step in range(12):
+            model(**LLAMA.batch("right", step), use_cache=step > 2 or None).loss.backward()
+    assert packing_stats(model).unseen_calls == 0

@@ -122,6 +122,45 @@ def test_layers_that_were_not_asked_for_stay_none():
     assert [s is None for s in states] == [s is None for s in expected.hidden_states]
 
 
+def test_hooks_on_layers_find_the_rows_of_the_batch():
+    seen = {}
+
+    def hook(module, args, kwargs, output):
+        call = kwargs["packing"]
+        seen["stream"], seen["rows"] = output, call.rows_of(output)
+        with pytest.raises(ValueError, match=r"side must be one of \['self'\], got 'enc'"):
+            call.rows_of(output, "enc")
+        with pytest.raises(ValueError, match="hidden must have the 13 tokens of side 'self'"):
+            call.rows_of(output[:, 1:])
+
+    ids, mask = padded_ids()
+    model = patch_model(LLAMA.build().eval())
+    model.model.layers[1].register_forward_hook(hook, with_kwargs=True)
+    states = model(
+        input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+    ).hidden_states
+    assert seen["stream"].shape == (1, 13, 32)
+    assert seen["rows"].equal(states[2])
+
+
+def test_continuous_batching_generates_as_before():
+    generated = []
+    for model in (LLAMA.build().eval(), patch_model(LLAMA.build().eval())):
+        outputs = model.generate_batch(
+            [[3, 4, 5], [6, 7, 8, 9]],
+            generation_config=hf.GenerationConfig(
+                max_new_tokens=4, do_sample=False, eos_token_id=1, pad_token_id=0
+            ),
+            progress_bar=False,
+        )
+        generated.append([each.generated_tokens for each in outputs.values()])
+    assert generated[0] == generated[1]
+    assert all(len(tokens) == 4 for tokens in generated[0])
+    assert is_patched(model)
+    model(**LLAMA.batch("right"))
+    assert packing_stats(model).packed_calls == 1
+
+
 # ---------------------------------------------------------------------------------------- row heads
 
 

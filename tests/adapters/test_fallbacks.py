@@ -220,7 +220,10 @@ def test_decoder_with_another_number_of_sequences():
 
 def test_attention_changed_after_the_patch():
     model = patch_model(LLAMA.build())
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")  # already below the patch
+    model(**LLAMA.batch("right"))
+    assert packing_stats(model).packed_calls == 1
+    model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match="never reached packed attention"):
         model(**LLAMA.batch("right"))
 

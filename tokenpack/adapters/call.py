@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import PackedLayout
+from ..kernels import PackedLayout, repad
 from .family import Family
 
 KEYWORD = "packing"
@@ -97,6 +97,35 @@ class PackedCall:
         self.loss: Tensor | None = None
         self.unfused: str | None = None  # why the head computed logits
         self.head_logits: Tensor | None = None  # (1, 1, classes), of the first token
+
+    def rows_of(self, hidden: Tensor, side: str | None = None) -> Tensor:
+        """Hidden states inside a packed forward, in the padded rows of the batch.
+
+        A hook on a layer gets this object as the keyword ``packing``, and hidden states of all
+        sequences in one row.
+
+        Args:
+            hidden: ``(1, total_tokens, ...)`` or ``(total_tokens, ...)``.
+            side: ``"enc"`` or ``"dec"`` in an encoder-decoder. Not needed otherwise.
+
+        Returns:
+            ``(rows, columns, ...)``, zero at padding.
+
+        Raises:
+            ValueError: if ``side`` is not one of the call, or ``hidden`` does not have its tokens.
+        """
+        if side is None and len(self.layouts) == 1:
+            side = next(iter(self.layouts))
+        if side not in self.layouts:
+            raise ValueError(f"side must be one of {sorted(self.layouts)}, got {side!r}")
+        layout = self.layouts[side]
+        stream = hidden.squeeze(0) if hidden.shape[:1] == (1,) and hidden.dim() > 1 else hidden
+        if stream.shape[0] != layout.total_tokens:
+            raise ValueError(
+                f"hidden must have the {layout.total_tokens} tokens of side {side!r}, "
+                f"got shape {tuple(hidden.shape)}"
+            )
+        return repad(stream, layout)
 
 
 @dataclass

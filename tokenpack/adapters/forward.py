@@ -97,19 +97,25 @@ def _run_packed(
         arguments = share_lookup(model, arguments)
     if entry.is_stack:
         check_position_table(model)
+    if not all(config.is_replaced for config in state.configs):
+        raise _unreached(model)
     with activate(state, packed.call):
         outputs = original(model, **arguments)
     if packed.call.attention_calls == 0 and not _may_drop_every_layer(model):
-        raise RuntimeError(
-            f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
-            "called after patch_model?"
-        )
+        raise _unreached(model)
     if packed.call.loss is not None and not _head_is_plain(model, entry, packed, outputs):
         # Run the forward again and compute the loss from the logits.
         packed.call.targets = packed.call.loss = None
         with activate(state, packed.call):
             outputs = original(model, **arguments)
     return _results(outputs, entry, packed, keep_logits)
+
+
+def _unreached(model: Any) -> RuntimeError:
+    return RuntimeError(
+        f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
+        "called after patch_model?"
+    )
 
 
 def _may_drop_every_layer(model: Any) -> bool:

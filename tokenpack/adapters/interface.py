@@ -40,6 +40,7 @@ _IGNORED = frozenset(
 )
 
 
+_PREFIX = "tokenpack_"
 _BASES: dict[str, str] = {}  # registered name -> implementation below it
 
 
@@ -59,6 +60,11 @@ class PatchedConfig:
         """Put tokenpack's attention over the implementation of the config."""
         self.config._attn_implementation = register_over(self.base)
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the config still has tokenpack's attention."""
+        return isinstance(self.config._attn_implementation, _Name)
+
     def restore(self) -> None:
         """Put the previous implementation back."""
         self.config._attn_implementation = self.base
@@ -69,13 +75,16 @@ class PatchedConfig:
 
 
 class _Name(str):
-    """The name of tokenpack's attention over "eager", which is equal to "eager" too.
+    """A registered name that is equal to the name of the implementation below it, too.
 
-    transformers only accepts ``config.output_attentions = True`` for "eager".
+    transformers compares names: it only accepts ``config.output_attentions = True`` for "eager",
+    and ``generate_batch`` only runs with "sdpa" and a few others. Names of flash attention are not
+    equal, because model code drops masks for them.
     """
 
     def __eq__(self, other: object) -> bool:
-        return other == "eager" or str.__eq__(self, other)
+        below = str(self).removeprefix(_PREFIX)
+        return str.__eq__(self, other) or (below in ("eager", "sdpa") and below == other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -86,8 +95,8 @@ class _Name(str):
 def register_over(base: str) -> str:
     """Register tokenpack's attention over the implementation ``base`` and return its name."""
     # Model code drops masks if the name contains "flash", so the name must not contain it.
-    name = "tokenpack_" + base.replace("flash_attention", "fa").replace("flash", "f")
-    name = _Name(name) if base == "eager" else name
+    name = _PREFIX + base.replace("flash_attention", "fa").replace("flash", "f")
+    name = _Name(name)
     _BASES[name] = base
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(_attention_forward, base))

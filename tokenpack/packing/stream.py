@@ -50,7 +50,8 @@ class StreamPacker:
             stream.
         lookahead: number of sequences to buffer; larger values give fuller bins. The buffer may
             grow somewhat larger if bins hold very many short sequences. Next fit buffers only the
-            sequences of the open bin.
+            sequences of the open bin. Harmonic makes the same bins with any lookahead, so a small
+            one only emits them sooner, at more time per sequence.
         max_sequences, overlong, drop_empty: as for `pack_lengths`.
 
     Attributes:

@@ -426,6 +426,19 @@ def test_undoing_restores_every_class(case, way):
     patch_model(model)  # nothing is left that would refuse it
 
 
+def test_two_models_with_one_config():
+    first = LLAMA.build()
+    second = hf.LlamaForCausalLM(first.config)
+    before = first.config._attn_implementation
+    patch_model(first)
+    patch_model(second, strict=True)
+    unpatch_model(first)
+    second(**LLAMA.batch("right"))
+    assert packing_stats(second).packed_calls == 1
+    unpatch_model(second)
+    assert str(first.config._attn_implementation) == before
+
+
 def test_a_copy_of_the_head_outlives_the_patch():
     model = patch_model(LLAMA.build())
     head = copy.deepcopy(model.lm_head)

@@ -9,6 +9,7 @@ encoder-only calls behave as before.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ _IGNORED = frozenset(
 )
 
 
+_USERS: dict[int, int] = {}  # id of a config -> number of patched models that have it
 _PREFIX = "tokenpack_"
 _BASES: dict[str, str] = {}  # registered name -> implementation below it
 
@@ -58,6 +60,10 @@ class PatchedConfig:
 
     def replace(self) -> None:
         """Put tokenpack's attention over the implementation of the config."""
+        key = id(self.config)
+        if key not in _USERS:
+            weakref.finalize(self.config, _USERS.pop, key, None)
+        _USERS[key] = _USERS.get(key, 0) + 1
         self.config._attn_implementation = register_over(self.base)
 
     @property
@@ -66,8 +72,12 @@ class PatchedConfig:
         return isinstance(self.config._attn_implementation, _Name)
 
     def restore(self) -> None:
-        """Put the previous implementation back."""
-        self.config._attn_implementation = self.base
+        """Put the previous implementation back, unless another patched model has the config too."""
+        key = id(self.config)
+        _USERS[key] = _USERS.get(key, 1) - 1
+        if _USERS[key] <= 0:
+            _USERS.pop(key)
+            self.config._attn_implementation = self.base
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)

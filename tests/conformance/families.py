@@ -1,7 +1,7 @@
 """A tiny model of every class of every supported family in the installed transformers.
 
-The classes are read from transformers, so a new class cannot be forgotten: it becomes a case, or its
-test fails until it has a reason here.
+The classes are read from transformers, so a new class cannot be forgotten: it becomes a case, or
+a test fails until it has a reason here.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ _SEQ2SEQ = {
     "dropout": 0.0,
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
     "classifier_dropout": 0.0,
     "decoder_start_token_id": BOS,
     "forced_eos_token_id": None,
@@ -138,6 +140,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Their kernels or their eager softmax have no float64.
 _FLOAT32_ONLY = frozenset({"mixtral", "qwen3_moe", "gemma2"})
+# Their norms multiply by the weight in float32, so the order of a sum over tokens shows.
+_FLOAT32_NORMS = frozenset({"gemma3_text", "cohere"})
 # More configurations of a class, by its name: the suffix of the case, and the options.
 _MORE: dict[str, dict[str, dict[str, Any]]] = {
     **{
@@ -149,8 +153,14 @@ _MORE: dict[str, dict[str, dict[str, Any]]] = {
     },
     **{
         name: {"": {}, "is_decoder": {"is_decoder": True}}
-        for name in ("BertModel", "BertLMHeadModel", "RobertaForCausalLM", "XLMRobertaForCausalLM")
+        for name in ("BertLMHeadModel", "RobertaForCausalLM", "XLMRobertaForCausalLM")
     },
+    "BertModel": {
+        "": {},
+        "is_decoder": {"is_decoder": True},
+        "cross": {"is_decoder": True, "add_cross_attention": True},
+    },
+    "GPT2Model": {"": {}, "cross": {"add_cross_attention": True}},
     "LlamaForSequenceClassification": {"": {}, "another_pad": {"pad_token_id": 7}},
     "T5ForConditionalGeneration": {"": {}, "untied": {"tie_word_embeddings": False}},
 }
@@ -186,6 +196,10 @@ class Case:
         only = self.model_type in _FLOAT32_ONLY
         return (torch.float32,) if only else (torch.float32, torch.float64)
 
+    @property
+    def has_float32_norms(self) -> bool:
+        return self.model_type in _FLOAT32_NORMS
+
     def config(self) -> hf.PreTrainedConfig:
         config = CONFIG_MAPPING[self.model_type](
             **{
@@ -193,7 +207,7 @@ class Case:
                 "pad_token_id": PAD,
                 "eos_token_id": EOS,
                 "bos_token_id": BOS,
-                "num_labels": NUM_LABELS,
+                "num_labels": 2 if "QuestionAnswering" in self.name else NUM_LABELS,
                 **OPTIONS[self.model_type],
                 **_MORE.get(self.name, {}).get(self.suffix, {}),
             }
@@ -216,7 +230,7 @@ class Case:
         return model.to(dtype)
 
     def parts(self) -> dict[str, str]:
-        """The entries of the model and their module names. Two names of one module are one entry."""
+        """The module name of each entry of the model. A module is an entry once."""
         return _parts(self)
 
     def __str__(self) -> str:

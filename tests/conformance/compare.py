@@ -114,10 +114,10 @@ def run_call(
     if stats.packed_calls == packed:
         if not fell_back:
             return FALLS_BACK, "neither packs nor counts a fall back"
-        kind, call = FALLS_BACK, Call(call.kwargs)  # so all slots are compared
+        kind, call = FALLS_BACK, Call(call.kwargs)  # compare all slots
     else:
         kind = FALLS_BACK if fell_back else PACKS
-    may_drop_logits = model.training and call_has_labels(call)
+    may_drop_logits = kind == PACKS and model.training and call.has_token_labels
     parameters = [p for p in reference.parameters() if p.requires_grad] + theirs_leaves
     patched = [p for p in model.parameters() if p.requires_grad] + ours_leaves
     left, right = _flat(ours), _flat(theirs)
@@ -138,16 +138,12 @@ def run_call(
     return kind, fault
 
 
-def call_has_labels(call: Call) -> bool:
-    return "labels" in call.kwargs or any(
-        isinstance(value, Tensor) and value.dtype == torch.int64 for value in call.args[2:]
-    )
-
-
 def _is_named(error: Exception) -> bool:
-    """Whether tokenpack raised the error itself."""
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return "/tokenpack/" in last and "/site-packages/torch" not in last
+    """Whether a `raise` of tokenpack raised the error, and not PyTorch or transformers."""
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    module = frame.f_globals["__name__"]
+    return module.partition(".")[0] == "tokenpack" and line.startswith("raise ")
 
 
 def _short(error: Exception) -> str:

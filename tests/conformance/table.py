@@ -36,22 +36,27 @@ def table_row(case: Case, cells: Mapping[str, Cell]) -> str:
     return f"| {case} | " + " | ".join(cell_text(cells.get(entry)) for entry in ENTRIES) + " |"
 
 
-def packs_lines(case: Case, cells: Mapping[str, Cell]) -> list[str]:
-    """The lines of ``packs.txt``: class, entry, and the variants that pack in all modes."""
-    lines = []
-    for entry, cell in cells.items():
-        packs = [variant for variant, kind in cell.kinds.items() if kind == PACKS]
-        if packs:
-            lines.append(f"{case} | {entry} | {', '.join(sorted(packs))}")
-    return lines
+def write_packs(packs: Mapping[tuple[str, str], Cell]) -> None:
+    """Record the variants that pack in all modes, once for all cells with the same variants."""
+    groups: dict[str, list[str]] = {}
+    for (name, entry), cell in packs.items():
+        variants = sorted(variant for variant, kind in cell.kinds.items() if kind == PACKS)
+        if variants:
+            groups.setdefault(", ".join(variants), []).append(f"    {name} {entry}")
+    blocks = (f"{variants}\n" + "\n".join(cells) for variants, cells in groups.items())
+    PACKS_FILE.write_text("\n".join(blocks) + "\n")
 
 
 def recorded_packs() -> dict[tuple[str, str], set[str]]:
     """The variants of ``packs.txt``, by class and entry."""
-    recorded = {}
+    recorded: dict[tuple[str, str], set[str]] = {}
+    variants: set[str] = set()
     for line in PACKS_FILE.read_text().splitlines():
-        name, entry, variants = line.split(" | ")
-        recorded[name, entry] = set(variants.split(", "))
+        if line.startswith(" "):
+            name, entry = line.split()
+            recorded[name, entry] = variants
+        else:
+            variants = set(line.split(", "))
     return recorded
 
 
@@ -59,7 +64,7 @@ def main() -> None:
     """Print the table."""
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    lines: list[str] = []
+    recorded: dict[tuple[str, str], Cell] = {}
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     print("| class | " + " | ".join(ENTRIES) + " |\n|" + " --- |" * (len(ENTRIES) + 1))
@@ -69,7 +74,7 @@ def main() -> None:
             continue
         cells = {entry: run_cell(case, entry) for entry in case.parts()}
         print(table_row(case, cells))
-        lines += packs_lines(case, cells)
+        recorded.update({(str(case), entry): cell for entry, cell in cells.items()})
         for cell in cells.values():
             counts.update(cell.kinds.values())
             counts["differs"] += len(cell.failures)
@@ -81,7 +86,7 @@ def main() -> None:
     for reason, count in reasons.most_common():
         print(f"- {count}: {reason}")
     if "--write" in sys.argv:
-        PACKS_FILE.write_text("\n".join(lines) + "\n")
+        write_packs(recorded)
 
 
 if __name__ == "__main__":

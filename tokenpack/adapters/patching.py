@@ -85,8 +85,11 @@ def patch_model(
     if strict and reason is not None:
         raise ValueError(f"{type(inner).__name__} can never be packed: {reason}")
     if family is None or reason is not None:
-        _swap(inner, packed_forward, state)
-        setattr(inner, ENTRY, Entry(state, (), unpackable=reason))
+        # Its parts too, so that calls of a part are counted and never ignore cu_seqlens.
+        for _, part in parts_of(inner):
+            setattr(part, ENTRY, Entry(state, (), unpackable=reason))
+            if not is_wrapper(part):
+                _swap(part, packed_forward, state)
         return model
     entries = {name: entry_of(part, state) for name, part in parts_of(inner)}
     if strict and entries[""].unpackable is not None:

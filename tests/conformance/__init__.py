@@ -1,0 +1,1 @@
+"""Every class of every supported family, through every entry, against the unpatched model."""

@@ -426,6 +426,19 @@ def test_undoing_restores_every_class(case, way):
     patch_model(model)  # nothing is left that would refuse it
 
 
+def test_a_class_that_changed_leaves_everything_patched():
+    """fully_shard makes a subclass of each class."""
+    model = patch_model(LLAMA.build(), strict=True)
+    layer = type(model.lm_head)
+    model.lm_head.__class__ = type("FSDPLinear", (layer,), {})
+    with pytest.raises(ValueError, match=r"FSDPLinear changed its class after patch_model"):
+        unpatch_model(model)
+    model.lm_head.__class__ = layer
+    model(**LLAMA.batch("right"))
+    assert packing_stats(model).loss == "fused with the head, without logits"
+    assert not is_patched(unpatch_model(model))
+
+
 def test_two_models_with_one_config():
     first = LLAMA.build()
     second = hf.LlamaForCausalLM(first.config)

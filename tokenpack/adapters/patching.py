@@ -25,7 +25,7 @@ from .forward import packed_forward
 from .head import fused_forward
 from .interface import PatchedConfig
 from .row_head import row_head_forward
-from .swap import is_swapped, restore_forward, swap_forward
+from .swap import is_swapped, restore_forwards, swap_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 Logits = Literal["auto", "always", "never"]
@@ -132,9 +132,8 @@ def unpatch_model(model: Model) -> Model:
     _check_is_whole(inner)
     state = getattr(inner, ENTRY).state
     # A copy of a part (PEFT's `modules_to_save`) has a copy of the state, so restore every class.
+    restore_forwards(model.modules())
     for module in model.modules():
-        if is_swapped(module):
-            restore_forward(module)
         for attribute in (ENTRY, ROLE, SIDE, STATE, WATCHED):
             module.__dict__.pop(attribute, None)
     for config in state.configs:

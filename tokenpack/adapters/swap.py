@@ -9,7 +9,7 @@ dynamic class, so pickling stores the original class and the replacement to rebu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -27,18 +27,21 @@ def swap_forward(module: Any, replacement: Replacement) -> None:
     module.__class__ = _swapped_class(original, replacement)
 
 
-def restore_forward(module: Any) -> None:
-    """Undo `swap_forward`.
+def restore_forwards(modules: Iterable[Any]) -> None:
+    """Undo `swap_forward` on all of the modules that were swapped, or on none.
 
     Raises:
-        ValueError: if the class has been changed again since then, as ``fully_shard`` does.
+        ValueError: if a class has been changed again since then, as ``fully_shard`` does.
     """
-    if "_tokenpack_swap" not in vars(type(module)):
-        raise ValueError(
-            f"{type(module).__name__} changed its class after patch_model (fully_shard does this): "
-            "call unpatch_model before that"
-        )
-    module.__class__ = type(module)._tokenpack_swap[0]
+    swapped = [module for module in modules if is_swapped(module)]
+    for module in swapped:
+        if "_tokenpack_swap" not in vars(type(module)):
+            raise ValueError(
+                f"{type(module).__name__} changed its class after patch_model (fully_shard does "
+                "this): call unpatch_model before that"
+            )
+    for module in swapped:
+        module.__class__ = type(module)._tokenpack_swap[0]
 
 
 def is_swapped(module: nn.Module, replacement: Replacement | None = None) -> bool:
@@ -53,7 +56,7 @@ def _swapped_class(original: Any, replacement: Replacement) -> Any:
 
     @functools.wraps(original_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # After `restore_forward`, accelerate may still have this function as the module's forward.
+        # After `restore_forwards`, accelerate may still have this function as the module's forward.
         if type(self) is original:
             return original_forward(self, *args, **kwargs)
         return replacement(original_forward, self, *args, **kwargs)

@@ -181,9 +181,6 @@ def make_call(
             for name in ("decoder_input_ids", "decoder_attention_mask"):
                 kwargs.pop(name, None)
             call.masks[-1] = torch.ones(rows, COLUMNS, dtype=torch.bool)
-        elif "QuestionAnswering" in signature.case.name and signature.entry == "top":
-            kwargs.pop("decoder_input_ids", None)
-            kwargs.pop("decoder_attention_mask", None)
     kwargs.update(given)
     call.has_token_labels = given.get("labels", torch.empty(0)).dim() == 2
     if signature.takes("use_cache"):
@@ -289,18 +286,23 @@ def _all_calls(
     yield "output_hidden_states", _and(make(), output_hidden_states=True)
     yield "return_dict=False", _and(make(), return_dict=False)
     yield "positional", _by_position(make(), signature)
-    reads_ids = signature.two_sided and signature.entry == "top" and (
-        "SequenceClassification" in signature.case.name
-        or "QuestionAnswering" in signature.case.name
-    )  # fmt: skip
+    top_of_two_sides = signature.two_sided and signature.entry == "top"
+    reads_ids = top_of_two_sides and "SequenceClassification" in signature.case.name
     if signature.takes("inputs_embeds") and not reads_ids:
         yield "inputs_embeds", _with_embeds(make(), dtype)
         yield "inputs_embeds left", _with_embeds(make(padding="left"), dtype)
     if not multiple_choice:
         yield "4-D mask", _with_4d_mask(make(), signature, dtype)
     yield from _of_one_side(signature, dtype, make)
-    if signature.two_sided and not reads_ids:
+    if reads_ids:
+        yield from _of_row_heads(make)
+    elif signature.two_sided:
         yield from _of_two_sides(signature, dtype, make)
+    if top_of_two_sides and "QuestionAnswering" in signature.case.name:
+        call = make()
+        del call.kwargs["decoder_input_ids"]  # the model derives them from input_ids
+        call.masks[-1] = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+        yield "no decoder inputs", call
 
 
 def _of_one_side(
@@ -351,6 +353,20 @@ def _of_two_sides(
     call = make(decoder_mask="right")
     del call.kwargs["input_ids"]
     yield "encoder_outputs", _and(call, encoder_outputs=BaseModelOutput(last_hidden_state=hidden))
+
+
+def _of_row_heads(make: Callable[..., Call]) -> Iterator[tuple[str, Call]]:
+    """Decoder inputs of their own. The head reads the decoder where input_ids has EOS."""
+    for name in ("decoder inputs", "decoder right", "decoder mask hides EOS"):
+        call = make()
+        call.kwargs["decoder_input_ids"] = _ids(ROWS, COLUMNS, 3)
+        if name != "decoder inputs":
+            mask = _mask(LENGTHS, COLUMNS, "right")
+            if name == "decoder mask hides EOS":
+                mask[2, LENGTHS[2] - 1] = 0
+            call.kwargs["decoder_attention_mask"] = mask
+            call.masks[-1] = mask.bool()
+        yield name, call
 
 
 def _and(call: Call, **more: Any) -> Call:

@@ -80,6 +80,16 @@ def test_boundaries_that_no_forward_uses_are_an_error():
         layer(hidden, position_embeddings=positions, cu_seqlens=torch.tensor([0, 5, 9]))
 
 
+def test_parts_of_a_model_that_is_never_packed():
+    model = patch_model(hf.BartForCausalLM(BART.build().config).eval())
+    decoder, (ids, _) = model.get_decoder(), padded_ids()
+    decoder(input_ids=ids, use_cache=False)
+    reason = "BartForCausalLM is a decoder without its encoder"
+    assert packing_stats(model).fallbacks == {reason: 1}
+    with pytest.raises(ValueError, match=f"cannot pack this call: {reason}"):
+        decoder(input_ids=ids[:1], cu_seqlens=torch.tensor([0, 3, 7]), use_cache=False)
+
+
 def test_positions_that_restart_split_rows_as_in_transformers():
     reference, model = LLAMA.build(), patch_model(LLAMA.build(), strict=True)
     ids = torch.randint(3, 97, (2, 10))

@@ -132,6 +132,16 @@ def test_layers_that_were_not_asked_for_stay_none():
     assert [s is None for s in states] == [s is None for s in expected.hidden_states]
 
 
+def test_assisted_generation_is_as_before():
+    """Its masks of 2 queries and 3 keys have the shape of the marker of a packed forward."""
+    ids = torch.tensor([[5, 9, 30, 12, 7, 8]])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = NLLB.build().eval().generate(ids, **options)
+    model, assistant = patch_model(NLLB.build().eval()), NLLB.build(seed=3).eval()
+    assert model.generate(ids, **options, assistant_model=assistant).equal(expected)
+    assert model.generate(ids, **options, assistant_model=patch_model(assistant)).equal(expected)
+
+
 def test_hooks_on_layers_find_the_rows_of_the_batch():
     seen = {}
 

@@ -145,8 +145,9 @@ def _attention_forward(
         watched: PatchState | None = vars(module).get(WATCHED)
         if watched is not None and module.training and torch.is_grad_enabled():
             _count_unseen(watched, module)
+        # A real mask may have the marker's shape, but then it fits the queries and keys.
         is_marker = attention_mask is not None and attention_mask.shape == MARKER_SHAPE
-        if is_marker and query.shape[2] > 1:
+        if is_marker and MARKER_SHAPE[2:] != (query.shape[2], key.shape[2]):
             raise RuntimeError(
                 f"{type(module).__name__} did not pass the {KEYWORD!r} keyword to attention in a "
                 "packed forward: this model cannot be patched"

@@ -3,28 +3,10 @@
 DESCRIPTION = """\
 Padding-free training of Hugging Face models: the same results, computed from the real tokens only.
 
-  tokenpack check     run your texts through your model padded and packed, and compare
   tokenpack demo      train T5, NLLB and Llama padded and patched, side by side, and compare
   tokenpack doctor    what is installed here, and which attention backends can run
   tokenpack inspect   how much of your data's batches is padding, and what removing it saves
   tokenpack pack      pack your sequences into full rows, and write them as a dataset
-"""
-
-CHECK = """\
-Run one batch of your texts through a model as it is and patched, and print a table: loss, logits
-and gradients, time and memory, and which calls were not packed and why. Where the two differ beyond
-rounding, the table says which one is nearer to a float64 copy that runs each text separately.
-"""
-
-CHECK_EPILOG = """\
-FILE is .txt or .jsonl as for `tokenpack demo --data`, or a file that `tokenpack pack` reads, with a
-column "text". An encoder-decoder learns "target", or the text itself if there is none.
-
-examples:
-  tokenpack check --model checkpoints/run1 --data my.jsonl
-  tokenpack check --model my/config --random --tokenizer tokenizer.json --data my.txt --texts 4
-
-exit code: 0 if the packed model is right; 1 if it differs; 2 for bad input.
 """
 
 DEMO = """\

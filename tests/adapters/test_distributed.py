@@ -68,6 +68,7 @@ def train_on_rank(rank, name, how):
         wrapped = fully_shard(model, mesh=mesh)
     losses = train(case, wrapped, wrapped.parameters(), rank, world=2)
     assert packing_stats(model).packed_calls == STEPS
+    assert packing_stats(model).loss == "fused with the head, without logits"
     dist.barrier()
     return losses
 

@@ -204,8 +204,8 @@ def test_a_model_patched_by_the_user_keeps_its_options(tmp_path):
 
     model = patch_model(CASES["T5"].build(), logits="always", strict=True)
     trainer = make_trainer("T5", tmp_path, make_examples(3), model=model)
-    assert trainer.model._tokenpack_state.logits == "always"
-    assert trainer.model._tokenpack_state.strict
+    assert trainer.model._tokenpack_entry.state.logits == "always"
+    assert trainer.model._tokenpack_entry.state.strict
 
 
 def test_model_init_is_patched_each_time(tmp_path):

@@ -1,7 +1,7 @@
 """The state of one packed forward, and the state that a patched model keeps.
 
 The model's forward passes a `PackedCall` to its attention layers under the keyword `KEYWORD`. A
-`PatchState` is shared by all modules that `patch_model` changed.
+`PatchState` is shared by all parts of a patched model that can be called by themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .family import Family
 KEYWORD = "packing"
 
 # The attributes that `patch_model` sets on modules.
-STATE = "_tokenpack_state"  # the PatchState, on every module with another forward
 ENTRY = "_tokenpack_entry"  # the Entry, on every part that can be called by itself
 WATCHED = "_tokenpack_watched"  # the PatchState, on the first attention of the model
 ROLE = "_tokenpack_role"  # of an attention: "enc", "dec", "cross" or "self"
@@ -253,7 +252,8 @@ def runs_padded(state: PatchState) -> bool:
     return active is not None and active[0] is state and active[1] is None
 
 
-# Attention scores never have this shape, so attention that is not tokenpack's fails on the marker.
+# No real mask of a packed forward would have this shape, unless it has 2 queries and 3 keys. So
+# attention that is not tokenpack's cannot broadcast the marker, and fails.
 MARKER_SHAPE = (1, 1, 2, 3)
 
 

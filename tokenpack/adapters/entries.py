@@ -83,15 +83,22 @@ def side_of(stack: Any) -> str:
     return "dec" if is_decoder else "enc"
 
 
-def tag_attention(part: Any, family: Family) -> None:
-    """Set the role of the attention modules of a stack, and the side of its position table.
+def tag_attention(model: PreTrainedModel, family: Family) -> None:
+    """Set the role of each attention module, and the side of each position table.
 
-    The role comes from the stack itself, so that it is right wherever the stack hangs.
+    In an encoder-decoder the role comes from the stack itself, so that it is right wherever the
+    stack hangs.
     """
-    if family.kind == "encoder_decoder" and not type(part).__name__.endswith(_STACKS):
+    if family.kind != "encoder_decoder":
+        _tag_stack(model, "self")
         return
-    side = side_of(part) if family.kind == "encoder_decoder" else "self"
-    for name, module in part.named_modules():
+    for _, part in parts_of(model):
+        if type(part).__name__.endswith(_STACKS):
+            _tag_stack(part, side_of(part))
+
+
+def _tag_stack(stack: nn.Module, side: str) -> None:
+    for name, module in stack.named_modules():
         if "Attention" in type(module).__name__:
             module.__dict__[ROLE] = "cross" if side == "dec" and _CROSS.search(name) else side
         elif "PositionalEmbedding" in type(module).__name__:
@@ -132,5 +139,5 @@ def _head_reason(part: Any) -> str | None:
 
 
 def is_entry(module: Any) -> bool:
-    """Whether `patch_model` has made ``module`` an entry, and not a copy of its class."""
+    """Whether `patch_model` has made ``module`` an entry."""
     return ENTRY in vars(module)

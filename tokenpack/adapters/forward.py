@@ -8,20 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from ..checks import IGNORE_INDEX
 from ..kernels import PackedLayout, repad, unpad
-from .call import ENTRY, KEYWORD, STATE, Entry, PackedCall, activate, runs_padded
+from .call import ENTRY, KEYWORD, Entry, PackedCall, activate, runs_padded
 from .checks import check_position_table
 from .embedding import share_lookup
 from .errors import CannotPackError
-from .head import after_head, fused_forward, logits_match, loss_from_logits, on_device
+from .head import after_head, fused_forward, logits_match, loss_from_logits, on_device, swap_head
 from .hooks import changed_by
 from .inputs import PackedInputs, pack_inputs
 from .outputs import without_logits
-from .swap import is_swapped, swap_forward
+from .swap import is_swapped
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +46,7 @@ def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     entry: Entry = getattr(model, ENTRY)
     call: PackedCall | None = kwargs.get(KEYWORD)
     if call is not None:  # a larger part has packed the batch
-        return _run_inside(original, model, entry, call, *args, **kwargs)
+        return _run_with(call, original, model, entry, *args, **kwargs)
     if runs_padded(entry.state):
         return original(model, *args, **kwargs)
     inputs, parameters = arguments_by_name(original, model, args, kwargs)
@@ -65,19 +65,21 @@ def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     return outputs if return_dict else outputs.to_tuple()
 
 
-def _run_inside(
+def _run_with(
+    call: PackedCall,
     original: Callable[..., Any],
     model: Any,
     entry: Entry,
-    call: PackedCall,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if not entry.is_stack:
-        return original(model, *args, **kwargs)
-    check_position_table(model)
-    # The stack activates the call for its position table, and not only the forward that packed the
-    # batch, so that gradient checkpointing of a whole stack activates it again.
+    """Run the original forward with an active call.
+
+    Parts inside the one that packed activate the call too. So gradient checkpointing of a whole
+    stack activates it again for the stack's position table.
+    """
+    if entry.is_stack:
+        check_position_table(model)
     with activate(entry.state, call):
         return original(model, *args, **kwargs)
 
@@ -95,19 +97,15 @@ def _run_packed(
     arguments = packed.arguments
     if state.family.embeds_match_ids:
         arguments = share_lookup(model, arguments)
-    if entry.is_stack:
-        check_position_table(model)
     if not all(config.is_replaced for config in state.configs):
         raise _unreached(model)
-    with activate(state, packed.call):
-        outputs = original(model, **arguments)
+    outputs = _run_with(packed.call, original, model, entry, **arguments)
     if packed.call.attention_calls == 0 and not _may_drop_every_layer(model):
         raise _unreached(model)
     if packed.call.loss is not None and not _head_is_plain(model, entry, packed, outputs):
         # Run the forward again and compute the loss from the logits.
         packed.call.targets = packed.call.loss = None
-        with activate(state, packed.call):
-            outputs = original(model, **arguments)
+        outputs = _run_with(packed.call, original, model, entry, **arguments)
     return _results(outputs, entry, packed, keep_logits)
 
 
@@ -129,11 +127,7 @@ def _request_fused_loss(model: Any, entry: Entry, packed: PackedInputs) -> None:
     if packed.targets is None or entry.state.head_is_plain is False:
         return
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear and STATE not in vars(head):
-        # Exactly nn.Linear, because adapters and quantizers of a head subclass or wrap it. The head
-        # is new if `resize_token_embeddings` was called after `patch_model`.
-        swap_forward(head, fused_forward)
-        setattr(head, STATE, entry.state)
+    swap_head(head)  # it is new if `resize_token_embeddings` was called after `patch_model`
     if not is_swapped(head, fused_forward):
         packed.call.unfused = f"the head is a {type(head).__name__}, not a plain nn.Linear"
         return
@@ -168,18 +162,20 @@ def _results(outputs: Any, entry: Entry, packed: PackedInputs, keep_logits: bool
     fields = dict(outputs.items())
     result: Any = type(outputs)
     if not keep_logits and "logits" in fields:
-        logits, result = fields.pop("logits"), without_logits(result)
-    elif "logits" in fields:
-        logits = fields["logits"] = _repadded(fields["logits"], _layout_of("logits", packed))
-    for name in _SIDES.keys() & fields.keys() - {"logits"}:
-        fields[name] = _repadded(fields[name], _layout_of(name, packed))
+        del fields["logits"]
+        result = without_logits(result)
+    for name in _SIDES:
+        if name in fields:
+            fields[name] = _repadded(fields[name], _layout_of(name, packed))
     if call.loss is not None:
         fields["loss"] = call.loss
         stats.loss = "fused with the head, without logits"
     elif targets is not None:
-        # Returned logits are read back, so that the loss is a function of what the caller gets.
-        layout = _layout_of("logits", packed) if keep_logits else None
-        stream = logits.squeeze(0) if layout is None else unpad(logits, layout)
+        stream = outputs.logits.squeeze(0)
+        layout = _layout_of("logits", packed)
+        if keep_logits and layout is not None and stream.requires_grad:
+            # Read back, so that the loss is a function of the logits that the caller gets.
+            stream = unpad(fields["logits"], layout)
         fields["loss"] = loss_from_logits(stream, targets.labels, call.num_items)
         stats.loss = f"from the logits: {_unfused_reason(entry, packed, keep_logits)}"
     return result(**fields)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checks import IGNORE_INDEX
 from ..kernels import packed_linear_cross_entropy
 from .call import AfterHead, active_call
-from .swap import Replacement
+from .swap import Replacement, swap_forward
 
 
 def after_head(model: Any) -> AfterHead:
@@ -29,6 +29,15 @@ def after_head(model: Any) -> AfterHead:
         getattr(config, "final_logit_softcapping", None),
         None if bias is None else bias.flatten(),
     )
+
+
+def swap_head(head: Any) -> None:
+    """Let a head compute the fused loss, if it is exactly nn.Linear.
+
+    Adapters and quantizers of a head subclass or wrap it.
+    """
+    if type(head) is nn.Linear:
+        swap_forward(head, fused_forward)
 
 
 @torch.compiler.disable

@@ -105,8 +105,7 @@ class _Name(str):
 def register_over(base: str) -> str:
     """Register tokenpack's attention over the implementation ``base`` and return its name."""
     # Model code drops masks if the name contains "flash", so the name must not contain it.
-    name = _PREFIX + base.replace("flash_attention", "fa").replace("flash", "f")
-    name = _Name(name)
+    name = _Name(_PREFIX + base.replace("flash_attention", "fa").replace("flash", "f"))
     _BASES[name] = base
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(_attention_forward, base))

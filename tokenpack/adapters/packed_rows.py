@@ -93,6 +93,8 @@ def positions_to_stream(inputs: dict[str, Any], splits_by_position: bool) -> Pac
     splits = bool(begins[:, 1:].any())
     if splits_by_position and splits and rows > 1:
         raise CannotPackError("flash attention does not split several rows by their position_ids")
+    if not (splits or any(name in inputs for name in _OTHER_NAMES)):
+        return None
     begins = begins.expand(rows, columns)
     starts = begins.flatten().nonzero().flatten()
     cu_seqlens = nn.functional.pad(starts, (0, 1), value=rows * columns).int()
@@ -116,7 +118,7 @@ def positions_to_stream(inputs: dict[str, Any], splits_by_position: bool) -> Pac
 
 
 def _drop_other_names(inputs: dict[str, Any], cu_seqlens: Tensor, is_flash: bool) -> None:
-    """Remove boundaries that attention without positions would read, if both are the same."""
+    """Remove the names that `_OTHER_NAMES` gives the boundaries. Flash attention reads them."""
     given = inputs.get("cu_seq_lens_q")
     if is_flash and given is not None and not torch.equal(given.flatten().int(), cu_seqlens):
         raise CannotPackError("cu_seq_lens_q and position_ids give different boundaries")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import require_known_backend
-from .call import ENTRY, ROLE, SIDE, STATE, WATCHED, Entry, PackingStats, PatchState
+from .call import ENTRY, ROLE, SIDE, WATCHED, Entry, PackingStats, PatchState
 from .entries import (
     entry_of,
     is_entry,
@@ -22,7 +22,7 @@ from .entries import (
 )
 from .families import find_family
 from .forward import packed_forward
-from .head import fused_forward
+from .head import swap_head
 from .interface import PatchedConfig
 from .row_head import row_head_forward
 from .swap import is_swapped, restore_forwards, swap_forward
@@ -89,7 +89,7 @@ def patch_model(
         for _, part in parts_of(inner):
             setattr(part, ENTRY, Entry(state, (), unpackable=reason))
             if not is_wrapper(part):
-                _swap(part, packed_forward, state)
+                swap_forward(part, packed_forward)
         return model
     entries = {name: entry_of(part, state) for name, part in parts_of(inner)}
     if strict and entries[""].unpackable is not None:
@@ -104,16 +104,14 @@ def patch_model(
     for module in list(inner.modules()):
         replacement = family.swaps.get(type(module).__name__)
         if replacement is not None:
-            _swap(module, replacement, state)
+            swap_forward(module, replacement)
+    tag_attention(inner, family)
     for name, part in parts_of(inner):
-        tag_attention(part, family)
         setattr(part, ENTRY, entries[name])
-        head = part.get_output_embeddings() if entries[name].has_token_head else None
-        # Exactly nn.Linear, because adapters and quantizers of a head subclass or wrap it.
-        if type(head) is nn.Linear:
-            _swap(head, fused_forward, state)
+        if entries[name].has_token_head:
+            swap_head(part.get_output_embeddings())
         if not is_wrapper(part):  # the stack inside packs
-            _swap(part, row_head_forward if reads_rows(part) else packed_forward, state)
+            swap_forward(part, row_head_forward if reads_rows(part) else packed_forward)
     watch_attention(inner, state)
     return model
 
@@ -131,10 +129,10 @@ def unpatch_model(model: Model) -> Model:
         return model
     _check_is_whole(inner)
     state = getattr(inner, ENTRY).state
-    # A copy of a part (PEFT's `modules_to_save`) has a copy of the state, so restore every class.
+    # Also in copies of parts (PEFT's `modules_to_save`).
     restore_forwards(model.modules())
     for module in model.modules():
-        for attribute in (ENTRY, ROLE, SIDE, STATE, WATCHED):
+        for attribute in (ENTRY, ROLE, SIDE, WATCHED):
             module.__dict__.pop(attribute, None)
     for config in state.configs:
         config.restore()
@@ -229,11 +227,3 @@ def _has_window(config: Any) -> bool:
     return bool(getattr(config, "sliding_window", None)) or bool(
         getattr(config, "local_attention", None)
     )
-
-
-# ----------------------------------------------------------------------------------- how to patch
-
-
-def _swap(module: Any, replacement: Any, state: PatchState) -> None:
-    swap_forward(module, replacement)
-    setattr(module, STATE, state)

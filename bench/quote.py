@@ -2,16 +2,19 @@
 
     <!-- figures: KIND RUN -->  generated text  <!-- end -->
 
-`python -m bench.quote` rewrites all such blocks from ``bench/results/RUN``. A test fails if a block
+`python -m bench.quote` rewrites all such blocks from ``bench/results/RUN``, a results folder, or the
+file of `bench.published_models`. A test fails if a block
 differs from its run.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from .report import Table, markdown_table, prediction_lines, predictions_table
 from .results import Result, Run, read
@@ -29,26 +32,50 @@ def update(text: str) -> str:
     """
 
     def write(block: re.Match[str]) -> str:
-        begin, kind, folder, end = block.groups()
+        begin, kind, name, end = block.groups()
         if kind not in KINDS:
             raise ValueError(f"figures must be of a kind in {', '.join(KINDS)}, got {kind!r}")
-        run = read(ROOT / "bench/results" / folder)
-        return f"{begin}\n{KINDS[kind](run)}\n\n{_origin(run)}\n{end}"
+        figures = KINDS[kind](ROOT / "bench/results" / name)
+        return f"{begin}\n{figures}\n{end}"
 
     return _BLOCK.sub(write, text)
 
 
-def _origin(run: Run) -> str:
-    environment = run.environment
+def _of_run(write: Callable[[Run], str]) -> Callable[[Path], str]:
+    """What ``write`` makes of a results folder, and where its figures are from."""
+
+    def write_with_origin(folder: Path) -> str:
+        run = read(folder)
+        return (
+            f"{write(run)}\n\n{_origin(run.environment)} Values are medians; "
+            f"`bench/results/{folder.name}/report.md` has their spread and number of rounds."
+        )
+
+    return write_with_origin
+
+
+def _origin(environment: dict[str, Any]) -> str:
     device, versions = environment["device"], environment["versions"]
     if device == "cpu":
         machine = environment["machine"]
         device = f"{machine['physical_cores']} cores ({machine['cpu']})"
     return (
         f"Measured on {environment['date']}: {device}, {environment['threads']} threads, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}. Values are medians; "
-        f"`bench/results/{run.folder.name}/report.md` has their spread and number of rounds."
+        f"{versions['torch']}, transformers {versions['transformers']}."
     )
+
+
+def _published(file: Path) -> str:
+    run = json.loads(file.read_text(encoding="utf-8"))
+    table: Table = [["model", "check", "result", "padding", "speed-up", "ideal speed-up"]]
+    for each in run["findings"]:
+        speeds = [each["speed_up"], each["ideal"]]
+        cells = ["" if speed is None else f"{speed:.2f}" for speed in speeds]
+        table.append(
+            [each["model"], each["check"], each["result"], f"{each['padding']:.0%}", *cells]
+        )
+    peers = " and ".join(f"{name} {run['versions'][name]}" for name in ("peft", "trl"))
+    return f"{markdown_table(table)}\n\n{_origin(run)[:-1]}, {peers}."
 
 
 def _steps(run: Run) -> str:
@@ -210,13 +237,15 @@ def _predictions(run: Run) -> str:
     return f"{facts}\n\n{markdown_table(predictions_table(run))}"
 
 
-KINDS: dict[str, Callable[[Run], str]] = {
-    "steps": _steps,
-    "losses": _losses,
-    "trainer": _trainer,
-    "packing": _packing,
-    "profile": _profile,
-    "predictions": _predictions,
+# Each takes the path of a run.
+KINDS: dict[str, Callable[[Path], str]] = {
+    "steps": _of_run(_steps),
+    "losses": _of_run(_losses),
+    "trainer": _of_run(_trainer),
+    "packing": _of_run(_packing),
+    "profile": _of_run(_profile),
+    "predictions": _of_run(_predictions),
+    "published": _published,
 }
 
 

@@ -146,6 +146,24 @@ def test_a_patched_model_does_the_linear_work_counted(make_model):
     assert multiplied == cost.count_operations(model, batch, packed=True).linear - head_counted
 
 
+@FAMILIES
+def test_the_matrices_of_lora_count_too(make_model):
+    peft = pytest.importorskip("peft")
+    targets = r".*\.(q|k|q_proj|k_proj)"
+    model = make_model()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=targets)).eval()
+    batch = make_batch(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**batch)
+    angles = sum(
+        sum(by_operator.values())
+        for module, by_operator in counter.get_flop_counts().items()
+        if module.endswith("rotary_emb")
+    )
+    forward = counter.get_total_flops() - angles
+    assert cost.count_operations(model, batch, packed=False).total == 3 * forward
+
+
 def test_without_a_mask_every_position_is_real():
     model = make_llama()
     batch = {"input_ids": torch.randint(5, VOCAB, (3, 12))}

@@ -25,8 +25,9 @@ from ..checks import IGNORE_INDEX
 
 # Names of the projections and of the cross-attention in the model families.
 _QUERY_NAMES = ("q", "q_proj", "query")
-_KEY_VALUE_NAMES = ("k", "v", "k_proj", "v_proj", "key", "value")
+_KEY_VALUE_NAMES = {"k", "v", "k_proj", "v_proj", "key", "value"}
 _CROSS_ATTENTION_NAMES = ("EncDecAttention", "encoder_attn", "crossattention")
+_ADAPTED = ".base_layer"  # where PEFT keeps a projection that it adapts
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def model_cost(model: nn.Module) -> ModelCost:
     of any size can be counted without memory for its weights.
 
     Args:
-        model: a transformers language model, encoder-decoder or decoder-only, not patched.
+        model: a transformers language model, encoder-decoder or decoder-only, not patched. With
+            PEFT's LoRA around it, the matrices of the adapters count too.
 
     Raises:
         ValueError: if a weight matrix belongs to neither ``nn.Linear`` nor ``nn.Embedding``, or the
@@ -171,7 +173,7 @@ def model_cost(model: nn.Module) -> ModelCost:
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        *parents, name = path.split(".")
+        *parents, name = path.removesuffix(_ADAPTED).split(".")
         in_encoder = encoder_decoder and "encoder" in parents
         in_cross = any(parent in _CROSS_ATTENTION_NAMES for parent in parents)
         if name in _QUERY_NAMES:
@@ -181,7 +183,9 @@ def model_cost(model: nn.Module) -> ModelCost:
             pairs[kind] += 2 * module.out_features
             attentions += 1
             biased += has_bias and not in_cross
-        sees_encoder = in_encoder or (in_cross and name in _KEY_VALUE_NAMES)
+        # Also the matrices of an adapter, which are children of the projection.
+        projects_encoder = in_cross and not _KEY_VALUE_NAMES.isdisjoint([*parents, name])
+        sees_encoder = in_encoder or projects_encoder
         tokens["encoder" if sees_encoder else "decoder"] += module.in_features * module.out_features
     if not any(pairs.values()):
         raise ValueError(

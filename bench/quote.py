@@ -2,9 +2,8 @@
 
     <!-- figures: KIND RUN -->  generated text  <!-- end -->
 
-`python -m bench.quote` rewrites all such blocks from ``bench/results/RUN``, a results folder, or the
-file of `bench.published_models`. A test fails if a block
-differs from its run.
+`python -m bench.quote` rewrites all such blocks from ``bench/results/RUN``, which is a folder of
+`bench.run` or the file of `bench.published_models`. A test fails if a block differs from its run.
 """
 
 from __future__ import annotations

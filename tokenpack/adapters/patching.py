@@ -67,7 +67,7 @@ def patch_model(
     require_known_backend(attention)
     if logits not in ("auto", "always", "never"):
         raise ValueError(f"logits must be 'auto', 'always' or 'never', got {logits!r}")
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     family = find_family(inner.config.model_type)
     if is_entry(inner):
         _check_is_whole(inner)
@@ -124,7 +124,7 @@ def unpatch_model(model: Model) -> Model:
         ValueError: if ``model`` is a part of the model that was patched, or ``fully_shard`` has
             changed the model's classes since `patch_model`.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     if not is_entry(inner):
         return model
     _check_is_whole(inner)
@@ -142,7 +142,7 @@ def unpatch_model(model: Model) -> Model:
 def is_patched(model: nn.Module) -> bool:
     """Whether this model is patched."""
     try:
-        return is_entry(_transformers_model(model))
+        return is_entry(transformers_model(model))
     except TypeError:
         return False
 
@@ -156,7 +156,7 @@ def packing_stats(model: nn.Module) -> PackingStats:
         TypeError: if ``model`` contains no transformers model.
         ValueError: if the model is not patched.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     if not is_entry(inner):
         raise ValueError(f"{type(model).__name__} is not patched: call patch_model(model) first")
     entry: Entry = getattr(inner, ENTRY)
@@ -166,8 +166,12 @@ def packing_stats(model: nn.Module) -> PackingStats:
 # ------------------------------------------------------------------------------- whether to patch
 
 
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside the wrappers of PEFT, torch.compile, DDP and FSDP."""
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside the wrappers of PEFT, torch.compile, DDP and FSDP.
+
+    Raises:
+        TypeError: if there is none.
+    """
     seen: Any = model
     while not isinstance(seen, PreTrainedModel):
         if hasattr(seen, "get_base_model"):

@@ -26,7 +26,7 @@ from . import figures, machine
 from .models import DEMO_MODELS, SIZES, DemoSize
 from .output import make_folder, write_json
 from .side_by_side import Comparison, TrainingLog, train_side_by_side
-from .table import format_table
+from ..table import format_table
 
 # Losses agree up to rounding errors, which training amplifies step by step.
 _LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # fp32, bf16

@@ -8,7 +8,7 @@ import torch
 
 from ..attention import backend_report
 from . import machine
-from .table import format_table
+from ..table import format_table
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ from .epochs import (
 )
 from .models import SHAPES, build_config, build_shape
 from .output import make_folder, write_json
-from .table import format_table
+from ..table import format_table
 from .tokenizer import Encode, load_tokenizer
 
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)

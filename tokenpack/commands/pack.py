@@ -27,7 +27,7 @@ from ..packing import Packer, PackResult, pack_shards
 from ..segments import offsets_of
 from . import figures, machine
 from .output import make_folder, write_json
-from .table import format_table
+from ..table import format_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

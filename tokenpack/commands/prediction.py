@@ -25,7 +25,7 @@ from .epochs import (
     random_orders,
     sum_counts,
 )
-from .table import format_table
+from ..table import format_table
 
 RANKS = (8, 64, 1024)
 _GIB = 2**30

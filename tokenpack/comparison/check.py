@@ -314,7 +314,10 @@ class _Findings:
             if packed is None and state.logits == "never" and name in ("logits", "1"):
                 return "not computed (logits='never')"
             return f"DIFFERS: only the {'packed' if padded is None else 'padded'} run has it"
-        if self.both.batch.is_stream or padded.shape == packed.shape:
+        if self.both.batch.is_stream:
+            pieces = self._padded_pieces[name], self._packed_pieces[name]
+            return "not compared: its slots are not known" if None in pieces else ""
+        if padded.shape == packed.shape:
             return ""
         return f"DIFFERS: shape {tuple(packed.shape)}, not {tuple(padded.shape)}"
 

@@ -74,7 +74,7 @@ def distance(one: Tensor | None, other: Tensor | None) -> float:
     """
     if one is None or other is None:
         present = one if other is None else other
-        return 0.0 if present is None or not present.numel() else _largest(present.abs())
+        return 0.0 if present is None or not present.numel() else _largest(present.double().abs())
     if one.shape != other.shape:
         return float("inf")
     if not one.numel():
@@ -88,7 +88,7 @@ def size(value: Tensor | None) -> float:
     """The largest finite absolute value."""
     if value is None or not value.numel():
         return 0.0
-    return float(value.detach().abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return float(value.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max())
 
 
 def _largest(values: Tensor) -> float:

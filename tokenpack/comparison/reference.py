@@ -81,6 +81,7 @@ def _errors(
         inputs, leaves = _double(inputs)
         with torch.set_grad_enabled(gradients), KeepFloat64(), torch.autocast(device, enabled=False):
             alone = Batch(inputs, batch.model)
+            alone.reads_vectors = batch.reads_vectors
             outputs = flatten(call(**inputs))
             loss = pop_loss(outputs, has_labels="labels" in inputs)
             objective: Any = weighted_sum(alone, outputs, number) if loss is None else 0.0

@@ -9,7 +9,8 @@ from ..adapters import PackingStats
 from ..table import format_table
 from .differences import Comparison
 
-EQUAL, DIFFERS, NOTHING_PACKED = "equal", "differs", "nothing packed"
+EQUAL, DIFFERS = "equal", "differs"
+NOTHING_PACKED, NOTHING_COMPARED = "nothing packed", "nothing compared"
 
 
 @dataclass
@@ -38,10 +39,13 @@ class PatchCheck:
 
     @property
     def verdict(self) -> str:
-        """``"equal"``, ``"differs"``, or ``"nothing packed"`` if the patch was not tested."""
+        """``"equal"`` or ``"differs"``, and if the patch was not tested ``"nothing packed"``, or
+        ``"nothing compared"`` if the outputs hold no tensor that can be compared."""
         if self.error is not None or self.differences:
             return DIFFERS
-        return EQUAL if self.stats.packed_calls else NOTHING_PACKED
+        if not self.stats.packed_calls:
+            return NOTHING_PACKED
+        return EQUAL if any(not c.note for c in self.comparisons) else NOTHING_COMPARED
 
     @property
     def ok(self) -> bool:
@@ -82,6 +86,7 @@ class PatchCheck:
             EQUAL: "the packed run equals the padded one",
             DIFFERS: "the packed run DIFFERS from the padded one",
             NOTHING_PACKED: "NOTHING PACKED, so the patch was not tested",
+            NOTHING_COMPARED: "NOTHING COMPARED, so the patch was not tested",
         }
         lines = [f"{words[self.verdict]} ({self.setting})"]
         if self.error is not None:
@@ -122,8 +127,9 @@ class PatchCheck:
                 f"packed calls: {stats.packed_calls}, {stats.packed_tokens:,} tokens in "
                 f"{stats.padded_tokens:,} slots ({stats.padding_share:.0%} padding)"
             )
-            backends = (f"{kind}: {choice}" for kind, choice in stats.attention.items())
-            lines.append("attention: " + "; ".join(backends))
+            for choice in dict.fromkeys(stats.attention.values()):
+                kinds = ", ".join(k for k, other in stats.attention.items() if other == choice)
+                lines.append(f"attention ({kinds}): {choice}")
             lines += [f"loss: {stats.loss}"] if stats.loss else []
         lines += [f"ran padded: {reason} ({n})" for reason, n in stats.fallbacks.items()]
         if stats.unseen_calls:

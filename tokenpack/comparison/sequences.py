@@ -87,6 +87,8 @@ class Batch:
     def __init__(self, inputs: Mapping[str, Any], model: Model) -> None:
         self.inputs = {name: value for name, value in inputs.items() if value is not None}
         self.model = model
+        # A value for each token of a stream, as TRL returns, must be put into the rows to compare.
+        self.reads_vectors = self.is_stream
         self.sides: dict[str, Side] = {}
         first = self._side("")
         if first is not None:
@@ -105,7 +107,7 @@ class Batch:
         """The side whose slots an output has. None if it has none, or a value for each row."""
         whole = self.model.sides == ("enc", "dec")
         side = self.sides.get("decoder_" if whole and not output.startswith("encoder_") else "")
-        if side is None or value.dim() < 3:
+        if side is None or value.dim() < (2 if self.reads_vectors else 3):
             return None
         rows, columns = side.shape
         own = value.shape[0] == rows and value.shape[1] - columns in (0, self.model.virtual_tokens)
@@ -126,7 +128,9 @@ class Batch:
                     inputs[name] = repad(value.reshape(side.shape[1], *value.shape[2:]), layout,
                                          fill=fill)  # fmt: skip
             inputs[f"{prefix}attention_mask"] = mask.long().to(self._tokens(prefix).device)
-        return Batch(inputs, self.model)
+        padded = Batch(inputs, self.model)
+        padded.reads_vectors = True
+        return padded
 
     # ------------------------------------------------------------------------------ one sequence
 

@@ -16,10 +16,11 @@ Two bounds, as multiples of the dtype's eps = 2 ** -mantissa bits:
     float64                the same in float32's eps, because transformers computes norms and losses
                            in float32 whatever the dtype
     float64, by dtype=     4096 eps = 9e-13, because all is computed in float64 then
-    bfloat16, float16      1 eps    2 eps     4 eps       16 eps
+    bfloat16, float16      eps / 4  2 eps     4 eps       16 eps
 
 A sum of n terms rounds off by up to n eps, and about sqrt(n) eps; widths are thousands, hence 16 to
-128 in float32. In half precision each result is rounded once, from sums in float32.
+128 in float32. In half precision each result is rounded once, from sums in float32, and the loss is a
+mean over many tokens.
 
 Why there is something in between: transformers sums the losses of all tokens in one float32 number.
 The loss of a published Llama of 135M parameters is off by 2.6e-6 from float64 on a CPU, and its
@@ -58,4 +59,4 @@ def bounds_of(dtype: torch.dtype, pure: bool = False) -> Bounds:
     if dtype in (torch.float32, torch.float64):
         eps = torch.finfo(torch.float32).eps
         return Bounds(16 * eps, 64 * eps, 128 * eps, 8192 * eps)
-    return Bounds(eps, 2 * eps, 4 * eps, 16 * eps)
+    return Bounds(eps / 4, 2 * eps, 4 * eps, 16 * eps)

@@ -11,11 +11,16 @@ from torch import nn
 from tokenpack import PatchCheck, check_patch, is_patched, packing_stats, patch_model, unpatch_model
 from tokenpack.adapters.suspend import suspended
 
-from ..adapters.models import BERT, LLAMA, T5, Case
+from ..adapters.models import BERT, BY_NAME, LLAMA, T5, Case
 
 
 def with_dropout(case: Case) -> nn.Module:
-    names = ("attention_dropout", "hidden_dropout_prob", "dropout_rate", "attention_probs_dropout_prob")
+    names = (
+        "attention_dropout",
+        "hidden_dropout_prob",
+        "dropout_rate",
+        "attention_probs_dropout_prob",
+    )
     options = {n: 0.3 for n in names if n in case.options}
     return Case(case.family, case.config, case.model, {**case.options, **options}).build()
 
@@ -25,7 +30,9 @@ def snapshot(model):
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     return {
         "classes": [type(m) for m in model.modules()],
-        "marks": [sorted(n for n in vars(m) if n.startswith("_tokenpack")) for m in model.modules()],
+        "marks": [
+            sorted(n for n in vars(m) if n.startswith("_tokenpack")) for m in model.modules()
+        ],
         "modes": [m.training for m in model.modules()],
         "floats": [
             {n: v for n, v in vars(m).items() if isinstance(v, (float, int, str))}
@@ -216,11 +223,13 @@ def test_gradients_of_inputs():
 
 def test_items_of_a_model_that_ignores_them():
     """Unpatched T5 ignores ``num_items_in_batch``; the patched one divides by it."""
-    for case in (T5, LLAMA):
+    for case in (T5, LLAMA, BERT, BY_NAME["ModernBertForMaskedLM"]):
         batch = {**case.batch("right"), "num_items_in_batch": torch.tensor(77)}
         check = check_patch(case.build(), batch)
         assert check.ok, str(check)
         assert check.packed_calls == 1
+        padded = case.build()(**case.batch("right")).loss.item()
+        assert check.losses[1] < 0.8 * padded
 
 
 def test_an_error_of_the_packed_run_is_a_difference():

@@ -19,8 +19,8 @@ Two bounds, as multiples of the dtype's eps = 2 ** -mantissa bits:
     bfloat16, float16      eps / 4  2 eps     4 eps       16 eps
 
 A sum of n terms rounds off by up to n eps, and about sqrt(n) eps; widths are thousands, hence 16 to
-128 in float32. In half precision each result is rounded once, from sums in float32, and the loss is a
-mean over many tokens.
+128 in float32. In half precision each result is rounded once, from sums in float32, and the loss
+is a mean over many tokens.
 
 Why there is something in between: transformers sums the losses of all tokens in one float32 number.
 The loss of a published Llama of 135M parameters is off by 2.6e-6 from float64 on a CPU, and its

@@ -68,9 +68,9 @@ class Comparison:
 
 
 def distance(one: Tensor | None, other: Tensor | None) -> float:
-    """The largest absolute difference. None is zero, and NaN is only equal to NaN.
+    """The largest absolute difference. None is zero.
 
-    Infinite if the shapes differ.
+    Infinite if the shapes differ or a value is NaN, also if both are: nothing is compared then.
     """
     if one is None or other is None:
         present = one if other is None else other
@@ -80,7 +80,7 @@ def distance(one: Tensor | None, other: Tensor | None) -> float:
     if not one.numel():
         return 0.0
     one, other = one.detach().double(), other.detach().to(one.device).double()
-    same = (one == other) | (one.isnan() & other.isnan())
+    same = one == other  # infinite logits of masked classes, whose difference is NaN
     return _largest((one - other).abs().masked_fill(same, 0.0))
 
 

@@ -10,7 +10,7 @@ padding after it, so no error of padding, packing or masking can be in it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ def errors_of(
     model: nn.Module,
     forward: Forward,
     batch: Batch,
-    runs: list[tuple[Run, Pieces]],
+    runs: Sequence[tuple[Run, Pieces]],
     gradients: bool,
 ) -> list[Errors]:
     """The errors of runs of the same batch.
@@ -68,7 +68,7 @@ def _errors(
     exact: nn.Module,
     call: Callable[..., Any],
     batch: Batch,
-    runs: list[tuple[Run, Pieces]],
+    runs: Sequence[tuple[Run, Pieces]],
     gradients: bool,
 ) -> list[Errors]:
     shares = _shares(batch)
@@ -79,9 +79,12 @@ def _errors(
     device = next(exact.parameters()).device.type
     for number, inputs in batch.alone():
         inputs, leaves = _double(inputs)
-        with torch.set_grad_enabled(gradients), KeepFloat64(), torch.autocast(device, enabled=False):
-            alone = Batch(inputs, batch.model)
-            alone.reads_vectors = batch.reads_vectors
+        with (
+            torch.set_grad_enabled(gradients),
+            KeepFloat64(),
+            torch.autocast(device, enabled=False),
+        ):
+            alone = batch.with_inputs(inputs)
             outputs = flatten(call(**inputs))
             loss = pop_loss(outputs, has_labels="labels" in inputs)
             objective: Any = weighted_sum(alone, outputs, number) if loss is None else 0.0
@@ -143,7 +146,7 @@ def _add(
 
 def _compare_outputs(
     found: list[Errors],
-    runs: list[tuple[Run, Pieces]],
+    runs: Sequence[tuple[Run, Pieces]],
     alone: Batch,
     outputs: Mapping[str, Tensor | None],
     number: int,

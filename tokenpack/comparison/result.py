@@ -102,7 +102,7 @@ class PatchCheck:
         width = max(len(comparison.result) for comparison in self.comparisons)
         rows = []
         for comparison in self.comparisons:
-            numbers = [comparison.difference, comparison.allowed]
+            numbers: list[float | None] = [comparison.difference, comparison.allowed]
             numbers += [comparison.padded_error, comparison.packed_error] if has_errors else []
             cells = ["-" if number is None else f"{number:.1e}" for number in numbers]
             rows.append([comparison.name, *cells, comparison.result.ljust(width)])

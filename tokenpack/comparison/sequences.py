@@ -128,9 +128,13 @@ class Batch:
                     inputs[name] = repad(value.reshape(side.shape[1], *value.shape[2:]), layout,
                                          fill=fill)  # fmt: skip
             inputs[f"{prefix}attention_mask"] = mask.long().to(self._tokens(prefix).device)
-        padded = Batch(inputs, self.model)
-        padded.reads_vectors = True
-        return padded
+        return self.with_inputs(inputs)
+
+    def with_inputs(self, inputs: Mapping[str, Any]) -> Batch:
+        """A batch of the same kind with other arguments."""
+        batch = Batch(inputs, self.model)
+        batch.reads_vectors = self.reads_vectors
+        return batch
 
     # ------------------------------------------------------------------------------ one sequence
 
@@ -252,9 +256,7 @@ class Batch:
         shape = (tokens.shape[0], tokens.shape[1])
         return Side(shape, list(self._pieces(prefix, shape, tokens.device)))
 
-    def _pieces(
-        self, prefix: str, shape: tuple[int, int], device: torch.device
-    ) -> Sequence[Piece]:
+    def _pieces(self, prefix: str, shape: tuple[int, int], device: torch.device) -> Sequence[Piece]:
         mask = self.inputs.get(f"{prefix}attention_mask")
         labels = self.inputs.get("labels")
         ends = self.inputs.get(f"{prefix}cu_seqlens")

@@ -20,7 +20,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 
-_RANDOM = ("drop", "jitter_noise")  # in the names of rates: attention_dropout, embd_pdrop, layerdrop
+_RANDOM = (
+    "drop",
+    "jitter_noise",
+)  # in the names of rates: attention_dropout, embd_pdrop, layerdrop
 
 
 @contextmanager

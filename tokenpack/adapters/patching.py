@@ -34,35 +34,17 @@ Logits = Literal["auto", "always", "never"]
 def patch_model(
     model: Model, *, attention: str = "auto", logits: Logits = "auto", strict: bool = False
 ) -> Model:
-    """Make a transformers model compute only real tokens, with the same results.
-
-    This changes the instance in place: its class, the classes of a few of its modules, and the
-    attention implementation in its configs. Parameters, state dict and saved files do not change.
-    The patched model packs a padded batch before the embedding, and pads its outputs with zeros. A
-    batch may also be packed already: ``input_ids`` of shape ``(1, total_tokens)`` with
-    ``cu_seqlens``, and for an encoder-decoder ``labels`` or ``decoder_input_ids`` with
-    ``decoder_cu_seqlens``. The outputs are then packed too.
-
-    A call that cannot be packed runs the original padded forward, and is counted by reason in
-    ``packing_stats(model).fallbacks``.
+    """Patch a model in place, as `tokenpack.patch_model` describes, which calls this.
 
     Args:
-        model: a `transformers.PreTrainedModel`, or one wrapped by PEFT or ``torch.compile``.
-            Patching a patched model again replaces its options.
-        attention: ``"auto"``, or the name of a backend in `tokenpack.attention.BACKENDS`.
-        logits: ``"auto"`` returns logits, except in training with labels, where the loss does not
-            need them. ``"always"`` returns them, and ``"never"`` does not.
-        strict: raise ValueError with the reason instead of running a call padded. This includes
-            ``generate``, which uses a cache.
-
-    Returns:
-        ``model`` itself.
+        model: a `transformers.PreTrainedModel`, or a wrapper of one.
+        attention: ``"auto"``, or the name of a backend.
+        logits: ``"auto"``, ``"always"`` or ``"never"``.
+        strict: raise ValueError instead of running a call padded.
 
     Raises:
         TypeError: if ``model`` contains no transformers model.
-        ValueError: if an option is unknown, the family is known to compute wrong results on packed
-            input, a submodule is already patched, or a forward set on an instance (by accelerate)
-            would hide the patch. With ``strict``, also if the model can never be packed.
+        ValueError: if an option is unknown, or the model cannot be patched.
     """
     require_known_backend(attention)
     if logits not in ("auto", "always", "never"):

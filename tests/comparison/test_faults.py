@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
 from transformers.loss import loss_utils
 
 from tokenpack import check_patch
@@ -214,3 +215,22 @@ def test_a_large_difference_is_a_fault_even_where_float64_agrees():
         check = compared(model, batch)
     assert check.verdict == "differs"
     assert "DIFFERS: packed is nearer to float64" in str(check)
+
+
+class OffInOneRow(nn.Module):
+    """A head that is 0.1 permille off if the batch has one row, as a sequence alone has too."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden):
+        return self.head(hidden) * (1.0001 if hidden.shape[0] == 1 else 1)
+
+
+def test_a_sequence_alone_is_no_reference_if_it_depends_on_the_batch():
+    model, batch = LLAMA.build(), LLAMA.batch("right")
+    model.lm_head = OffInOneRow(model.lm_head)
+    check = compared(model, batch)
+    assert check.verdict == "differs"
+    assert "DIFFERS: a sequence depends on the rest of the batch" in str(check)

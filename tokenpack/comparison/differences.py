@@ -22,6 +22,8 @@ class Comparison:
         padded_error: of the padded run against float64 on each sequence alone. None if it was not
             needed or cannot be computed.
         packed_error: the same of the packed run.
+        batch_error: of the padded run in float64. Above 0, the result of a sequence depends on the
+            rest of the batch, and float64 on a sequence alone is no reference.
         note: what else there is to say.
     """
 
@@ -31,6 +33,7 @@ class Comparison:
     large: float
     padded_error: float | None = None
     packed_error: float | None = None
+    batch_error: float | None = None
     note: str = ""
 
     @property
@@ -45,9 +48,16 @@ class Comparison:
             return True
         if not self.difference <= self.large or None in (self.padded_error, self.packed_error):
             return False
+        if self.depends_on_batch:
+            return False
         padded, packed = self.padded_error or 0.0, self.packed_error or 0.0
         near = max(padded, packed) <= self.large
         return packed <= self.allowed or (near and packed <= FACTOR * padded)
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether the result of a sequence depends on the rest of the batch."""
+        return self.batch_error is not None and not self.batch_error <= self.allowed / 4
 
     @property
     def nearer(self) -> str:
@@ -63,6 +73,8 @@ class Comparison:
             return self.note
         if self.is_within_rounding:
             return "equal"
+        if self.depends_on_batch:
+            return "DIFFERS: a sequence depends on the rest of the batch"
         words = "equal" if self.ok else "DIFFERS"
         return f"{words}: {self.nearer} is nearer to float64" if self.nearer else words
 

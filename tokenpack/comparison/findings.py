@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.suspend import entry_in, suspended
 from ..checks import IGNORE_INDEX
 from .bounds import Bounds
 from .differences import Comparison, distance, size
-from .reference import Errors, errors_of
+from .reference import Errors, Result, errors_of
 from .sequences import Batch, NoReferenceError
 from .two_runs import TwoRuns
 
@@ -39,13 +39,19 @@ class Findings:
         try:
             with suspended(both.model):
                 both.kept.rewind()
-                errors = errors_of(both.model, both.forward, both.batch, runs, both.gradients)
+                errors = errors_of(
+                    both.model, both.forward, both.batch, runs, both.gradients, self._whole
+                )
         except NoReferenceError as reason:
             self.notes.append(f"which run is right is not known: {reason}")
             return
         for comparison in self.comparisons:
-            padded, packed = (self._error(comparison.name, e) for e in errors)
-            comparison.padded_error, comparison.packed_error = padded, packed
+            found = [self._error(comparison.name, e) for e in errors]
+            comparison.padded_error, comparison.packed_error, comparison.batch_error = found
+
+    def _whole(self, exact: nn.Module) -> Result:
+        run, batch = self.both.run_exact(exact)
+        return run, {name: _pieces(batch, name, value) for name, value in run.values.items()}
 
     def _error(self, name: str, errors: Errors) -> float | None:
         found = [errors.loss] if name == "loss" and self.both.padded.loss is not None else []

@@ -4,7 +4,9 @@
 
 n_s is the number of labels of a sequence, and N that of the batch, or ``num_items_in_batch``. Where
 labels belong to rows, each row weighs the same. A sequence alone is a batch of one row without
-padding after it, so no error of padding, packing or masking can be in it.
+padding after it, so no error of padding, packing or masking can be in it. But it is only the truth
+about a model that computes each row by itself. So the padded batch runs in float64 too: if that is
+not the same, the result depends on what else is in the batch, and what the packed run left out.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from .sequences import Batch, NoReferenceError
 
 Forward = Callable[[nn.Module], Callable[..., Any]]
 Pieces = Mapping[str, "list[Tensor] | None"]
+Result = tuple[Run, Pieces]
 
 
 @dataclass
@@ -39,10 +42,11 @@ def errors_of(
     model: nn.Module,
     forward: Forward,
     batch: Batch,
-    runs: Sequence[tuple[Run, Pieces]],
+    runs: Sequence[Result],
     gradients: bool,
+    whole: Callable[[nn.Module], Result],
 ) -> list[Errors]:
-    """The errors of runs of the same batch.
+    """The errors of runs of the same batch, and of the padded batch in float64.
 
     Args:
         model: not patched.
@@ -50,13 +54,16 @@ def errors_of(
         batch: of the runs.
         runs: each with the pieces of its outputs, by the number of the sequence.
         gradients: whether the runs took gradients.
+        whole: runs the padded batch with a model in float64.
 
     Raises:
         NoReferenceError: if the model cannot be copied, or a copy in float64 cannot run.
     """
     try:
         exact = copy.deepcopy(model).double()
-        return _errors(exact, forward(exact), batch, runs, gradients)
+        with KeepFloat64(), torch.autocast(_device_type(exact), enabled=False):
+            runs = [*runs, whole(exact)]
+            return _errors(exact, forward(exact), batch, runs, gradients)
     except NoReferenceError:
         raise
     except Exception as error:  # whatever a model in an unusual dtype raises
@@ -68,7 +75,7 @@ def _errors(
     exact: nn.Module,
     call: Callable[..., Any],
     batch: Batch,
-    runs: Sequence[tuple[Run, Pieces]],
+    runs: Sequence[Result],
     gradients: bool,
 ) -> list[Errors]:
     shares = _shares(batch)
@@ -76,14 +83,9 @@ def _errors(
     wanted = trainable(exact) if gradients else {}
     total: float | None = None
     sums: dict[str, Tensor] = {}
-    device = next(exact.parameters()).device.type
     for number, inputs in batch.alone():
-        inputs, leaves = _double(inputs)
-        with (
-            torch.set_grad_enabled(gradients),
-            KeepFloat64(),
-            torch.autocast(device, enabled=False),
-        ):
+        inputs, leaves = doubled(inputs)
+        with torch.set_grad_enabled(gradients):
             alone = batch.with_inputs(inputs)
             outputs = flatten(call(**inputs))
             loss = pop_loss(outputs, has_labels="labels" in inputs)
@@ -115,16 +117,20 @@ def _shares(batch: Batch) -> list[float]:
     return [count / total for count in counts]
 
 
-def _double(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    doubled, leaves = {}, {}
+def doubled(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Inputs in float64, and those of them that need a gradient."""
+    found: dict[str, Any] = {}
     for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            doubled[name] = value.detach().double().requires_grad_(value.requires_grad)
-            if value.requires_grad:
-                leaves[name] = doubled[name]
-        else:
-            doubled[name] = value
-    return doubled, leaves
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        found[name] = value
+        if is_float:
+            found[name] = value.detach().double().requires_grad_(value.requires_grad)
+    leaves = {n: v for n, v in found.items() if isinstance(v, Tensor) and v.requires_grad}
+    return found, leaves
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")
 
 
 def _add(
@@ -146,7 +152,7 @@ def _add(
 
 def _compare_outputs(
     found: list[Errors],
-    runs: Sequence[tuple[Run, Pieces]],
+    runs: Sequence[Result],
     alone: Batch,
     outputs: Mapping[str, Tensor | None],
     number: int,

@@ -72,7 +72,10 @@ class Kept:
 
     def drew(self) -> bool:
         """Whether random numbers have been drawn since `rewind`."""
-        return not torch.equal(torch.get_rng_state(), self._random[0])
+        cpu, cuda, *_ = self._random
+        now = torch.cuda.get_rng_state_all() if cuda is not None else []
+        pairs = zip([cpu, *(cuda or [])], [torch.get_rng_state(), *now])
+        return not all(torch.equal(before, after) for before, after in pairs)
 
     def restore(self) -> None:
         """`rewind`, and give modules their classes back: a patched call may swap a new head."""
@@ -184,6 +187,7 @@ def rounding_of(model: nn.Module, device: torch.device) -> torch.dtype:
 
 
 def device_of(model: nn.Module, batch: dict[str, Any]) -> torch.device:
-    """The device of a model, or of the batch if the model has no parameters."""
+    """The device of a model, or of the batch if the parameters are elsewhere (offloaded)."""
     tensors = [*model.parameters(), *(v for v in batch.values() if isinstance(v, Tensor))]
-    return tensors[0].device if tensors else torch.device("cpu")
+    devices = [tensor.device for tensor in tensors if not tensor.is_meta]
+    return devices[0] if devices else torch.device("cpu")

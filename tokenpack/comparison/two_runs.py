@@ -14,7 +14,7 @@ from ..adapters.patching import transformers_model
 from ..adapters.suspend import entry_in, fresh_counters, is_free_of_patch, suspended
 from ..checks import IGNORE_INDEX
 from ..cost.allocations import peak_bytes
-from .reference import Forward
+from .reference import Forward, doubled
 from .runs import Run, run_once, trainable
 from .sequences import Batch, Model
 from .state import Kept, device_of, rounding_of
@@ -79,9 +79,16 @@ class TwoRuns:
             self._require_unpatched()
             self.padded = self._once(self.padded_batch)
             self.drew = self.kept.drew()
-        labels, items = (self.batch.inputs.get(n) for n in ("labels", "num_items_in_batch"))
-        if self._divides and isinstance(labels, Tensor) and items is not None:
-            self._divide_by_items(labels, items)
+        self._divide_by_items(self.padded)
+
+    def run_exact(self, exact: nn.Module) -> tuple[Run, Batch]:
+        """The padded run of a copy in float64, and its batch."""
+        batch = self.padded_batch.with_inputs(doubled(self.padded_batch.inputs)[0])
+        parameters = trainable(exact) if self.gradients else {}
+        self.kept.rewind()
+        run = run_once(self.forward(exact), batch, parameters, self.device, self.gradients)
+        self._divide_by_items(run)
+        return run, batch
 
     def logits(self) -> dict[str, Tensor | None]:
         """The outputs of the patched model, with the logits that training leaves out."""
@@ -119,14 +126,14 @@ class TwoRuns:
             name = type(self.model).__name__
             raise RuntimeError(f"{name} could not be unpatched for the comparison")
 
-    def _divide_by_items(self, labels: Tensor, items: Any) -> None:
+    def _divide_by_items(self, run: Run) -> None:
         """Unpatched T5, BART and BERT take the mean over labels. Patched, they divide by items."""
+        labels, items = (self.batch.inputs.get(n) for n in ("labels", "num_items_in_batch"))
+        if run.loss is None or items is None or not self._divides or not isinstance(labels, Tensor):
+            return
         factor = float((labels != IGNORE_INDEX).sum()) / float(items)
-        if self.padded.loss is not None:
-            self.padded.loss = self.padded.loss * factor
-            self.padded.gradients = {
-                name: None if g is None else g * factor for name, g in self.padded.gradients.items()
-            }
+        run.loss = run.loss * factor
+        run.gradients = {n: None if g is None else g * factor for n, g in run.gradients.items()}
 
 
 def _describe(model: nn.Module) -> Model:

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 
 _RANDOM = (
@@ -90,13 +88,19 @@ def refuse_sharded(model: nn.Module) -> None:
 
     A forward of such a model takes part in collective calls, and would wait for the other ranks.
     """
+    sharded: tuple[type, ...] = ()
+    if torch.distributed.is_available():  # not in every build
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+        from torch.distributed.tensor import DTensor
+
+        sharded = (FSDPModule, FullyShardedDataParallel, DTensor)
     for name, module in model.named_modules():
-        if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
+        if isinstance(module, sharded):
             raise ValueError(_refusal("FSDP", name))
         if getattr(module, "_is_replica", False):
             raise ValueError(_refusal("DataParallel", name))
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or getattr(parameter, "_fsdp_flattened", False):
+        if isinstance(parameter, sharded) or getattr(parameter, "_fsdp_flattened", False):
             raise ValueError(_refusal("FSDP", name))
         if hasattr(parameter, "ds_id"):
             raise ValueError(_refusal("DeepSpeed ZeRO-3", name))

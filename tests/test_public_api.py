@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[1]
 
 # The contract: a name that once was public stays where it is. New names are added here.
 PUBLIC = {
-    "tokenpack": "PackingStats is_patched packing_stats patch_model unpatch_model",
+    "tokenpack": """
+        PackingStats PatchCheck PatchCheckError check_patch is_patched packing_stats patch_model
+        unpatch_model
+    """,
     "tokenpack.adapters": "PackingStats is_patched packing_stats patch_model unpatch_model",
     "tokenpack.attention": """
         BACKENDS AttentionCall BackendStatus Choice backend_report choose_backend layout_attention

@@ -8,16 +8,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .adapters import PackingStats, is_patched, packing_stats, patch_model, unpatch_model
-
-__all__ = ["PackingStats", "is_patched", "packing_stats", "patch_model", "unpatch_model"]
-
+    from .adapters import PackingStats, is_patched, packing_stats, unpatch_model
+    from .comparison import PatchCheck, PatchCheckError, check_patch, patch_model
 
 # Imported on first use, because `tokenpack.packing` needs only NumPy and must not import torch.
+_HOMES = {
+    "PackingStats": ".adapters",
+    "PatchCheck": ".comparison",
+    "PatchCheckError": ".comparison",
+    "check_patch": ".comparison",
+    "is_patched": ".adapters",
+    "packing_stats": ".adapters",
+    "patch_model": ".comparison",
+    "unpatch_model": ".adapters",
+}
+
+# A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
+__all__ = [
+    "PackingStats",
+    "PatchCheck",
+    "PatchCheckError",
+    "check_patch",
+    "is_patched",
+    "packing_stats",
+    "patch_model",
+    "unpatch_model",
+]
+
+
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".adapters", __name__), name)
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,8 @@
 """The ``tokenpack`` command: parses the arguments and runs a module of ``tokenpack.commands``.
 
 Each command is a module there with a function ``run(arguments) -> exit code``. It is imported only
-when it runs, so that ``--help`` does not import torch. Exit codes: 0 success, 1 a check of the demo
-failed, 2 bad input or an output folder that cannot be written.
+when it runs, so that ``--help`` does not import torch. Exit codes: 0 success, 1 a check failed,
+2 bad input or an output folder that cannot be written.
 """
 
 from __future__ import annotations
@@ -47,11 +47,62 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tokenpack {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_check(commands)
     _add_demo(commands)
     _add_doctor(commands)
     _add_inspect(commands)
     _add_pack(commands)
     return parser
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    summary = "run your data through your model padded and packed, and compare"
+    check = _add_command(commands, "check", summary, help_texts.CHECK, help_texts.CHECK_EPILOG)
+    check.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME_OR_PATH",
+        help="a folder that holds a model, or a name on the Hugging Face hub",
+    )
+    check.add_argument("--data", type=Path, required=True, metavar="FILE", help="see below")
+    check.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_PATH",
+        help="a tokenizer.json, a folder or a name on the hub (default: that of --model)",
+    )
+    check.add_argument("--column", metavar="NAME", help="column of texts or of lists of ids")
+    check.add_argument(
+        "--target-column", metavar="NAME", help="column of targets, with --column (default: none)"
+    )
+    check.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="rows of the batch (default: 8)",
+    )
+    check.add_argument(
+        "--max-length",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="cut each text, or each side of a pair, to N tokens (default: 512)",
+    )
+    check.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16", "float16"),
+        help="dtype of the weights and of the computation (default: as saved)",
+    )
+    check.add_argument(
+        "--no-gradients",
+        dest="gradients",
+        action="store_false",
+        help="compare only the loss and the outputs",
+    )
+    check.add_argument("--eval", action="store_true", help="in evaluation mode, not in training")
+    check.add_argument(
+        "--random", action="store_true", help="random weights, from the config of --model"
+    )
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

@@ -54,9 +54,9 @@ def losses_of_sft(model, folder, options):
         for n in range(4, 44)
     ]
     args = trl.SFTConfig(
-        str(folder), max_steps=10, per_device_train_batch_size=4, logging_steps=1, report_to=[],
+        str(folder), per_device_train_batch_size=4, logging_steps=1, report_to=[],
         bf16=False, use_cpu=True, learning_rate=1e-2, save_strategy="no", disable_tqdm=True,
-        **options,
+        **{"max_steps": 10, **options},
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()

@@ -12,6 +12,7 @@ Each file imports only from files above it:
     inputs           from a model's arguments to packed arguments
     forward          the forward of a patched model
     patching         patch_model, unpatch_model, is_patched, packing_stats
+    suspend          takes a patch off for a while; calls a function before the first batch
 """
 
 from .call import PackingStats

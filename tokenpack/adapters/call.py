@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -174,6 +174,8 @@ class PatchState:
         self.configs: list[Any] = []  # the `PatchedConfig` objects of interface.py
         self.padded_training = 0  # forwards in training that were not packed
         self.root: weakref.ref[Any] | None = None  # the model that was patched; None in a copy
+        # Called before the first forward in training, see `suspend.before_first_batch`.
+        self.first_batch: Callable[..., bool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "root": None}

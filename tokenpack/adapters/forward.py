@@ -50,6 +50,8 @@ def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     if runs_padded(entry.state):
         return original(model, *args, **kwargs)
     inputs, parameters = arguments_by_name(original, model, args, kwargs)
+    if entry.state.first_batch is not None:
+        call_first_batch(model, entry, inputs)
     try:
         packed = pack_inputs(model, entry, original, dict(inputs), parameters)
     except CannotPackError as reason:
@@ -63,6 +65,22 @@ def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     if return_dict is None:
         return_dict = getattr(model.config, "return_dict", True)
     return outputs if return_dict else outputs.to_tuple()
+
+
+@torch.compiler.disable
+def call_first_batch(model: Any, entry: Entry, inputs: dict[str, Any]) -> None:
+    """In training, call the function that waits for the first batch of a patched model."""
+    state = entry.state
+    function = state.first_batch
+    if function is None or not (model.training and torch.is_grad_enabled()):
+        return
+    state.first_batch = None  # it may run the model itself
+    done = False
+    try:
+        done = function(model, inputs)
+    finally:
+        if not done:
+            state.first_batch = function
 
 
 def _run_with(

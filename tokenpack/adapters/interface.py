@@ -69,7 +69,7 @@ class PatchedConfig:
     @property
     def is_replaced(self) -> bool:
         """Whether the config still has tokenpack's attention."""
-        return isinstance(self.config._attn_implementation, _Name)
+        return is_registered(self.config._attn_implementation)
 
     def restore(self) -> None:
         """Put the previous implementation back, unless another patched model has the config too."""
@@ -100,6 +100,11 @@ class _Name(str):
         return not self == other
 
     __hash__ = str.__hash__
+
+
+def is_registered(implementation: Any) -> bool:
+    """Whether the name of an implementation is that of tokenpack's attention over another one."""
+    return isinstance(implementation, _Name)
 
 
 def register_over(base: str) -> str:

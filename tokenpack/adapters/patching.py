@@ -34,40 +34,22 @@ Logits = Literal["auto", "always", "never"]
 def patch_model(
     model: Model, *, attention: str = "auto", logits: Logits = "auto", strict: bool = False
 ) -> Model:
-    """Make a transformers model compute only real tokens, with the same results.
-
-    This changes the instance in place: its class, the classes of a few of its modules, and the
-    attention implementation in its configs. Parameters, state dict and saved files do not change.
-    The patched model packs a padded batch before the embedding, and pads its outputs with zeros. A
-    batch may also be packed already: ``input_ids`` of shape ``(1, total_tokens)`` with
-    ``cu_seqlens``, and for an encoder-decoder ``labels`` or ``decoder_input_ids`` with
-    ``decoder_cu_seqlens``. The outputs are then packed too.
-
-    A call that cannot be packed runs the original padded forward, and is counted by reason in
-    ``packing_stats(model).fallbacks``.
+    """Patch a model in place, as `tokenpack.patch_model` describes, which calls this.
 
     Args:
-        model: a `transformers.PreTrainedModel`, or one wrapped by PEFT or ``torch.compile``.
-            Patching a patched model again replaces its options.
-        attention: ``"auto"``, or the name of a backend in `tokenpack.attention.BACKENDS`.
-        logits: ``"auto"`` returns logits, except in training with labels, where the loss does not
-            need them. ``"always"`` returns them, and ``"never"`` does not.
-        strict: raise ValueError with the reason instead of running a call padded. This includes
-            ``generate``, which uses a cache.
-
-    Returns:
-        ``model`` itself.
+        model: a `transformers.PreTrainedModel`, or a wrapper of one.
+        attention: ``"auto"``, or the name of a backend.
+        logits: ``"auto"``, ``"always"`` or ``"never"``.
+        strict: raise ValueError instead of running a call padded.
 
     Raises:
         TypeError: if ``model`` contains no transformers model.
-        ValueError: if an option is unknown, the family is known to compute wrong results on packed
-            input, a submodule is already patched, or a forward set on an instance (by accelerate)
-            would hide the patch. With ``strict``, also if the model can never be packed.
+        ValueError: if an option is unknown, or the model cannot be patched.
     """
     require_known_backend(attention)
     if logits not in ("auto", "always", "never"):
         raise ValueError(f"logits must be 'auto', 'always' or 'never', got {logits!r}")
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     family = find_family(inner.config.model_type)
     if is_entry(inner):
         _check_is_whole(inner)
@@ -124,7 +106,7 @@ def unpatch_model(model: Model) -> Model:
         ValueError: if ``model`` is a part of the model that was patched, or ``fully_shard`` has
             changed the model's classes since `patch_model`.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     if not is_entry(inner):
         return model
     _check_is_whole(inner)
@@ -142,7 +124,7 @@ def unpatch_model(model: Model) -> Model:
 def is_patched(model: nn.Module) -> bool:
     """Whether this model is patched."""
     try:
-        return is_entry(_transformers_model(model))
+        return is_entry(transformers_model(model))
     except TypeError:
         return False
 
@@ -156,7 +138,7 @@ def packing_stats(model: nn.Module) -> PackingStats:
         TypeError: if ``model`` contains no transformers model.
         ValueError: if the model is not patched.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     if not is_entry(inner):
         raise ValueError(f"{type(model).__name__} is not patched: call patch_model(model) first")
     entry: Entry = getattr(inner, ENTRY)
@@ -166,8 +148,12 @@ def packing_stats(model: nn.Module) -> PackingStats:
 # ------------------------------------------------------------------------------- whether to patch
 
 
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside the wrappers of PEFT, torch.compile, DDP and FSDP."""
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside the wrappers of PEFT, torch.compile, DDP and FSDP.
+
+    Raises:
+        TypeError: if there is none.
+    """
     seen: Any = model
     while not isinstance(seen, PreTrainedModel):
         if hasattr(seen, "get_base_model"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .call import ENTRY, Entry, runs_padded
-from .forward import BOUNDARIES, arguments_by_name, run_padded
+from .forward import BOUNDARIES, arguments_by_name, call_first_batch, run_padded
 
 
 @functools.partial(torch.compiler.disable, recursive=False)
@@ -24,6 +24,8 @@ def row_head_forward(original: Callable[..., Any], model: Any, *args: Any, **kwa
     if runs_padded(entry.state):
         return original(model, *args, **kwargs)
     inputs, parameters = arguments_by_name(original, model, args, kwargs)
+    if entry.state.first_batch is not None:
+        call_first_batch(model, entry, inputs)
     reason = entry.unpackable or _reason(model, entry, inputs)
     if reason is not None:
         return run_padded(original, model, entry, reason, inputs)

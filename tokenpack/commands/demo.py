@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from ..samples.examples import ExampleSet, random_batches
 from ..samples.text import Text, read_texts, standard_library_texts
 from ..samples.tokenizer import train_tokenizer
+from ..table import format_table
 from . import figures, machine
 from .models import DEMO_MODELS, SIZES, DemoSize
 from .output import make_folder, write_json
 from .side_by_side import Comparison, TrainingLog, train_side_by_side
-from .table import format_table
 
 # Losses agree up to rounding errors, which training amplifies step by step.
 _LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # fp32, bf16

@@ -7,8 +7,8 @@ import argparse
 import torch
 
 from ..attention import backend_report
+from ..table import format_table
 from . import machine
-from .table import format_table
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,10 +3,36 @@
 DESCRIPTION = """\
 Padding-free training of Hugging Face models: the same results, computed from the real tokens only.
 
+  tokenpack check     run your data through your model padded and packed, and compare
   tokenpack demo      train T5, NLLB and Llama padded and patched, side by side, and compare
   tokenpack doctor    what is installed here, and which attention backends can run
   tokenpack inspect   how much of your data's batches is padding, and what removing it saves
   tokenpack pack      pack your sequences into full rows, and write them as a dataset
+"""
+
+CHECK = """\
+Run one batch of your data through a model as it is and patched. Print a table: loss, outputs at
+real positions, the gradients of each layer, time, memory, what was packed, and what ran padded and
+why. Where the two differ by more than rounding, the table says which one is nearer to a float64
+copy of the model that runs each sequence by itself. Dropout is set to 0 for the comparison.
+"""
+
+CHECK_EPILOG = """\
+FILE is .txt or .jsonl as for `tokenpack demo --data`. With --column it is any file that `tokenpack
+pack` reads, and the column holds texts or lists of ids; --target-column makes pairs. The batch has
+the first --batch-size rows, padded on the right.
+
+The labels depend on the model that the config names: an encoder-decoder learns the target, or the
+source if there is none; other language models learn the ids, or only those of the target; a
+classifier has label 0 everywhere; a model without a head has no labels, and the gradients are those
+of a weighted sum of its outputs.
+
+examples:
+  tokenpack check --model checkpoints/run1 --data my.jsonl
+  tokenpack check --model google-t5/t5-base --data my.parquet --column question
+  tokenpack check --model my/config --random --tokenizer my.json --data my.txt --dtype float64
+
+exit code: 0 if the packed run is right; 1 if it differs or nothing was packed; 2 for bad input.
 """
 
 DEMO = """\

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..cost import ModelCost, model_cost, training_operations
 from ..samples.text import Text, read_texts
+from ..table import format_table
 from . import figures, machine, prediction, strategies
 from .epochs import (
     BATCH_SIZES,
@@ -33,7 +34,6 @@ from .epochs import (
 )
 from .models import SHAPES, build_config, build_shape
 from .output import make_folder, write_json
-from .table import format_table
 from .tokenizer import Encode, load_tokenizer
 
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from ..data.tokens import Tokens, flatten_tokens, require_same_lengths
 from ..packing import Packer, PackResult, pack_shards
 from ..segments import offsets_of
+from ..table import format_table
 from . import figures, machine
 from .output import make_folder, write_json
-from .table import format_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

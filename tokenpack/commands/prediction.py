@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import cost
 from ..cost import BatchCount, Ceilings, ModelCost, StepMemory, StepSeconds, Traffic
+from ..table import format_table
 from ..trainer.sampler import TokenBudgetBatchSampler
 from .epochs import (
     BATCH_SIZES,
@@ -25,7 +26,6 @@ from .epochs import (
     random_orders,
     sum_counts,
 )
-from .table import format_table
 
 RANKS = (8, 64, 1024)
 _GIB = 2**30

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..packing import Packer, PackMetrics, PairPackResult, pack_lengths, pack_pairs
-from .table import format_table
+from ..table import format_table
 
 _LEAST_CAPACITY = 512
 

@@ -1,6 +1,6 @@
 """Aligned columns."""
 
-from tokenpack.commands.table import format_table
+from tokenpack.table import format_table
 
 
 def test_columns_are_aligned_and_long_headers_take_lines():

@@ -1,0 +1,66 @@
+"""The table of `make compile`, and a fingerprint of the code that it was made from.
+
+The whole table takes minutes to make, so CI compiles a part of the rows. The part must equal the
+committed table, and the fingerprint shows that the rest of the table is of the same code: if a
+kernel or a case has changed, the table must be made again.
+"""
+
+import ast
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "bench/results/compile.md"
+CASES = Path(__file__).with_name("compile_cases.py")
+
+
+class Row(NamedTuple):
+    """One kernel in one configuration for one target. None where a target does not report it."""
+
+    kernel: str
+    case: str
+    target: str
+    registers: int | None
+    stack: int | None
+    spills: int | None
+    shared: int
+    wide_loads: int | None
+    matrix_units: int | None
+
+    def line(self) -> str:
+        """The row in Markdown."""
+        return f"| {' | '.join('-' if value is None else str(value) for value in self)} |"
+
+
+def fingerprint() -> str:
+    """A hash of kernels, launchers and cases. Comments and docstrings do not count."""
+    digest = hashlib.sha256()
+    for path in [*sorted((ROOT / "kernels").rglob("*.py")), CASES]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = None  # a docstring
+        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def write(path: Path, rows: list[Row], triton: str) -> None:
+    """Write the table of all rows."""
+    header = f"| {' | '.join(Row._fields)} |\n|{' --- |' * len(Row._fields)}"
+    body = "\n".join(row.line() for row in rows)
+    path.write_text(
+        f"# What the kernels compile to\n\nTriton {triton}, no GPU needed. Code {fingerprint()}. "
+        f"`make compile` writes this.\n\n{header}\n{body}\n",
+        encoding="utf-8",
+    )
+
+
+def read(path: Path = COMMITTED) -> tuple[str, str, set[str]]:
+    """Triton's version, the fingerprint, and the lines of the rows."""
+    text = path.read_text(encoding="utf-8")
+    head = re.search(r"^Triton (\S+), no GPU needed\. Code (\w+)\.", text, re.MULTILINE)
+    if head is None:
+        raise ValueError(f"path must be a table of make compile, got {path}")
+    return head[1], head[2], {line for line in text.splitlines() if line.startswith("| _")}

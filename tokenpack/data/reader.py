@@ -30,7 +30,7 @@ from .readers.arrow import read_arrow, read_parquet
 from .readers.csv import read_csv
 from .readers.files import SUFFIXES, DataFile, check_content, resolve_files
 from .readers.lines import read_jsonl, read_text
-from .readers.schema import Reading
+from .readers.schema import Reading, join
 
 _OUTPUTS = ("python", "arrow")
 _READERS: dict[str, Callable[[DataFile, Reading], Iterator[pa.Table]]] = {
@@ -135,33 +135,31 @@ def _checked_columns(columns: Sequence[str] | None) -> list[str] | None:
 def _batches(
     reading: Reading, batch_size: int, drop_last: bool, output: str
 ) -> Iterator[dict[str, list[Any]] | pa.Table]:
-    for table in _regroup(_tables(reading), batch_size, drop_last):
+    for table in _regroup(reading, batch_size, drop_last):
         yield table if output == "arrow" else table.to_pydict()
 
 
-def _regroup(tables: Iterator[pa.Table], size: int, drop_last: bool) -> Iterator[pa.Table]:
-    """The same rows in tables of ``size`` rows."""
+def _regroup(reading: Reading, size: int, drop_last: bool) -> Iterator[pa.Table]:
+    """The rows in tables of ``size`` rows."""
     pending: list[pa.Table] = []
     rows = 0
-    for table in tables:
+    for table in _tables(reading):
         pending.append(table)
         rows += table.num_rows
         if rows < size:
             continue
-        whole = _joined(pending)
+        whole = _joined(pending, reading.where)
         for start in range(0, rows - size + 1, size):
             yield whole.slice(start, size)
         rows %= size
         pending = [whole.slice(whole.num_rows - rows)] if rows else []
         del whole, table  # so that no batch stays alive here after the caller has released it
     if rows and not drop_last:
-        yield _joined(pending)
+        yield _joined(pending, reading.where)
 
 
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    if len(tables) == 1:
-        return tables[0]
-    return pa.concat_tables(tables, promote_options="permissive")
+def _joined(tables: list[pa.Table], where: str) -> pa.Table:
+    return tables[0] if len(tables) == 1 else join(tables, where)
 
 
 def _tables(reading: Reading) -> Iterator[pa.Table]:

@@ -26,6 +26,7 @@ from pathlib import Path
 # Tests have few docstrings and some invalid files. The others are not the standard library.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one; UTF-8 cannot hold it
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -109,7 +110,10 @@ def read_texts(path: str | Path) -> list[Text]:
     if path.suffix.lower() not in readers:
         raise ValueError(f"data must end in .txt or .jsonl, got {path}")
     # Not splitlines(): it also splits at U+2028 and similar, which JSON strings may contain.
-    lines = _read_utf8(path).replace("\r\n", "\n").split("\n")
+    content = _read_utf8(path).replace("\r\n", "\n")
+    if path.suffix.lower() == ".txt":
+        content = content.replace("\r", "\n")
+    lines = content.split("\n")
     if not any(line.strip() for line in lines):
         raise ValueError(f"data must contain at least one text, got {path}, which is empty")
     return readers[path.suffix.lower()](path, lines)
@@ -148,7 +152,7 @@ def _read_txt(path: Path, lines: list[str]) -> list[Text]:
 def _read_jsonl(path: Path, lines: list[str]) -> list[Text]:
     texts: list[Text] = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if not line.strip(" \t\r"):
             continue
         where = f"{path}, line {number}"
         text = _text_of_record(_parse_json(line, where), where)
@@ -167,6 +171,12 @@ def _parse_json(line: str, where: str) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"data must be JSON lines, got {error.msg} in {where}, column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"data must be JSON lines, got too deep a nesting in {where}") from None
+    except ValueError:  # Python's limit, 4300 digits by default
+        raise ValueError(
+            f"data must be JSON lines, got an integer with too many digits in {where}"
         ) from None
     if not isinstance(record, dict):
         raise ValueError(
@@ -187,6 +197,12 @@ def _text_of_record(record: dict, where: str) -> Text:
         if not isinstance(value, str) or not value.strip():
             got = "an empty string" if isinstance(value, str) else type(value).__name__
             raise ValueError(f"'{key}' must be a non-empty string, got {got} in {where}")
+        surrogate = _SURROGATE.search(value)
+        if surrogate:
+            raise ValueError(
+                f"'{key}' must be Unicode text, got half of a surrogate pair, "
+                f"{surrogate[0]!a}, in {where}"
+            )
     return Text(record[keys[0]], record[keys[1]] if len(keys) == 2 else None)
 
 

@@ -268,11 +268,13 @@ def _on_disk(
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = make.fingerprint()
     path = folder / f"packed-{fingerprint}.arrow"
-    rows = _read(path)
+    rows = _read(path, make)
     if rows is None:
+        # Opened here: ArrowWriter would open a temporary file that only its owner may read.
         with (
             written_whole(path) as partial,
-            ArrowWriter(path=str(partial), features=make.features) as writer,
+            partial.open("wb") as file,
+            ArrowWriter(stream=file, features=make.features) as writer,
         ):
             for batch in _make_blocks(make, threads, progress):
                 writer.write_table(pa.Table.from_batches([batch]))
@@ -281,12 +283,15 @@ def _on_disk(
     return rows
 
 
-def _read(path: Path) -> datasets.Dataset | None:
+def _read(path: Path, make: _RowMaker) -> datasets.Dataset | None:
     """Return the rows of an earlier call, or None if there is no file or it is damaged."""
     try:
-        return datasets.Dataset.from_file(str(path))
+        rows = datasets.Dataset.from_file(str(path))
     except (pa.ArrowInvalid, OSError):
         return None
+    # pyarrow accepts a file that was cut between two record batches.
+    whole = len(rows) == len(make.result) and rows.features == make.features
+    return rows if whole else None
 
 
 def _make_blocks(make: _RowMaker, threads: int, progress: bool | None) -> Iterator[pa.RecordBatch]:

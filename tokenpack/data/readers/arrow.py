@@ -22,17 +22,27 @@ def read_parquet(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
     # Some writers put the whole file into one row group. With a buffer and without prefetching, the
     # group is never in memory as a whole.
     with pa.parquet.ParquetFile(
-        file.path, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES
+        file.path,
+        pre_buffer=False,
+        buffer_size=_PARQUET_BUFFER_BYTES,
+        page_checksum_verification=True,  # of pages that have one
     ) as source:
         reading.declare(file, source.schema_arrow.names)
         reading.fit(_selected(source.schema_arrow.empty_table(), reading), file.path)
         for group in range(source.num_row_groups):
-            if reading.skips(source.metadata.row_group(group).num_rows):
+            declared = source.metadata.row_group(group).num_rows
+            if reading.skips(declared):
                 continue
+            rows = 0
             for batch in source.iter_batches(
                 _PARQUET_BATCH_ROWS, row_groups=[group], columns=reading.columns
             ):
+                rows += batch.num_rows
                 yield reading.fit(_checked_table(batch, reading), file.path)
+            if rows != declared:
+                raise ValueError(
+                    f"{file.path}: damaged: row group {group} must have {declared} rows, got {rows}"
+                )
 
 
 def read_arrow(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
@@ -52,6 +62,11 @@ def read_arrow(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
             # The file is memory-mapped, so skipping a batch reads little more than its metadata.
             if not reading.skips(batch.num_rows):
                 yield reading.fit(_checked_table(batch, reading), file.path)
+        if is_stream and source.tell() < source.size():
+            raise ValueError(
+                f"{file.path}: an Arrow stream ends at byte {source.tell()} of {source.size()}; "
+                "write streams that follow one another to files of their own"
+            )
 
 
 def _check_end_of_stream(source: pa.MemoryMappedFile, file: DataFile) -> None:

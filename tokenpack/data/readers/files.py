@@ -31,6 +31,7 @@ _BINARY = {"parquet", "arrow"}
 # Files that datasets.save_to_disk and the Hub put next to the data.
 _METADATA_NAMES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
+_SKIPPABLE_ZSTD = b"\x2a\x4d\x18"  # after a byte from 0x50 to 0x5f; such a frame may come first
 _MAGIC = {
     b"PAR1": "parquet",
     b"ARROW1": "arrow",
@@ -58,6 +59,19 @@ class DataFile:
         if self.compression is None:
             return open(self.path, "rb")
         return pa.CompressedInputStream(pa.OSFile(self.path), self.compression)
+
+
+def count_line_ends(content: bytes) -> int:
+    """The number of LF, CRLF and CR."""
+    ends = content.count(b"\n")
+    if b"\r" in content:
+        ends += content.count(b"\r") - content.count(b"\r\n")
+    return ends
+
+
+def shorten(text: str) -> str:
+    """At most 60 characters of ``text``, for error messages."""
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text):,} characters)"
 
 
 def resolve_files(path: Any, format: str | None) -> list[DataFile]:
@@ -146,6 +160,8 @@ def check_content(file: DataFile) -> None:
     with open(file.path, "rb") as raw:
         head = raw.read(8)
     found = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+    if head[1:4] == _SKIPPABLE_ZSTD and head[0] >> 4 == 5:
+        found = "zstd"
     expected = file.compression or (file.format if file.format in _BINARY else None)
     if found != expected:
         raise ValueError(
@@ -160,7 +176,9 @@ def _check_textual_content(file: DataFile) -> None:
     with file.open() as stream:
         head = stream.read(4096).removeprefix(BYTE_ORDER_MARK)
     if b"\0" in head:
-        raise ValueError(f"{file.at(head[: head.index(0)].count(10) + 1)}: not text (a NUL byte)")
+        before = head[: head.index(0)]
+        line = 1 + (before.count(b"\n") if file.format == "jsonl" else count_line_ends(before))
+        raise ValueError(f"{file.at(line)}: not text (a NUL byte)")
     if file.format in DELIMITERS and head.lstrip().startswith(b'{"'):
         raise ValueError(f"{file.at(1)}: must be {file.format}, but it is JSON")
     # A JSON array can be one line as long as the file. Reject it before that line is read.

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from .blocks import Block, line_blocks
-from .files import DataFile
+from .blocks import JSON_SPACE, Block, line_blocks
+from .files import BYTE_ORDER_MARK, DataFile, shorten
 from .schema import Reading, raise_missing, unify
 
 # pyarrow's JSON parser overflows the stack, and crashes the process, at some thousand levels.
@@ -26,18 +26,18 @@ _MAX_DEPTH = 100
 def read_text(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
     """The lines of a text file, one row each."""
     reading.declare(file, [reading.text_column])
-    for block in line_blocks(file):
+    for block in line_blocks(file, cr_ends_line=True):
         if reading.skips(block.content.count(b"\n")):
             continue
-        text = pa.array([block.content.replace(b"\r\n", b"\n")[:-1]], pa.large_string())
+        text = pa.array([block.content[:-1]], pa.large_string())
         lines = pc.split_pattern(text, "\n").flatten().cast(pa.string())
-        yield reading.fit(pa.table({reading.text_column: lines}), file.path)
+        yield reading.fit(pa.table({reading.text_column: lines}), file.at(block.first_line))
 
 
 def read_jsonl(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
     """The objects of a file of JSON lines, one row each."""
-    for block in line_blocks(file):
-        rows = block.filled_lines()
+    for block in line_blocks(file, cr_ends_line=False):
+        rows = block.count_json_lines()
         if reading.skips(rows):
             continue
         table = _parse_fast(block, rows, reading)
@@ -52,7 +52,8 @@ def read_jsonl(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
 
 def _parse_fast(block: Block, rows: int, reading: Reading) -> pa.Table | None:
     """Parse with pyarrow. None if that fails or would change what is written."""
-    if block.depth() > _MAX_DEPTH:
+    depth = block.json_depth()
+    if depth is None or depth > _MAX_DEPTH:
         return None
     known = [one for one in reading.schema if not _contains(one.type, pa.types.is_null)]
     # Keys that are not requested need no parsing. But if pyarrow ignores unexpected keys, it also
@@ -72,9 +73,26 @@ def _parse_fast(block: Block, rows: int, reading: Reading) -> pa.Table | None:
         return None
     if reading.columns is not None:
         table = table.select([name for name in reading.columns if name in table.column_names])
-    # pyarrow ignores line ends: it accepts two objects on one line, or one object on two lines.
-    complete_rows = table.num_rows == rows and table.num_columns > 0
-    return table if complete_rows and _is_exact(table) and reading.accepts(table.schema) else None
+    # pyarrow ignores line ends: it accepts two objects on one line.
+    if table.num_rows != rows or not table.num_columns or not _is_valid(table, known):
+        return None
+    return table if _is_exact(table) and reading.accepts(table.schema) else None
+
+
+def _is_valid(table: pa.Table, known: list[pa.Field]) -> bool:
+    """Whether the columns whose type pyarrow inferred have valid offsets.
+
+    Lists that begin with null may get wrong ones (apache/arrow#51305). Lists of a known type do
+    not.
+    """
+    names = {one.name for one in known}
+    try:
+        for name in table.column_names:
+            if name not in names:
+                table.column(name).validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _contains(type: pa.DataType, predicate: Callable[[pa.DataType], bool]) -> bool:
@@ -105,9 +123,7 @@ def _parse_exactly(block: Block, file: DataFile, reading: Reading) -> pa.Table:
     """Parse line by line, which locates the first line with an error."""
     records: list[tuple[int, dict[str, Any]]] = []
     seen: set[pa.Schema] = set()
-    for number, line in block.lines():
-        if not line.strip():
-            continue
+    for number, line in block.json_lines():
         record = _parse_line(line, file.at(number))
         if reading.columns is not None:
             record = {name: record[name] for name in reading.columns if name in record}
@@ -126,11 +142,16 @@ def _parse_exactly(block: Block, file: DataFile, reading: Reading) -> pa.Table:
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+        why = f"{error.msg}, column {error.colno}"
+        if b"\r" in line.strip(JSON_SPACE):
+            why += "; a line must end with LF or CRLF, not with CR alone"
+        raise ValueError(f"{where}: not JSON ({why})") from None
     except RecursionError:
         raise ValueError(f"{where}: JSON nested too deeply") from None
+    except ValueError:  # Python's limit, 4300 digits by default
+        raise ValueError(f"{where}: an integer has too many digits") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, got a JSON {type(record).__name__}")
     return record
@@ -164,11 +185,11 @@ def _type_of(value: Any, levels: int = _MAX_DEPTH) -> pa.DataType:
     if isinstance(value, list):
         if set(map(type, value)) == {int}:
             value = [min(value), max(value)]  # the range decides the type; lists of ids are long
-        items = {_type_of(one, levels - 1) for one in value}
+        items = dict.fromkeys(_type_of(one, levels - 1) for one in value)
         schemas = [pa.schema([("item", type)]) for type in items or {pa.null()}]
         return pa.list_(unify(schemas).field(0).type)
     if type(value) is int and not -(2**63) <= value < 2**63:
-        raise OverflowError(f"the integer {value} needs more than 64 bits")
+        raise OverflowError(f"the integer {shorten(str(value))} needs more than 64 bits")
     scalars = {type(None): pa.null(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
     return scalars.get(type(value), pa.string())
 
@@ -183,10 +204,9 @@ def _confirm_columns(reading: Reading) -> None:
     missing &= set(reading.columns or ())
     present: dict[str, None] = {}
     for file in reading.files if missing else ():
-        for block in line_blocks(file):
-            for number, line in block.lines():
-                if line.strip():
-                    present.update(dict.fromkeys(_parse_line(line, file.at(number))))
+        for block in line_blocks(file, cr_ends_line=False):
+            for number, line in block.json_lines():
+                present.update(dict.fromkeys(_parse_line(line, file.at(number))))
             missing -= set(present)
             if not missing:
                 return

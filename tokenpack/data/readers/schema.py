@@ -15,6 +15,8 @@ import pyarrow as pa
 
 from .files import DataFile
 
+LARGEST_EXACT = 2**53  # a float holds every integer up to here, and not the next one
+
 
 @dataclass
 class Reading:
@@ -27,6 +29,7 @@ class Reading:
         to_skip: rows that are still to be skipped.
         schema: the schema of the rows so far.
         rows: number of rows so far, skipped rows included.
+        where: the file, and for textual formats the line, of the latest rows.
         confirmed: whether each of ``columns`` is known to exist. Only JSON needs this, because its
             files do not declare their columns.
     """
@@ -37,6 +40,7 @@ class Reading:
     to_skip: int
     schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
     rows: int = 0
+    where: str = ""
     confirmed: bool = False
 
     def __post_init__(self) -> None:
@@ -101,18 +105,63 @@ class Reading:
 
     def fit(self, table: pa.Table, where: str) -> pa.Table:
         """Return ``table`` in the schema, which is widened if necessary."""
+        self.where = where
         table = table.replace_schema_metadata(None)
         if table.schema.equals(self.schema):
             return table
         self.widen(table.schema, where)
-        return pa.concat_tables(
-            [self.schema.empty_table(), table], promote_options="permissive"
-        ).combine_chunks()
+        return join([self.schema.empty_table(), table], where).combine_chunks()
+
+
+def join(tables: Sequence[pa.Table], where: str) -> pa.Table:
+    """The rows of all ``tables`` in one schema that holds the types of all.
+
+    Raises:
+        ValueError: for an integer that the common type cannot hold, such as one past 2^53 among
+            floats; names ``where`` and the column.
+    """
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowInvalid:
+        for name in tables[-1].column_names:
+            columns = [table.select([name]) for table in tables if name in table.column_names]
+            try:
+                pa.concat_tables(columns, promote_options="permissive")
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{where}: the types of column '{name}' differ: {error}") from None
+        raise
 
 
 def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """The narrowest schema that holds the types of all ``schemas``."""
-    return pa.unify_schemas(schemas, promote_options="permissive")
+    """The narrowest schema that holds the types of all ``schemas``.
+
+    Raises:
+        pa.ArrowException: if there is none, or values would become others.
+    """
+    whole = pa.unify_schemas(schemas, promote_options="permissive")
+    for schema in schemas:
+        for one in schema:
+            if _changes_values(one.type, whole.field(one.name).type):
+                raise pa.ArrowTypeError(f"{one.type} cannot become {whole.field(one.name).type}")
+    return whole
+
+
+def _changes_values(before: pa.DataType, after: pa.DataType) -> bool:
+    """Whether pyarrow's cast rounds decimals, or turns text into bytes."""
+    if pa.types.is_struct(before):
+        return any(
+            _changes_values(one.type, after.field(one.name).type)
+            for one in (before.field(index) for index in range(before.num_fields))
+        )
+    if before.num_fields and before.num_fields == after.num_fields:
+        return any(
+            _changes_values(before.field(index).type, after.field(index).type)
+            for index in range(before.num_fields)
+        )
+    was_text = pa.types.is_string(before) or pa.types.is_large_string(before)
+    is_bytes = pa.types.is_binary(after) or pa.types.is_large_binary(after)
+    rounded = pa.types.is_decimal(before) and pa.types.is_floating(after)
+    return rounded or (was_text and is_bytes)
 
 
 def raise_missing(missing: Sequence[str], present: Sequence[str], where: str) -> NoReturn:

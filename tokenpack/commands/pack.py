@@ -215,10 +215,6 @@ def _batches(path: str, names: list[str]) -> Iterator[pa.Table]:
 
 
 def _token_lists(column: pa.ChunkedArray, name: str) -> Tokens:
-    import pyarrow as pa
-
-    if column.type == pa.list_(pa.null()):  # JSON in which all lists are empty
-        column = column.cast(pa.list_(pa.int32()))
     return flatten_tokens(column, name, empty=True)
 
 

@@ -172,9 +172,19 @@ def _are_ambiguous(one: EvaluatedDataset, two: EvaluatedDataset) -> bool:
 def _may_be_equal(expected: Sequence[int], found: Sequence[int]) -> bool:
     """Whether the labels may be of one row, truncated or not.
 
-    The last label before the cut may differ: a collator can replace it by an end-of-text token.
+    A collator keeps the special tokens at the end when it truncates, so the shorter labels are the
+    front and the end of the longer ones. Or the last label is an end-of-text token of its own.
     """
     ours = [label for label in expected if label >= 0]
     theirs = [label for label in found if label >= 0]
-    num_equal = max(min(len(ours), len(theirs)) - (len(ours) != len(theirs)), 0)
-    return ours[:num_equal] == theirs[:num_equal]
+    if len(ours) == len(theirs):
+        return ours == theirs
+    count = min(len(ours), len(theirs))
+    front = _num_equal(ours, theirs)
+    return front >= count - 1 or front + _num_equal(ours[::-1], theirs[::-1]) >= count
+
+
+def _num_equal(one: Sequence[int], two: Sequence[int]) -> int:
+    """The number of equal labels before the first that differs."""
+    pairs = enumerate(zip(one, two))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(two)))

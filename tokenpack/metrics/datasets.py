@@ -108,13 +108,22 @@ def _language_columns(language_column: str | None) -> tuple[str, ...]:
 
 
 def _columns(dataset: Any, names: Iterable[str]) -> dict[str, Sequence[Any]]:
-    """Those of the columns that every row of the dataset has."""
+    """Those of the columns that every row of the dataset has.
+
+    Columns of a `datasets.Dataset` that a transform leaves out still describe its rows.
+    """
     if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):  # from `datasets`
         plain = dataset.with_format(None)
-        return {name: _column(plain, name) for name in names if name in plain.column_names}
+        columns = {name: _column(plain, name) for name in names if name in plain.column_names}
+        has_transform = (getattr(dataset, "format", None) or {}).get("type") == "custom"
+        return columns | (_columns_by_row(dataset, names) if has_transform else {})
+    return _columns_by_row(dataset, names)
+
+
+def _columns_by_row(dataset: Any, names: Iterable[str]) -> dict[str, Sequence[Any]]:
+    """The columns, of which each row is read once: reading a row may tokenize it."""
     if not len(dataset) or not isinstance(dataset[0], Mapping):
         return {}
-    # Read each row once, because such a dataset may tokenize a row when it is read.
     each_row = (dataset[i] for i in range(len(dataset)))
     rows = [{name: row[name] for name in names if name in row} for row in each_row]
     return {name: [row[name] for row in rows] for name in names if all(name in row for row in rows)}

@@ -2,7 +2,7 @@
 
 Each command is a module there with a function ``run(arguments) -> exit code``. It is imported only
 when it runs, so that ``--help`` does not import torch. Exit codes: 0 success, 1 a check failed,
-2 bad input or an output folder that cannot be written.
+2 bad input or an output folder that cannot be written, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import __version__
 from .commands import help_texts
+from .commands.interrupts import Interrupted, signals_raise
 
 _COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "seq_lengths")
 
@@ -26,12 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; by default that of this process.
 
     Returns:
-        The exit code: 0 success, 1 a check failed, 2 bad input (reported in one line on stderr).
+        The exit code: 0 success, 1 a check failed, 2 bad input, 128 + n if signal n (SIGTERM or
+        Ctrl-C) ended the command. Bad input and signals are reported in one line on stderr.
     """
     parsed = build_parser().parse_args(arguments)
-    command = importlib.import_module(f".commands.{parsed.command}", __package__)
     try:
-        return command.run(parsed)
+        with signals_raise():
+            command = importlib.import_module(f".commands.{parsed.command}", __package__)
+            return command.run(parsed)
+    except Interrupted as interrupt:
+        print(f"\ntokenpack: ended by {interrupt.name}", file=sys.stderr)
+        return 128 + interrupt.number
     except (ValueError, TypeError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"tokenpack: error: {message}", file=sys.stderr)

@@ -88,8 +88,9 @@ def test_ranks_and_workers_share_the_samples_without_loss_or_repetition(
     found = []
     for rank in range(world_size):
         stream = pack_stream(
-            SOURCES[source](), CAPACITY, lookahead=20, rank=rank, world_size=world_size
-        )
+            SOURCES[source](), CAPACITY, lookahead=20, rank=rank, world_size=world_size,
+            uneven_rows="allow",
+        )  # fmt: skip
         loader = DataLoader(stream, batch_size=None, num_workers=num_workers)
         found += sequences_of(loader)
     assert sorted(found) == sorted(SAMPLES)
@@ -202,7 +203,7 @@ def test_a_state_of_a_stream_with_other_options_raises():
     state = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY)).state_dict()
     for options, message in (
         ({"lookahead": 16}, "with lookahead=16, got lookahead=8192"),
-        ({"rank": 1, "world_size": 2}, "with rank=1, got rank=0"),
+        ({"rank": 1, "world_size": 2, "uneven_rows": "allow"}, "with rank=1, got rank=0"),
         ({"strategy": "nf"}, "with strategy='nf', got strategy='auto'"),
     ):
         other = PackedStreamLoader(pack_stream(SAMPLES, CAPACITY, **options))

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from ..packing import Packer, PackResult, pack_shards
 from ..segments import offsets_of
 from ..table import format_table
 from . import figures, machine
+from .interrupts import uninterrupted
 from .output import make_folder, write_json
 
 if TYPE_CHECKING:
@@ -50,14 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
     only_lengths = Path(arguments.input).suffix == ".npy"
     _check_options(arguments, only_lengths)
     _check_packages("tqdm", *(() if only_lengths else ("datasets", "pyarrow")))
-    _check_empty(arguments.out)
     make_folder(arguments.out, "OUT")
-    try:
-        plan, to_load = (_plan_lengths if only_lengths else _pack_rows)(arguments, packer)
-        written = _write_report(arguments, plan)
-    except BaseException:
-        _empty(arguments.out)
-        raise
+    with _locked(arguments.out):
+        _remove_unfinished(arguments.out)
+        _check_empty(arguments.out)
+        try:
+            plan, to_load = (_plan_lengths if only_lengths else _pack_rows)(arguments, packer)
+            written = _write_report(arguments, plan)
+        except BaseException:
+            with uninterrupted():
+                _empty(arguments.out)
+            raise
     # Shards and windows may use different strategies.
     by = "several strategies" if plan.strategy == "several" else plan.strategy
     print(f"{arguments.input} at {plan.capacity:,} tokens per row, by {by}\n")
@@ -82,10 +88,43 @@ def _check_packages(*names: str) -> None:
 
 
 def _check_empty(folder: Path) -> None:
-    if folder.is_dir():
-        found = next(folder.iterdir(), None)
-        if found is not None:
-            raise ValueError(f"OUT must be a new or empty folder, got {folder} with {found.name}")
+    found = next(folder.iterdir(), None)
+    if found is not None:
+        raise ValueError(f"OUT must be a new or empty folder, got {folder} with {found.name}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder. The system ends the lock even if this process is killed.
+
+    Where folders cannot be locked (Windows, some network file systems), this has no effect.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"OUT must not be in use, but another run writes {folder}") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a run left that was killed: rows half written, and a plan without `plan.json`."""
+    for path in folder.glob("packed-*.arrow.*.partial"):
+        path.unlink()
+    plan = folder / "plan"
+    if plan.is_dir() and {path.suffix for path in plan.iterdir()} <= {".npy"}:
+        shutil.rmtree(plan)
 
 
 def _empty(folder: Path) -> None:
@@ -215,10 +254,6 @@ def _batches(path: str, names: list[str]) -> Iterator[pa.Table]:
 
 
 def _token_lists(column: pa.ChunkedArray, name: str) -> Tokens:
-    import pyarrow as pa
-
-    if column.type == pa.list_(pa.null()):  # JSON in which all lists are empty
-        column = column.cast(pa.list_(pa.int32()))
     return flatten_tokens(column, name, empty=True)
 
 

@@ -2,8 +2,8 @@
 
     sequence s = values[offsets[s]:offsets[s + 1]]
 
-NumPy only. torch, pyarrow and datasets are never imported before the caller has imported them:
-their objects are recognized by their attributes.
+NumPy only. torch and pyarrow are never imported before the caller has imported them: their objects
+are recognized by their attributes (`tokenpack.packing.columns`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,27 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..packing.lengths import arrow_column
+from ..packing.columns import (
+    arrow_to_numpy,
+    as_arrow,
+    column_of,
+    holds_arrow,
+    is_arrow,
+    without_mask,
+)
 from ..segments import offsets_of
+
+_EXPECTED = (
+    "a list of token lists, arrays or tensors, or one column of lists from Arrow, datasets, pandas "
+    "or polars"
+)
 
 
 class Tokens(NamedTuple):
@@ -45,9 +57,12 @@ def flatten_tokens(
     """Concatenate sequences of integers, without a Python loop over the tokens.
 
     Args:
-        sequences: lists or tuples of ints, one-dimensional NumPy arrays or torch CPU tensors, an
-            Arrow column of lists, a datasets column, or `Tokens`. An Arrow column of one chunk, and
-            `Tokens`, are not copied.
+        sequences: a list or another sequence of lists or tuples of ints, one-dimensional NumPy
+            arrays, memory maps, torch CPU tensors, Arrow arrays or series, of any integer type and
+            also mixed. Or one column of lists: an Arrow array (list, large list, list view or of
+            fixed size; also chunked), a datasets column in any format or with a transform, a pandas
+            or polars series. Or `Tokens`. An Arrow column of one chunk, and `Tokens`, are not
+            copied.
         name: the argument's name, for error messages.
         empty: accept sequences without tokens.
         bools: accept booleans, as 0 and 1.
@@ -58,10 +73,12 @@ def flatten_tokens(
     """
     if isinstance(sequences, Tokens):
         tokens = sequences
-    elif (column := arrow_column(sequences)) is not None:
-        tokens = _from_arrow(column, name, bools)
     else:
-        tokens = _from_sequence(_as_list(sequences, name), name, bools)
+        column = column_of(sequences, name, _EXPECTED)
+        if is_arrow(column):
+            tokens = _from_arrow(column, name, bools)
+        else:
+            tokens = _from_sequence(_as_list(column, name), name, bools)
     if len(tokens.offsets) < 2:
         raise ValueError(f"{name} must hold at least one sequence, got none")
     if not empty and (without := tokens.lengths == 0).any():
@@ -120,11 +137,6 @@ def _as_list(sequences: Any, name: str) -> Sequence[Any]:
             f"{name} must be a list of sequences, got one {ndim}-dimensional "
             f"{type(sequences).__name__} of shape {tuple(sequences.shape)}"
             + (f"; pass list({name}) if no row is padded" if ndim == 2 else "")
-        )
-    if isinstance(sequences, (str, bytes, dict)) or not hasattr(sequences, "__len__"):
-        raise TypeError(
-            f"{name} must be a list of token lists, arrays or tensors, or an Arrow or datasets "
-            f"column of lists, got {type(sequences).__name__}"
         )
     return list(sequences)
 
@@ -197,6 +209,8 @@ def _from_tensors(torch: Any, tensors: Sequence[Any], name: str, bools: bool) ->
 
     _require_integers(is_integer, tensors, name)
     filled = list(tensors) if lengths.all() else [each for each in tensors if len(each)]
+    if len({each.dtype for each in filled}) > 1:  # torch does not join all integer types
+        return _from_arrays([each.numpy() for each in tensors], name, bools)
     values = torch.cat(filled).numpy() if filled else np.empty(0, np.int64)
     return Tokens(_integers(values, name), offsets_of(lengths))
 
@@ -221,10 +235,13 @@ def _as_array(values: Any, name: str, at: int) -> NDArray[Any]:
     """One sequence of a list that mixes lists, arrays and tensors."""
     if isinstance(values, (list, tuple)):
         return _from_lists([values], name, at).values
+    values = getattr(values, "values", values) if hasattr(values, "as_py") else values
+    if holds_arrow(values):
+        return arrow_to_numpy(as_arrow(values, name), f"{name}[{at}]")
     try:
-        if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
+        if isinstance(values, (str, bytes, Mapping, Set)) or not hasattr(values, "__len__"):
             raise TypeError
-        return np.asarray(values)
+        array = np.asanyarray(values)
     except (TypeError, ValueError, RuntimeError):
         device = getattr(values, "device", None)
         where = "" if device is None else f" on {device}"
@@ -232,6 +249,7 @@ def _as_array(values: Any, name: str, at: int) -> NDArray[Any]:
             f"{name}[{at}] must be a list, array or CPU tensor of integers, "
             f"got {type(values).__name__}{where}"
         ) from None
+    return without_mask(array, f"{name}[{at}]")
 
 
 def _require_all(
@@ -260,15 +278,18 @@ def _require_integers(
 def _integers(values: NDArray[Any], name: str) -> NDArray[np.integer]:
     if values.dtype == np.uint64 and len(values) and int(values.max()) >= 2**63:
         raise ValueError(f"{name} must hold integers below 2**63, got {int(values.max())}")
-    return values.view(np.uint8) if values.dtype == np.bool_ else values
+    if values.dtype == np.bool_:
+        return values.view(np.uint8)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _from_arrow(column: Any, name: str, bools: bool) -> Tokens:
     import pyarrow.compute
 
     kind = getattr(column.type, "value_type", None)
+    types = pyarrow.types
     integers = kind is not None and (
-        pyarrow.types.is_integer(kind) or (bools and pyarrow.types.is_boolean(kind))
+        types.is_integer(kind) or types.is_null(kind) or (bools and types.is_boolean(kind))
     )
     if not integers:
         raise TypeError(f"{name} must be a column of lists of integers, got {column.type}")
@@ -282,6 +303,8 @@ def _from_arrow(column: Any, name: str, bools: bool) -> Tokens:
     lengths = np.asarray(pyarrow.compute.list_value_length(column))
     offsets = offsets_of(lengths)
     _require_no_nulls(flat, offsets, name)
+    if types.is_null(kind):  # all lists are empty
+        return Tokens(np.empty(0, np.int64), offsets)
     parts = [values.to_numpy(zero_copy_only=False) for values in flat]
     if len(parts) == 1:
         return Tokens(_integers(parts[0], name), offsets)

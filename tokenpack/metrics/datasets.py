@@ -108,13 +108,22 @@ def _language_columns(language_column: str | None) -> tuple[str, ...]:
 
 
 def _columns(dataset: Any, names: Iterable[str]) -> dict[str, Sequence[Any]]:
-    """Those of the columns that every row of the dataset has."""
+    """Those of the columns that every row of the dataset has.
+
+    Columns of a `datasets.Dataset` that a transform leaves out still describe its rows.
+    """
     if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):  # from `datasets`
         plain = dataset.with_format(None)
-        return {name: _column(plain, name) for name in names if name in plain.column_names}
+        columns = {name: _column(plain, name) for name in names if name in plain.column_names}
+        has_transform = (getattr(dataset, "format", None) or {}).get("type") == "custom"
+        return columns | (_columns_by_row(dataset, names) if has_transform else {})
+    return _columns_by_row(dataset, names)
+
+
+def _columns_by_row(dataset: Any, names: Iterable[str]) -> dict[str, Sequence[Any]]:
+    """The columns, of which each row is read once: reading a row may tokenize it."""
     if not len(dataset) or not isinstance(dataset[0], Mapping):
         return {}
-    # Read each row once, because such a dataset may tokenize a row when it is read.
     each_row = (dataset[i] for i in range(len(dataset)))
     rows = [{name: row[name] for name in names if name in row} for row in each_row]
     return {name: [row[name] for row in rows] for name in names if all(name in row for row in rows)}
@@ -172,9 +181,19 @@ def _are_ambiguous(one: EvaluatedDataset, two: EvaluatedDataset) -> bool:
 def _may_be_equal(expected: Sequence[int], found: Sequence[int]) -> bool:
     """Whether the labels may be of one row, truncated or not.
 
-    The last label before the cut may differ: a collator can replace it by an end-of-text token.
+    A collator keeps the special tokens at the end when it truncates, so the shorter labels are the
+    front and the end of the longer ones. Or the last label is an end-of-text token of its own.
     """
     ours = [label for label in expected if label >= 0]
     theirs = [label for label in found if label >= 0]
-    num_equal = max(min(len(ours), len(theirs)) - (len(ours) != len(theirs)), 0)
-    return ours[:num_equal] == theirs[:num_equal]
+    if len(ours) == len(theirs):
+        return ours == theirs
+    count = min(len(ours), len(theirs))
+    front = _num_equal(ours, theirs)
+    return front >= count - 1 or front + _num_equal(ours[::-1], theirs[::-1]) >= count
+
+
+def _num_equal(one: Sequence[int], two: Sequence[int]) -> int:
+    """The number of equal labels before the first that differs."""
+    pairs = enumerate(zip(one, two))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(two)))

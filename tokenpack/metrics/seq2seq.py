@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -106,6 +108,7 @@ class Seq2SeqMetrics:
         self._meteor = meteor
         self._meteor_only_for_english = meteor_only_for_english
         self._pending = _Evaluated()
+        self._pending_in: tuple[Any, int] | None = None
         self.signatures = {name: signature(scorer) for name, scorer in scorers.items()}
         if meteor is not None:
             self.signatures["meteor"] = meteor.signature
@@ -119,18 +122,29 @@ class Seq2SeqMetrics:
                 ``label_ids`` are ``(n, columns)``. Both are arrays or tensors, or a list of them
                 with one item per batch. -100 marks slots without a token.
             compute_result: False stores the rows for the last call of the evaluation, and returns
-                an empty dictionary (``batch_eval_metrics=True``).
+                an empty dictionary (``batch_eval_metrics=True``). Rows of an evaluation that was
+                interrupted do not enter the next one of a Trainer. Between calls of your own, call
+                `reset`.
 
         Raises:
             ValueError: if predictions and labels differ in their number of rows or have other
-                shapes, or no dataset has as many rows.
+                shapes, if the tokenizer cannot decode an id, or if no dataset has as many rows.
         """
+        evaluation = _running_evaluation()
+        if len(self._pending) and self._pending_in != evaluation:
+            logger.warning(f"{len(self._pending)} rows of an interrupted evaluation are left out")
+            self.reset()
+        self._pending_in = evaluation
         self._pending.extend(self._decoded(prediction))
         if not compute_result:
             return {}
         # Reset before scoring, so that rows do not remain if scoring fails.
         rows, self._pending = self._pending, _Evaluated()
         return self._scores(rows) if len(rows) else {}
+
+    def reset(self) -> None:
+        """Forget the rows of an evaluation that has not ended."""
+        self._pending = _Evaluated()
 
     def _decoded(self, prediction: EvalPrediction) -> _Evaluated:
         predicted = list(_token_rows(prediction.predictions, "predictions"))
@@ -144,17 +158,25 @@ class Seq2SeqMetrics:
             predicted = [_masked_by_labels(*pair) for pair in zip(predicted, labels)]
         pad = self._tokenizer.pad_token_id
         return _Evaluated(
-            predictions=self._texts(predicted),
-            references=self._texts(labels),
+            predictions=self._texts(predicted, "predictions"),
+            references=self._texts(labels, "label_ids"),
             lengths=[int(np.sum((ids >= 0) & (ids != pad))) for ids in predicted],
             labels=labels,
         )
 
-    def _texts(self, rows: Sequence[NDArray[np.integer]]) -> list[str]:
+    def _texts(self, rows: Sequence[NDArray[np.integer]], argument: str) -> list[str]:
         if not rows:
             return []  # batch_decode returns one text for no rows
         real = [ids[ids >= 0].tolist() for ids in rows]
-        texts = self._tokenizer.batch_decode(real, skip_special_tokens=True)
+        try:
+            texts = self._tokenizer.batch_decode(real, skip_special_tokens=True)
+        except (OverflowError, ValueError, TypeError, IndexError, KeyError) as error:
+            largest = max(max(ids, default=-1) for ids in real)
+            row = next(at for at, ids in enumerate(real) if largest in ids)
+            raise ValueError(
+                f"{argument} must be ids that the tokenizer can decode, got {largest} in row {row} "
+                f"({type(error).__name__}: {error})"
+            ) from error
         return [text.strip() for text in texts]
 
     def _scores(self, rows: _Evaluated) -> dict[str, float]:
@@ -260,6 +282,19 @@ class _Evaluated:
         self.references += more.references
         self.lengths += more.lengths
         self.labels += more.labels
+
+
+def _running_evaluation() -> tuple[Any, int]:
+    """What changes when a Trainer begins another evaluation.
+
+    That is the data loader that accelerate iterates over, and the number of loaders in progress: an
+    interrupted loop leaves its loader behind.
+    """
+    accelerate = sys.modules.get("accelerate.state")
+    state = accelerate.GradientState() if accelerate else None
+    references = getattr(state, "dataloader_references", None) or [None]
+    active = references[-1]
+    return None if active is None else weakref.ref(active), len(references)
 
 
 def _describe(sizes: Mapping[str, int]) -> str:

@@ -1,7 +1,6 @@
 """Convert the lengths of sequences to one checked integer array, and fit them to a capacity.
 
-An array is not copied. Nothing here imports torch, pyarrow or datasets: their objects are
-recognized by their attributes.
+An array is not copied. `columns` reads the objects of other libraries.
 """
 
 from __future__ import annotations
@@ -13,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..segments import ranges
+from .columns import arrow_to_numpy, column_of, is_arrow
 
 OVERLONG = ("error", "truncate", "split", "drop")
 Lengths = Sequence[int] | NDArray[np.integer] | Any
-"""Integers, one per sequence: NumPy, a torch CPU tensor, an Arrow or datasets column, a list."""
+"""Integers, one per sequence, of any width and byte order: a list or another sequence, a NumPy array
+or memory map, a torch CPU tensor, an Arrow array or chunked array, a datasets column in any format
+or with a transform, a pandas or polars series."""
 
 
 class Pieces(NamedTuple):
@@ -112,32 +114,18 @@ def check_overlong(overlong: str) -> None:
 
 
 def _as_array(values: Any, name: str) -> NDArray[Any]:
-    if isinstance(values, np.ndarray):
-        return values
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
-        raise TypeError(f"{name} must be integers, one per sequence, got {type(values).__name__}")
-    arrow = arrow_column(values)
-    if arrow is not None:
-        if arrow.null_count:
-            raise TypeError(f"{name} must be integers, got a column with {arrow.null_count} nulls")
-        return np.asarray(arrow)
-    device = getattr(values, "device", None)
+    column = column_of(values, name, "integers, one per sequence")
+    if isinstance(column, np.ndarray):
+        return column
+    if is_arrow(column):
+        return arrow_to_numpy(column, name)
+    device = getattr(column, "device", None)
     if getattr(device, "type", "cpu") != "cpu":
         raise TypeError(f"{name} must be on the CPU, got a tensor on {device}")
     try:
-        return np.asarray(values)
+        return np.asarray(column)
     except ValueError as error:  # lists of different lengths
         raise ValueError(f"{name} must be one-dimensional, got a ragged sequence") from error
-
-
-def arrow_column(values: Any) -> Any:
-    """Return ``values`` if it is an Arrow array, the Arrow data of a datasets column, or None."""
-    if hasattr(values, "null_count"):
-        return values
-    source, column = getattr(values, "source", None), getattr(values, "column_name", None)
-    if source is None or column is None or not hasattr(source, "with_format"):
-        return None
-    return source.with_format("arrow")[column]
 
 
 def _not_integers(array: NDArray[Any], name: str) -> str:

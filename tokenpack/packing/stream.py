@@ -55,7 +55,6 @@ class StreamPacker:
         max_sequences, overlong, drop_empty: as for `pack_lengths`.
 
     Attributes:
-        num_sequences: number of sequences added so far.
         dropped: number of sequences dropped so far.
         truncated: number of sequences truncated to the capacity so far.
         split: number of sequences split into pieces so far.
@@ -81,7 +80,8 @@ class StreamPacker:
             raise ValueError("strategy must not shuffle in a stream, got 'ffs'")
         self._overlong, self._drop_empty = overlong, drop_empty
         self._limit = inf if max_sequences is None else max_sequences
-        self.num_sequences = self.dropped = self.truncated = self.split = 0
+        self.dropped = self.truncated = self.split = 0
+        self._num_planned = 0  # sequences added, without those in `_added`
         self._held = np.empty((3, 0), np.int64)  # the buffer; its rows are the fields of StreamBin
         self._added: list[int] = []  # lengths from `add` that are not in the buffer yet
         self._tokens = 0  # in both
@@ -91,6 +91,11 @@ class StreamPacker:
     def capacity(self) -> int:
         """Tokens that fit in a bin."""
         return self._packer.capacity
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences added so far."""
+        return self._num_planned + len(self._added)
 
     @property
     def num_held(self) -> int:
@@ -110,7 +115,8 @@ class StreamPacker:
 
         If one of the lengths is invalid, none is added.
         """
-        checked = as_lengths(lengths) if len(lengths) else np.empty(0, np.int64)
+        is_empty = hasattr(lengths, "__len__") and len(lengths) == 0
+        checked = np.empty(0, np.int64) if is_empty else as_lengths(lengths)
         pieces = self._fit(checked) if len(checked) else None
         added, self._added = np.array(self._added, np.int64), []
         self._tokens -= int(added.sum())
@@ -135,6 +141,7 @@ class StreamPacker:
             "added": list(self._added),
             "plan_at": self._plan_at,
             "options": self._options,
+            "num_sequences": self.num_sequences,
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -153,6 +160,7 @@ class StreamPacker:
         counts = {name: int(state[name]) for name in _COUNTS}
         self._held, self._added, self._plan_at = held, added, plan_at
         self._tokens = int(held[1].sum()) + sum(added)
+        self._num_planned = int(state["num_sequences"]) - len(added)
         for name, count in counts.items():
             setattr(self, name, count)
 
@@ -168,11 +176,11 @@ class StreamPacker:
         """Add the pieces of ``count`` sequences to the buffer; plan each time it is full."""
         rows = np.zeros((3, len(pieces.lengths)), np.int64)
         rows[0] = np.arange(count) if pieces.sequences is None else pieces.sequences
-        rows[0] += self.num_sequences
+        rows[0] += self._num_planned
         rows[1] = pieces.lengths
         if pieces.starts is not None:
             rows[2] = pieces.starts
-        self.num_sequences += count
+        self._num_planned += count
         self.dropped += len(pieces.dropped)
         self.truncated += len(pieces.truncated)
         self.split += len(pieces.split)
@@ -234,4 +242,4 @@ class StreamPacker:
         return StreamBin(*self._held[:, members])
 
 
-_COUNTS = ("num_sequences", "dropped", "truncated", "split")
+_COUNTS = ("dropped", "truncated", "split")

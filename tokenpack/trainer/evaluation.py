@@ -230,6 +230,7 @@ class EvaluationMixin(LossMixin, PlanningMixin):
         running, user_metrics, outer = _Evaluation(plan), self.compute_metrics, self._evaluation
         begun = time.perf_counter()
         self._evaluation = running
+        getattr(user_metrics, "reset", lambda: None)()  # rows of an interrupted evaluation
         self.add_callback(running)
         if plan is not None:
             self.gather_function = self._gather_without_repeated

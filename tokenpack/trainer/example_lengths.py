@@ -162,9 +162,13 @@ def _arrow_columns(dataset: Any) -> list[str] | None:
     if not (hasattr(dataset, "with_format") and hasattr(dataset, "data")):
         return None
     form = getattr(dataset, "format", None)
-    if isinstance(form, Mapping) and form.get("type") == "custom":
+    if not isinstance(form, Mapping):
+        return list(dataset.column_names)
+    if form.get("type") == "custom":
         return None  # a transform may make items with other columns
-    return list(dataset.column_names)
+    if form.get("output_all_columns"):
+        return list(dataset.column_names)
+    return list(form.get("columns") or dataset.column_names)  # those that items have
 
 
 def _by_column(dataset: Any, columns: _Columns, names: list[str]) -> NDArray[np.int64]:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from ..checks import IGNORE_INDEX
+from ..data.collators.special_tokens import EndOfSequence
+from ..data.tokens import Tokens
 from .microbatch import PlannedBatch
 
-_TOKENS = ("input_ids",)
 _PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
 
 
@@ -32,10 +35,18 @@ class PlannedDataset(Dataset[Any]):
 
     Attributes:
         kept: ``(n,)`` int64, the dataset index of each example of the plan.
+        end: finds the special tokens that truncation keeps.
     """
 
-    def __init__(self, dataset: Any, kept: NDArray[np.int64], caps: Caps | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        kept: NDArray[np.int64],
+        caps: Caps | None = None,
+        end: EndOfSequence | None = None,
+    ) -> None:
         self.dataset, self.kept, self.caps = dataset, kept, caps
+        self.end = EndOfSequence(None) if end is None else end
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -53,24 +64,38 @@ class PlannedDataset(Dataset[Any]):
             examples = [self.dataset[index] for index in indices]
         if self.caps is not None:
             examples = [
-                _truncated(example, int(self.caps.source[index]), int(self.caps.target[index]))
+                _truncated(
+                    example,
+                    (int(self.caps.source[index]), int(self.caps.target[index])),
+                    self.end,
+                )
                 for index, example in zip(indices, examples)
             ]
         marked = [index if item >= 0 else -1 - index for index, item in zip(indices, items)]
         return list(zip(marked, examples))
 
 
-def _truncated(example: Any, source: int, target: int) -> Any:
-    """Truncate the sequences of an example to the maximum lengths of its source and target."""
+def _truncated(example: Any, caps: tuple[int, int], end: EndOfSequence) -> Any:
+    """Truncate the sequences of an example to the maximum lengths of its source and target.
+
+    The special tokens at the end are kept, and at least the last token. Labels that are as long as
+    the source are cut at the same places.
+    """
+    source, target = caps
+    ids, labels = example.get("input_ids"), example.get("labels")
     changed = {}
-    for name in (*_TOKENS, *_PER_TOKEN):
+    real = _without_padding(example.get("attention_mask"), _length(ids))
+    cut = _Cut(ids, source, real, end) if _is_sequence(ids) else None
+    if cut is not None:
+        changed["input_ids"] = cut(ids)
+    for name in _PER_TOKEN:
         if name in example and _is_sequence(example[name]):
-            changed[name] = _cut(example[name], source, keep_last=name in _TOKENS)
-    labels = example.get("labels")
+            changed[name] = example[name][:source]
     if target > 0 and _is_sequence(labels):
-        changed["labels"] = _cut(labels, target, keep_last=True)
-    elif _is_sequence(labels) and len(labels) == _length(example.get("input_ids")):
-        changed["labels"] = _cut(labels, source, keep_last=True)
+        real = _without_padding(_is_label(labels), len(labels))
+        changed["labels"] = _Cut(labels, target, real, end)(labels)
+    elif cut is not None and _is_sequence(labels) and len(labels) == _length(ids):
+        changed["labels"] = cut(labels)
     return {**example, **changed}
 
 
@@ -85,18 +110,36 @@ def _is_sequence(value: Any) -> bool:
     return getattr(value, "ndim", 0) > 0
 
 
-def _cut(tokens: Any, max_length: int, *, keep_last: bool) -> Any:
-    """The first ``max_length`` tokens. ``keep_last`` replaces the last by the sequence's EOS."""
-    if len(tokens) <= max_length:
-        return tokens
-    if not keep_last:
-        return tokens[:max_length]
-    if isinstance(tokens, (list, tuple)):
-        return type(tokens)([*tokens[: max_length - 1], tokens[-1]])
-    cut = tokens[:max_length]
-    cut = cut.copy() if isinstance(tokens, np.ndarray) else cut.clone()
-    cut[-1] = tokens[-1]
-    return cut
+def _is_label(labels: Any) -> NDArray[np.bool_]:
+    return np.asarray(labels) != IGNORE_INDEX
+
+
+def _without_padding(is_real: Any, length: int) -> int:
+    """The number of tokens up to the last one that is not padding."""
+    if not _is_sequence(is_real) or len(is_real) != length:
+        return length
+    real = np.flatnonzero(np.asarray(is_real))
+    return int(real[-1]) + 1 if len(real) else 0
+
+
+class _Cut:
+    """Where to truncate a sequence: its first tokens and the special tokens at its end stay."""
+
+    def __init__(self, tokens: Any, max_length: int, real: int, end: EndOfSequence) -> None:
+        self.front, self.tail = max_length, slice(0, 0)
+        if real > max_length:
+            flat = np.asarray(tokens)[:real].astype(np.int64)
+            special = int(end.lengths(Tokens(flat, np.array([0, real])))[0])
+            kept = min(max(special, 1), max_length)
+            self.front, self.tail = max_length - kept, slice(real - kept, real)
+
+    def __call__(self, tokens: Any) -> Any:
+        front, tail = tokens[: self.front], tokens[self.tail]
+        if isinstance(tokens, (list, tuple)):
+            return type(tokens)([*front, *tail])
+        if isinstance(tokens, np.ndarray):
+            return np.concatenate([front, tail])
+        return torch.cat([front, tail])
 
 
 class PlannedCollator:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import has_length, seed_worker
 from transformers.utils import logging
 
+from ..data.collators.special_tokens import EndOfSequence
 from .base import TrainerBase
 from .example_lengths import dataset_lengths
 from .loading import Caps, PlannedCollator, PlannedDataset
@@ -48,7 +49,7 @@ class PlanningMixin(TrainerBase):
             return super()._get_train_sampler(train_dataset)
         lengths = self._lengths_of(dataset)
         kept, lengths, caps = self._handle_overlong(lengths)
-        self.planned_dataset = PlannedDataset(dataset, kept, caps)
+        self.planned_dataset = PlannedDataset(dataset, kept, caps, EndOfSequence(self._tokenizer))
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         if strategy not in ("random", "sequential"):
             logger.warning(
@@ -68,6 +69,12 @@ class PlanningMixin(TrainerBase):
             max_tokens_per_group=self._max_example_tokens if traits.padded else None,
         )
         return self.plan
+
+    @property
+    def _tokenizer(self) -> Any:
+        """The tokenizer, which knows the special tokens; None if there is none."""
+        collators = getattr(self.data_collator, "tokenizer", None)
+        return getattr(self.processing_class, "tokenizer", self.processing_class) or collators
 
     def _lengths_of(self, dataset: Any) -> NDArray[np.int64]:
         """``(n, 2)`` source and target tokens of each example."""
@@ -148,7 +155,7 @@ class PlanningMixin(TrainerBase):
         inner = dataset.dataset
         if hasattr(inner, "column_names") and hasattr(inner, "remove_columns"):
             inner = self._remove_unused_columns(inner, description=description)
-            dataset = PlannedDataset(inner, dataset.kept, dataset.caps)
+            dataset = PlannedDataset(inner, dataset.kept, dataset.caps, dataset.end)
         else:
             collator = self._get_collator_with_removed_columns(collator, description=description)
         training = sampler is self.plan

@@ -25,6 +25,10 @@ from .random_parts import words
 
 DENSITY, MEAN = 0.15, 3.0
 
+# The last bytes, from the highest down, as in the pretraining of the released models. The ids of
+# ByT5Tokenizer's <extra_id_0>, ... follow the bytes, and no text that the models saw contains them.
+_BYT5_SENTINELS = range(258, 158, -1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
@@ -158,6 +162,8 @@ def sentinel_ids_of(tokenizer: Any, given: Sequence[int] | None) -> NDArray[np.i
         if not ids:
             raise ValueError("sentinel_ids must hold at least one id, got none")
         return np.array(ids, np.int64)
+    if any(kind.__name__ == "ByT5Tokenizer" for kind in type(tokenizer).__mro__):
+        return np.array(_BYT5_SENTINELS, np.int64)
     vocabulary = tokenizer.get_vocab()
     for pattern in ("<extra_id_{}>", "▁<extra_id_{}>"):
         ids = []

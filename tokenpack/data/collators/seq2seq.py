@@ -1,6 +1,6 @@
 """Batches of source and target pairs: truncated to limits, then padded or packed.
 
-    source, target -> the first tokens that fit, and the final EOS if there was one -> a batch
+    source, target -> the first tokens that fit, and the special tokens at the end -> a batch
 
 The samples are already tokenized. Labels are not shifted, because a model derives its decoder
 inputs from them. All work is done on the flat tokens of the whole batch (`flatten_tokens`), without
@@ -23,6 +23,8 @@ from ..packed.base import pad_rows
 from ..packed.collate import flatten_samples
 from ..packed.pairs import PackedPairs, pack_pairs_to_tensors
 from ..tokens import Tokens, flatten_tokens
+from .decoder_inputs import check_prepares_decoder_inputs, with_decoder_inputs
+from .special_tokens import EndOfSequence
 
 
 class CappedSeq2SeqCollator:
@@ -33,16 +35,17 @@ class CappedSeq2SeqCollator:
     removed: tokens where ``attention_mask`` is 0, and labels of -100 at the end. Other columns are
     ignored.
 
-    A sequence that is too long loses tokens at its end, but if its last token is EOS, the result
-    also ends in EOS. The tokens at the front, such as NLLB's language code, are kept. Labels are
-    always padded on the right, because a decoder would treat padding on the left as the beginning
-    of the text.
+    A sequence that is too long loses tokens at the end of its text. The special tokens after the
+    text are kept: EOS, or the ``</s> lang`` of mBART and of NLLB's legacy behavior. So are the
+    tokens at the front, such as NLLB's language code. Labels are always padded on the right,
+    because a decoder would treat padding on the left as the beginning of the text.
 
     A padded batch has these fields:
 
         input_ids       (rows, source columns) int64, pad_token_id at padding
         attention_mask  (rows, source columns) int64, 1 at tokens
         labels          (rows, target columns) int64, -100 at padding; if the samples have labels
+        decoder_input_ids  like labels, not -100; if `model` is given
         input_length    (rows,) int64 on the CPU, tokens of each source; see `length_column_name`
 
     With ``packed=True``, a batch is a `tokenpack.data.PackedPairs`, which contains the lengths.
@@ -62,23 +65,28 @@ class CappedSeq2SeqCollator:
         length_column_name: str | None = "input_length",
         packed: bool = False,
         overlong: str = "truncate",
+        model: Any = None,
     ) -> None:
         """Create a collator.
 
         Args:
             tokenizer: a transformers tokenizer, or an object with ``pad_token_id``,
                 ``eos_token_id`` (may be None) and ``padding_side``.
-            max_encoder_len: the maximum number of tokens of a source, including EOS. None means no
-                limit.
+            max_encoder_len: the maximum number of tokens of a source, including special tokens.
+                None means no limit.
             max_decoder_len: the same for a target.
             pad_to_multiple_of: round the number of columns up to a multiple of this. None means no
                 rounding.
             length_column_name: name of the field of source lengths. None omits it.
             packed: return a `tokenpack.data.PackedPairs` instead of padded rows.
             overlong: what to do with a sequence over its limit: "truncate" it or raise an "error".
+            model: an encoder-decoder whose ``prepare_decoder_input_ids_from_labels`` adds
+                ``decoder_input_ids``, as for `DataCollatorForSeq2Seq`. The stock `Seq2SeqTrainer`
+                needs them with ``label_smoothing_factor``, because it takes the labels away before
+                it calls the model. tokenpack's trainers do not need them.
 
         Raises:
-            TypeError: if a number is not an integer.
+            TypeError: if a number is not an integer, or ``model`` lacks that method.
             ValueError: if a number is below 1, the tokenizer has no ``pad_token_id``, or
                 ``overlong`` has an unknown value.
         """
@@ -91,10 +99,12 @@ class CappedSeq2SeqCollator:
         self.length_column_name = length_column_name
         self.packed = packed
         self.overlong = overlong
+        self.model = check_prepares_decoder_inputs(model)
         self.truncated_sources = 0
         self.truncated_targets = 0
         required_id(tokenizer, "pad_token_id")  # fail here, not in the first batch
         padding_side(tokenizer)
+        self._end = EndOfSequence(tokenizer)
 
     def lengths(self, raw_lengths: Any) -> NDArray[np.int64]:
         """Return the lengths that pairs will have in a batch, to plan batches.
@@ -132,7 +142,7 @@ class CappedSeq2SeqCollator:
         if targets is not None:
             targets, count = self._limit(targets, self.max_decoder_len, "labels", "max_decoder_len")
             self.truncated_targets += count
-        return collate_pairs(
+        batch = collate_pairs(
             sources,
             targets,
             self.tokenizer,
@@ -140,6 +150,7 @@ class CappedSeq2SeqCollator:
             self.length_column_name,
             self.packed,
         )
+        return with_decoder_inputs(batch, self.model)
 
     def _limit(
         self, tokens: Tokens, limit: int | None, name: str, limit_name: str
@@ -153,13 +164,7 @@ class CappedSeq2SeqCollator:
                 f"{name} of samples[{at}] must be at most {limit_name} = {limit} tokens, got "
                 f"{tokens.lengths[at]}; pass overlong='truncate' to shorten it"
             )
-        last = tokens.values[np.maximum(tokens.offsets[1:] - 1, 0)]
-        limited = first_tokens(tokens, np.minimum(tokens.lengths, limit))
-        eos = self.tokenizer.eos_token_id
-        if eos is not None:
-            ended = over & (last == eos)
-            limited.values[limited.offsets[1:][ended] - 1] = eos
-        return limited, int(over.sum())
+        return self._end.truncated(tokens, limit), int(over.sum())
 
 
 def collate_pairs(

@@ -49,6 +49,7 @@ from torch import Tensor
 from ...checks import IGNORE_INDEX, as_integer, optional_at_least_one
 from ...segments import offsets_of, ranges
 from ..packed.pairs import PackedPairs
+from .decoder_inputs import check_prepares_decoder_inputs, with_decoder_inputs
 from .denoisers import DENSITY, MEAN, CorruptionCounts, Denoiser, Mixture, sentinel_ids_of
 from .random_parts import random_part_starts, text_keys, words
 from .scratch import scratch
@@ -116,6 +117,7 @@ class T5SpanCorruptionCollatorFast:
         packed: bool = False,
         denoisers: Sequence[Denoiser] | None = None,
         sentinel_ids: Sequence[int] | None = None,
+        model: Any = None,
     ) -> None:
         """Create a collator.
 
@@ -137,7 +139,10 @@ class T5SpanCorruptionCollatorFast:
                 weight.
             sentinel_ids: ids of the sentinels in the order of their use. By default, those of
                 ``<extra_id_0>``, ``<extra_id_1>``, ... in the vocabulary, or of the same strings
-                after SentencePiece's "▁", as in mT5. In T5 these ids descend.
+                after SentencePiece's "▁", as in mT5. In T5 these ids descend. For a
+                `ByT5Tokenizer`, they are 258, 257, ..., 159, as in ByT5's pretraining: its
+                ``<extra_id_0>`` is 259, which the released models have never seen.
+            model: adds ``decoder_input_ids``, as in `CappedSeq2SeqCollator`.
 
         Raises:
             TypeError: if a number is not an integer but must be.
@@ -160,6 +165,7 @@ class T5SpanCorruptionCollatorFast:
         self.max_decoder_len = optional_at_least_one("max_decoder_len", max_decoder_len)
         self.seed = as_integer("seed", seed)
         self.packed = packed
+        self.model = check_prepares_decoder_inputs(model)
         self.truncated_sources = 0
         for name in ("pad_token_id", "eos_token_id"):  # fail here, not in the first batch
             required_id(tokenizer, name)
@@ -227,7 +233,8 @@ class T5SpanCorruptionCollatorFast:
         self._require_sentinels(texts, drawn, counts)
         if self.packed:
             places = _concatenated(counts.source_lengths), _concatenated(counts.target_lengths)
-            return _pack(*self._corrupt(texts, keys, drawn, counts, *places), *places)
+            pairs = _pack(*self._corrupt(texts, keys, drawn, counts, *places), *places)
+            return with_decoder_inputs(pairs, self.model)
         left = padding_side(self.tokenizer) == "left"
         places = (
             _in_rows(counts.source_lengths, self.pad_to_multiple_of, left),
@@ -240,7 +247,8 @@ class T5SpanCorruptionCollatorFast:
         batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64), "labels": labels}
         if self.length_column_name is not None:
             batch[self.length_column_name] = counts.source_lengths
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return with_decoder_inputs(tensors, self.model)
 
     def _texts(self, samples: Sequence[Mapping[str, Any]]) -> _Texts:
         """Return the texts of samples, without a final EOS."""

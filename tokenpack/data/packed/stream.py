@@ -1,9 +1,9 @@
 """Packing a stream of samples: an `IterableDataset` of packed rows that can stop and resume.
 
 The stream reads samples in windows. It plans each window by itself and yields all of its bins. So
-two numbers describe its position: where the window began in the source, and how many of the
-window's rows have been yielded. To resume, the stream reads one window again. The cost is about one
-partly filled bin per window.
+its position is where a window begins in the source, the number of rows before that window, and the
+number of the next row (`RowDeal`). To resume, the stream reads one window again. The cost is about
+one partly filled bin per window.
 
     stream = pack_stream(samples, 2048)
     loader = PackedStreamLoader(stream, batch_size=8, num_workers=2)
@@ -12,22 +12,23 @@ partly filled bin per window.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ...checks import IGNORE_INDEX, as_integer
 from ...packing import Packer
-from ..row_layout import RowLayout
 from .batch import PackedBatch
-from .collate import collate_packed_rows, flatten_samples
-from .sources import read_part
+from .collate import collate_packed_rows
+from .deal import Row, RowDeal, beginning
+from .sources import SHARDED_BY, Share, as_source, read_part
+from .window import PlannedWindow
 
-Row = dict[str, Any]
-"""``input_ids``, ``labels`` and ``position_ids``, ``(capacity,)`` int64, and ``seq_lengths``."""
+UNEVEN_ROWS = ("warn", "allow", "drop", "repeat")
 
 
 def pack_stream(
@@ -44,33 +45,50 @@ def pack_stream(
     drop_empty: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    sharded_by: str = "auto",
+    uneven_rows: str = "warn",
 ) -> PackedStream:
     """Pack a stream of samples.
 
     Args:
         iterable: the samples, as in `packed_collate_fn`: lists, NumPy arrays or tensors of
             integers, or mappings with such ``input_ids`` and, if present, ``labels`` and
-            ``attention_mask``. It must give the same samples each time it is iterated. Samples of a
-            sequence are read by index. A `datasets.IterableDataset` resumes from its own state,
-            without reading earlier samples again. Other iterables, and a
-            `datasets.IterableDataset` with a shuffle buffer (give it a seed), are read again from
-            the start up to the position.
+            ``attention_mask``. Or a column of lists: an Arrow array, a column of a
+            `datasets.Dataset` or `datasets.IterableDataset`, a pandas or polars series. It must
+            give the same samples each time it is iterated. Samples of a sequence are read by index.
+            A `datasets.IterableDataset` resumes from its own state, without reading earlier samples
+            again. Other iterables, and a `datasets.IterableDataset` with a shuffle buffer (give it
+            a seed), are read again from the start up to the position.
         capacity: slots per row.
         strategy, seed, max_sequences, overlong, drop_empty: as for `pack_lengths`.
         padding_value: the value of ``input_ids`` at padding.
         label_padding_value: the value of ``labels`` where the loss ignores them.
         lookahead: samples per window. A larger window gives fuller rows and uses more memory.
         rank, world_size: this process's share of the samples. Do not set them if something else
-            distributes samples or batches to ranks, as accelerate and `Trainer` do. With several
-            processes, those need ``dispatch_batches=False``, because packed batches cannot be
-            joined and cut by rows.
+            distributes samples or batches to ranks: ``iterable`` itself, accelerate or `Trainer`.
+            With several processes, those need ``dispatch_batches=False``, because packed batches
+            cannot be joined and cut by rows.
+        sharded_by: who gives each worker of a `DataLoader` its own samples: the "stream", which
+            reads all samples in every worker and keeps every n-th, or the "source", as with
+            WebDataset and other datasets that call `get_worker_info`. "auto" is "source" if
+            ``iterable`` reads its worker's ``id`` and ``num_workers``, with a warning, and "stream"
+            otherwise. A `datasets.IterableDataset` always shares its samples itself, and a sequence
+            is always shared by the stream.
+        uneven_rows: what to do about unequal numbers of rows per rank, for which DDP waits forever.
+            "warn" and "allow" give every rank the rows of its own samples. "drop" and "repeat" give
+            every rank exactly the same number: each rank reads and plans all samples, and makes
+            every ``world_size``-th row. At the end of a pass of each worker, up to
+            ``world_size - 1`` rows over all ranks are dropped or repeated; `PackedStream.counts`
+            counts them. All ranks need the same number of workers.
 
     Returns:
         A dataset of rows. Each worker of a `DataLoader` reads its own share of the samples.
 
     Raises:
-        TypeError: if a number is not an integer, or ``iterable`` can be iterated only once.
-        ValueError: as in `pack_lengths`, and if ``rank`` is not below ``world_size``.
+        TypeError: if a number is not an integer, or ``iterable`` is a table or can be iterated only
+            once.
+        ValueError: as in `pack_lengths`, if ``rank`` is not below ``world_size``, or if an option
+            has an unknown value.
     """
     return PackedStream(
         iterable,
@@ -85,9 +103,25 @@ def pack_stream(
         as_integer("padding_value", padding_value),
         as_integer("label_padding_value", label_padding_value),
         lookahead,
-        rank,
-        world_size,
+        Share(rank, world_size),
+        sharded_by,
+        uneven_rows,
     )
+
+
+class StreamCounts(NamedTuple):
+    """What one worker has read and given in the current pass, or in the last one.
+
+    Attributes:
+        samples: samples read, up to the end of the window that is being packed. If a
+            `datasets.IterableDataset` was resumed from its own state, those since then.
+        rows_dropped: rows dropped at the end (``uneven_rows="drop"``), 0 or 1.
+        rows_repeated: rows repeated at the end (``uneven_rows="repeat"``), 0 or 1.
+    """
+
+    samples: int
+    rows_dropped: int
+    rows_repeated: int
 
 
 class PackedStream(IterableDataset):
@@ -104,29 +138,40 @@ class PackedStream(IterableDataset):
         padding_value: int,
         label_padding_value: int,
         lookahead: int,
-        rank: int,
-        world_size: int,
+        share: Share,
+        sharded_by: str,
+        uneven_rows: str,
     ) -> None:
-        if iter(source) is source:
-            raise TypeError(
-                "iterable must give its samples each time it is iterated, got a "
-                f"{type(source).__name__}, which can be iterated once; pass a list or a dataset"
-            )
-        for name, value in (("lookahead", lookahead), ("world_size", world_size)):
+        for name, value in (("lookahead", lookahead), ("world_size", share.world_size)):
             if as_integer(name, value) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
-        if not 0 <= as_integer("rank", rank) < world_size:
+        if not 0 <= as_integer("rank", share.rank) < share.world_size:
             raise ValueError(
-                f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}"
+                f"rank must be from 0 to world_size - 1 = {share.world_size - 1}, got {share.rank}"
             )
-        self.source, self.packer, self.lookahead = source, packer, lookahead
+        for name, choice, known in (
+            ("sharded_by", sharded_by, SHARDED_BY),
+            ("uneven_rows", uneven_rows, UNEVEN_ROWS),
+        ):
+            if choice not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {choice!r}")
+        if share.world_size > 1 and uneven_rows == "warn":
+            warnings.warn(
+                "each rank packs its own samples, so ranks get unequal numbers of rows, and DDP "
+                "waits for a rank that ends early. Pass uneven_rows='drop' or 'repeat' for equal "
+                "numbers, or 'allow' if your loop handles it",
+                stacklevel=3,
+            )
+        self.source, self.packer, self.lookahead = as_source(source), packer, lookahead
         self.padding_value, self.label_padding_value = padding_value, label_padding_value
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = share.rank, share.world_size
+        self.sharded_by, self.uneven_rows = sharded_by, uneven_rows
         self._epoch: int | None = None
         self._position: dict[str, Any] | None = None
         self._part = 0
         self._starts: dict[int, dict[str, Any]] = {}  # by part: the position to resume from
         self._blanks: dict[int, int] = {}  # by part: see `resume`
+        self.count_parts(1)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -136,7 +181,19 @@ class PackedStream(IterableDataset):
             "lookahead": self.lookahead,
             "rank": self.rank,
             "world_size": self.world_size,
+            "sharded_by": self.sharded_by,
+            "uneven_rows": self.uneven_rows,
         }
+
+    @property
+    def counts(self) -> list[StreamCounts]:
+        """What each worker has read. With workers, only a `PackedStreamLoader` knows it."""
+        return [StreamCounts(*each) for each in self._counts.tolist()]
+
+    def count_parts(self, parts: int) -> None:
+        """Count this number of workers, in memory that is shared with them."""
+        self._counts = torch.zeros(parts, len(StreamCounts._fields), dtype=torch.int64)
+        self._counts.share_memory_()
 
     @property
     def epoch(self) -> int | None:
@@ -153,25 +210,39 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
-        start = self._starts.get(part, {"window": None, "rows": 0})
+        start = self._starts.get(part, beginning())
         blanks = self._blanks.get(part, 0)
         self._part, self._starts, self._blanks = part, {}, {}
         self._position = start
         yield from [{}] * blanks
-        reader = read_part(self.source, self._epoch, self.rank, self.world_size, part, parts)
+        deals = self.uneven_rows in ("drop", "repeat")
+        ranks = (self.rank, self.world_size)
+        share = Share(*((0, 1) if deals else ranks), part, parts)
+        reader = read_part(self.source, self._epoch, share, self.sharded_by)
         reader.seek(start["window"])
-        skip = start["rows"]
+        deal = RowDeal(*(ranks if deals else (0, 1)), self.uneven_rows == "repeat", start)
         while True:
-            window = reader.tell()
+            deal.open(reader.tell())
             samples = list(islice(reader, self.lookahead))
+            self._count(reader.taken, deal)
             if not samples:
-                self._position = {"window": window, "rows": 0}
-                return
-            for number, row in enumerate(self._rows(samples)):
-                if number >= skip:
-                    self._position = {"window": window, "rows": number + 1}
-                    yield row
-            skip = 0
+                break
+            for row in self._rows(samples, deal):
+                deal.advance()
+                self._position = deal.position
+                yield row
+        for row in deal.last():
+            self._count(reader.taken, deal)
+            deal.advance()
+            self._position = deal.position
+            yield row
+        self._count(reader.taken, deal)
+        self._position = deal.position
+
+    def _count(self, samples: int, deal: RowDeal) -> None:
+        if self._part < len(self._counts):
+            counts = (samples, deal.dropped, deal.repeated)
+            self._counts[self._part] = torch.tensor(counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the rows yielded so far. In a worker, that of its part."""
@@ -205,26 +276,30 @@ class PackedStream(IterableDataset):
         self._starts = {part: dict(at) for part, at in positions.items() if at is not None}
         self._blanks = dict(blanks)
 
-    def _rows(self, samples: list[Any]) -> Iterator[Row]:
-        ids, own_labels, _ = flatten_samples(samples, empty=True)
-        labels = ids if own_labels is None else own_labels
-        if self.packer.drops(ids.lengths).all():
+    def warn_if_incomplete(self) -> None:
+        """After a pass: warn if the samples that were read are not those of the source's length."""
+        if not hasattr(self.source, "__len__"):
             return
-        plan = self.packer.pack(ids.lengths)
-        # A few rows at a time, so that memory use stays close to the size of the window's tokens.
-        at_once = max(1, (1 << 16) // plan.capacity)
-        for first in range(0, len(plan), at_once):
-            rows = RowLayout(plan, ids.offsets, first=first, last=first + at_once)
-            columns = {
-                "input_ids": rows.tokens(ids.values, self.padding_value, np.int64),
-                "labels": rows.labels(labels.values, self.label_padding_value, np.int64),
-                "position_ids": rows.position_ids(),
-            }
-            bounds = rows.row_bounds
-            for number in range(rows.num_rows):
-                row: Row = {name: column[number] for name, column in columns.items()}
-                row["seq_lengths"] = rows.lengths[bounds[number] : bounds[number + 1]]
-                yield row
+        total, read = len(self.source), sum(each.samples for each in self.counts)
+        deals = self.uneven_rows in ("drop", "repeat")
+        expected = total if deals else len(range(self.rank, total, self.world_size))
+        if read != expected:
+            warnings.warn(
+                f"{read} samples were read, and this rank's share of len(iterable) = {total} is "
+                f"{expected}; by worker: {[each.samples for each in self.counts]}. If the source "
+                "shares its samples among workers, pass sharded_by='source', otherwise 'stream'",
+                stacklevel=3,
+            )
+
+    def _rows(self, samples: list[Any], deal: RowDeal) -> Iterator[Row]:
+        """Yield the rows of a window that this rank gets now; hold back those for later."""
+        window = PlannedWindow(samples, self.packer, self.padding_value, self.label_padding_value)
+        waiting, due, rest = deal.due(len(window))
+        yield from waiting
+        yield from window.rows(due)
+        for number, row in zip(rest, window.rows(rest)):
+            deal.hold(number, row)
+        deal.close(len(window))
 
 
 def require_state(state: dict[str, Any], options: dict[str, Any], *names: str) -> list[Any]:
@@ -268,6 +343,17 @@ class PackedStreamLoader(DataLoader):
         self._positions: dict[int, dict[str, Any] | None] = {}
         self._next_part = 0
         self._resumes = False
+        stream.count_parts(max(self.num_workers, 1))
+
+    @property
+    def counts(self) -> list[StreamCounts]:
+        """What each worker has read and given in the current pass, or in the last one.
+
+        Workers read ahead, so compare after a pass: the ``samples`` of all workers and ranks
+        together are the samples of the source. If the source has a length, the loader compares
+        them itself at the end of a pass and warns if they differ.
+        """
+        return self._stream.counts
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         parts = max(self.num_workers, 1)
@@ -285,6 +371,8 @@ class PackedStreamLoader(DataLoader):
                 self._positions[part], self._next_part = position, (part + 1) % parts
                 yield batch
         self._positions, self._next_part = {}, 0
+        if not self.drop_last:
+            self._stream.warn_if_incomplete()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch; between epochs, the position of the start."""

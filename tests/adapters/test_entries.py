@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers as hf
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from tokenpack import is_patched, packing_stats, patch_model
@@ -169,6 +170,11 @@ def test_continuous_batching_generates_as_before():
             generation_config=hf.GenerationConfig(
                 max_new_tokens=4, do_sample=False, eos_token_id=1, pad_token_id=0
             ),
+            continuous_batching_config=ContinuousBatchingConfig(
+                num_blocks=4,
+                max_batch_tokens=16,  # by default, a share of all memory
+            ),
+            warmup=False,
             progress_bar=False,
         )
         generated.append([each.generated_tokens for each in outputs.values()])

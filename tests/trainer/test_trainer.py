@@ -40,7 +40,7 @@ class SameBatches(Seq2SeqTrainer):
         )
 
 
-def test_200_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
+def test_80_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
     """T5 with span corruption of real text. transformers trains on the same batches, padded."""
     from tokenpack.data import T5SpanCorruptionCollatorFast
     from tokenpack.samples.text import standard_library_texts
@@ -61,7 +61,7 @@ def test_200_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
         return T5SpanCorruptionCollatorFast(tokenizer, length_column_name=None, seed=1)
 
     options = {
-        "max_steps": 200,
+        "max_steps": 80,
         "optim": "adamw_torch",
         "learning_rate": 3e-3,
         "max_grad_norm": 1.0,
@@ -400,7 +400,7 @@ def test_the_largest_budget_that_fits_is_found(tmp_path, monkeypatch):
     trainer = make_trainer(
         "T5",
         tmp_path,
-        make_examples(200),
+        make_examples(100),
         max_tokens_per_batch=2000,
         max_tokens_per_microbatch=100,
         auto_find_microbatch=True,

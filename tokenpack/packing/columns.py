@@ -3,9 +3,9 @@
     column_of(values, name, expected)  ->  an Arrow array, a NumPy array, a tensor or a sequence
 
 Arrow arrays, polars series, pandas series with Arrow data and whatever else offers the Arrow
-PyCapsule protocol become Arrow arrays. A datasets column becomes its Arrow data if indexing it gives
-the same values, and otherwise the values that indexing it gives. All else that holds values in order
-is returned as it is, or as a list.
+PyCapsule protocol become Arrow arrays. A datasets column becomes its Arrow data if indexing it
+gives the same values, and otherwise the values that indexing it gives. All else that holds values
+in order is returned as it is, or as a list.
 
 Nothing here imports torch, pyarrow, datasets, pandas or polars before the caller has imported them:
 their objects are recognized by their attributes.

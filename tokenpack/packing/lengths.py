@@ -16,9 +16,9 @@ from .columns import arrow_to_numpy, column_of, is_arrow
 
 OVERLONG = ("error", "truncate", "split", "drop")
 Lengths = Sequence[int] | NDArray[np.integer] | Any
-"""Integers, one per sequence, of any width and byte order: a list or another sequence, a NumPy array
-or memory map, a torch CPU tensor, an Arrow array or chunked array, a datasets column in any format
-or with a transform, a pandas or polars series."""
+"""Integers, one per sequence, of any width and byte order: a list or another sequence, a NumPy
+array or memory map, a torch CPU tensor, an Arrow array or chunked array, a datasets column in any
+format or with a transform, a pandas or polars series."""
 
 
 class Pieces(NamedTuple):

@@ -5,7 +5,7 @@
 A rank gets the row of a group once the group is complete. The rows of the last group, if it is not,
 are dropped, or the ranks without a row repeat one. With one rank, every row is a complete group.
 
-The number of the next row, and the window that its group begins in, are the position to resume from.
+The position to resume from is the number of the next row, and the window that its group begins in.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whether a source of samples asks which worker of a `DataLoader` it runs in.
 
-A `torch.utils.data.IterableDataset` may share its samples among the workers itself: its ``__iter__``
-calls `get_worker_info` and uses ``id`` and ``num_workers``. A reader that shares them again would lose
-samples. There is no declaration to look at, so `WorkerWatch` records what the source reads of the
-object that `get_worker_info` returns.
+A `torch.utils.data.IterableDataset` may share its samples among the workers itself: its
+``__iter__`` calls `get_worker_info` and uses ``id`` and ``num_workers``. A reader that shares them
+again would lose samples. There is no declaration to look at, so `WorkerWatch` records what the
+source reads of the object that `get_worker_info` returns.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ class PlanCallback(TrainerCallback):
     ) -> None:
         """Set the epoch before the loader yields its first batch."""
         self._trainer.set_plan_epoch(self._epoch)
+        self._trainer.begin_pass(self._epoch)
         self._epoch += 1
 
     def on_step_end(

@@ -10,6 +10,7 @@ lists.
         files               size of each file of the checkpoint
         plan                the inputs of the plan; other inputs would give other batches
         epoch, batch        position to resume from; the epoch may have been ended early
+        pass, batch, datasets   instead of these, for a dataset without a length (`passes`)
         loss                each rank's sum over the steps since the last log, and that log's step
         evaluate            an evaluation was due, and was postponed because of a stop request
         model_alone         whether ``save_only_model`` was set
@@ -43,6 +44,7 @@ from transformers.utils import logging
 
 from ..files import written_whole
 from .out_of_memory import Counts, RngSnapshot
+from .passes import Passes, warn_without_position
 from .planning import PlanningMixin
 from .sampler import TokenBudgetBatchSampler
 
@@ -59,9 +61,13 @@ class CheckpointsMixin(PlanningMixin):
     Attributes:
         first_epoch: the epoch in which `train` began.
         budget_resumed: whether the micro-batch budget in force comes from a checkpoint.
+        passes: the position in a dataset without a length.
     """
 
+    passes: Passes
+
     first_epoch = 0
+    _first_batch = 0  # batches of it that are skipped
     budget_resumed = False
     _resumed: dict[str, Any] | None = None  # state of the checkpoint that the run resumes from
     _rng_due: str | None = None  # checkpoint with the random number generators of the next batches
@@ -111,6 +117,7 @@ class CheckpointsMixin(PlanningMixin):
     def _write_state(self, folder: Path) -> None:
         """Mark the checkpoint as complete, after all ranks have written their files."""
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
+        position = self._position()
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
@@ -121,7 +128,7 @@ class CheckpointsMixin(PlanningMixin):
             {
                 "files": _sizes(folder),
                 "plan": None if self.plan is None else _describe(self.plan),
-                **self._position(),
+                **position,
                 "loss": {"sums": losses, "since": self._globalstep_last_logged},
                 "evaluate": self._evaluation_postponed,
                 "model_alone": self.args.save_only_model,
@@ -131,10 +138,11 @@ class CheckpointsMixin(PlanningMixin):
             },
         )
 
-    def _position(self) -> dict[str, int]:
+    def _position(self) -> dict[str, Any]:
         """The epoch to resume in, and the number of its batches that are done."""
         if self.plan is None:
-            return {}
+            position = self.passes.position
+            return {**position, "datasets": gather_object([position.pop("dataset")])}
         epoch = self.plan.epoch
         done = round((self.state.epoch - epoch) * len(self.plan))
         if self.control.should_epoch_stop or done >= len(self.plan):
@@ -246,13 +254,38 @@ class CheckpointsMixin(PlanningMixin):
                     f"The batches differ from those of the resumed run: {changed}. This epoch may "
                     "repeat or skip examples."
                 )
+        if resume_from_checkpoint is not None and self.plan is None:
+            epoch, skipped = self._resumed_pass(epoch, skipped)
         if resume_from_checkpoint is not None and self.state.global_step >= max_steps:
             # The run was complete except for the end of `train`. transformers would train one more
             # step.
             epoch, skipped = num_train_epochs, 0
         self._rng_due = resume_from_checkpoint if skipped else None
-        self.first_epoch = epoch
+        self.first_epoch, self._first_batch = epoch, skipped
         return epoch, skipped
+
+    def _resumed_pass(self, epoch: int, skipped: int) -> tuple[int, int]:
+        """The pass to resume in and the batches to skip, of a dataset without a length."""
+        state = self._resumed or {}
+        if "pass" not in state:
+            warn_without_position(skipped)
+            return epoch, skipped
+        ranks, rank = self.args.world_size, self.args.process_index
+        if state["num_ranks"] != ranks:
+            logger.warning(
+                f"The run had {state['num_ranks']} ranks and now has {ranks}. Batches of a dataset "
+                "without a length depend on the number of ranks, so samples repeat or are missed."
+            )
+        own = state["datasets"][rank] if rank < len(state["datasets"]) else None
+        number, done = self.passes.resume(state, own, self.train_dataset)
+        return number, 0 if self.args.ignore_data_skip else done
+
+    def begin_pass(self, number: int) -> None:
+        """Begin a pass over the dataset, which counts if it has no length."""
+        if self.plan is not None:
+            return
+        skipped = self._first_batch if number == self.first_epoch else 0
+        self.passes.begin(number, skipped, self.train_dataset)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and checkpoint == self._rng_loaded:

@@ -33,6 +33,7 @@ from .checkpoints import CheckpointsMixin
 from .evaluation import EvaluationMixin
 from .measure import ModelTraits
 from .microbatch import PlannedBatch
+from .passes import Passes
 from .probing import largest_budget
 from .signals import StopSignals
 from .step import Progress, StepRunner
@@ -100,6 +101,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         self.dropped_examples = self.truncated_examples = 0
         self.plan = None
         self._step_batches = []
+        self.passes = Passes()
         self._stop = StopSignals()
         self._stop_agreed = False
         self._last_logged = time.perf_counter()
@@ -193,6 +195,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
                 break
             batches.append(batch if isinstance(batch, PlannedBatch) else PlannedBatch(batch))
         self._step_batches = batches
+        self.passes.batches += len(batches)
         return batches, None
 
     def training_step(

@@ -28,7 +28,7 @@ except ImportError as error:
 
 from .readers.arrow import read_arrow, read_parquet
 from .readers.csv import read_csv
-from .readers.files import SUFFIXES, DataFile, check_content, resolve_files
+from .readers.files import SUFFIXES, DataFile, check_content, one_line, resolve_files
 from .readers.lines import read_jsonl, read_text
 from .readers.schema import Reading, join
 
@@ -176,7 +176,7 @@ def _tables(reading: Reading) -> Iterator[pa.Table]:
             if isinstance(error, OSError) and error.errno:  # from the system; it names the file
                 raise
             raise ValueError(
-                f"{file.path}: truncated, damaged or not {file.format}: {error}"
+                f"{file.path}: truncated, damaged or not {file.format}: {one_line(error)}"
             ) from error
     if not reading.rows:
         files = ", ".join(file.path for file in reading.files)

@@ -44,21 +44,24 @@ class Block:
         is_end = np.frombuffer(self.content.translate(None, JSON_SPACE), np.uint8) == _LF
         return int(np.count_nonzero(is_end[1:] & ~is_end[:-1]))
 
-    def json_depth(self) -> int | None:
-        """The largest number of brackets and braces that are open at once.
+    def json_structure(self) -> tuple[int, int] | None:
+        """The largest nesting depth, and the number of objects and arrays that are not in others.
 
         Brackets within strings do not count. The result holds up to the first syntax error, where
-        a parser stops. None if a line ends within an array or object.
+        a parser stops. None if a line ends within an object, or the first does not begin with one.
         """
         content = self.content
+        if not content.lstrip(JSON_SPACE + b"\n").startswith(b"{"):
+            return None
         if b"\\" in content:  # an escaped quote does not end a string
             content = content.replace(b"\\\\", b"").replace(b'\\"', b"")
         marks = np.frombuffer(content.translate(None, _NOT_STRUCTURE), np.uint8)
         in_string = np.logical_xor.accumulate(marks == _QUOTE)
-        height = np.cumsum(np.where(in_string, 0, _STEP[marks]), dtype=np.int32)
+        step = np.where(in_string, 0, _STEP[marks])
+        height = np.cumsum(step, dtype=np.int32)
         if height[marks == _LF].any():
             return None
-        return int(height.max())
+        return int(height.max()), int(np.count_nonzero(step[height == 0]))
 
 
 def line_blocks(file: DataFile, *, cr_ends_line: bool) -> Iterator[Block]:

@@ -21,7 +21,15 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from .blocks import Block, chunks, make_block
-from .files import BYTE_ORDER_MARK, DELIMITERS, DataFile, count_line_ends, shorten
+from .files import (
+    BYTE_ORDER_MARK,
+    DELIMITERS,
+    DataFile,
+    count_line_ends,
+    listed,
+    one_line,
+    shorten,
+)
 from .schema import LARGEST_EXACT, Reading
 
 _CSV_BLOCK_BYTES = 1 << 22  # larger than a block of lines, because types follow from the first
@@ -48,7 +56,7 @@ def read_csv(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
             except _InvalidCell as invalid:
                 lines, _ = _csv_rows(block, delimiter)
                 raise ValueError(
-                    f"{file.at(lines[invalid.row])}: column '{name}' {invalid}"
+                    f"{file.at(lines[invalid.row])}: column '{listed([name])}' {invalid}"
                 ) from None
         yield reading.fit(pa.table(typed), file.at(block.first_line))
     if not names:
@@ -187,7 +195,7 @@ def _csv_texts(
             raise ValueError(
                 f"{file.at(lines[wrong[0]])}: {cells[wrong[0]]} cells, the header has {len(names)}"
             ) from None
-        raise ValueError(f"{file.at(block.first_line)} and after: {error}") from None
+        raise ValueError(f"{file.at(block.first_line)} and after: {one_line(error)}") from None
 
 
 def _type_in(schema: pa.Schema, name: str) -> pa.DataType:

@@ -69,9 +69,19 @@ def count_line_ends(content: bytes) -> int:
     return ends
 
 
-def shorten(text: str) -> str:
-    """At most 60 characters of ``text``, for error messages."""
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text):,} characters)"
+def shorten(text: str, limit: int = 60) -> str:
+    """The beginning of ``text``, for error messages."""
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns on one line, for error messages."""
+    return ", ".join(name if name.isprintable() else repr(name)[1:-1] for name in names)
+
+
+def one_line(error: Exception) -> str:
+    """A message of pyarrow, which may have many lines and quote the file, for error messages."""
+    return shorten(" ".join(str(error).split()), 300)
 
 
 def resolve_files(path: Any, format: str | None) -> list[DataFile]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from .blocks import JSON_SPACE, Block, line_blocks
-from .files import BYTE_ORDER_MARK, DataFile, shorten
+from .files import BYTE_ORDER_MARK, DataFile, one_line, shorten
 from .schema import Reading, raise_missing, unify
 
 # pyarrow's JSON parser overflows the stack, and crashes the process, at some thousand levels.
@@ -52,8 +52,10 @@ def read_jsonl(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
 
 def _parse_fast(block: Block, rows: int, reading: Reading) -> pa.Table | None:
     """Parse with pyarrow. None if that fails or would change what is written."""
-    depth = block.json_depth()
-    if depth is None or depth > _MAX_DEPTH:
+    # pyarrow ignores line ends, takes the line null for a row, and crashes if it is the first. It
+    # must read as many rows as there are lines and objects.
+    depth, objects = block.json_structure() or (0, 0)
+    if depth > _MAX_DEPTH or objects != rows:
         return None
     known = [one for one in reading.schema if not _contains(one.type, pa.types.is_null)]
     # Keys that are not requested need no parsing. But if pyarrow ignores unexpected keys, it also
@@ -73,7 +75,6 @@ def _parse_fast(block: Block, rows: int, reading: Reading) -> pa.Table | None:
         return None
     if reading.columns is not None:
         table = table.select([name for name in reading.columns if name in table.column_names])
-    # pyarrow ignores line ends: it accepts two objects on one line.
     if table.num_rows != rows or not table.num_columns or not _is_valid(table, known):
         return None
     return table if _is_exact(table) and reading.accepts(table.schema) else None
@@ -165,7 +166,7 @@ def _raise_first_invalid(
         try:
             pa.Table.from_pylist([record], schema=schema)
         except (pa.ArrowException, UnicodeError, OverflowError) as error:
-            raise ValueError(f"{file.at(number)}: {error}") from None
+            raise ValueError(f"{file.at(number)}: {one_line(error)}") from None
     raise ValueError(f"{file.at(records[0][0])} and after: too much for one Arrow table")
 
 
@@ -173,7 +174,7 @@ def _schema_of(record: dict[str, Any], where: str) -> pa.Schema:
     try:
         return pa.schema([(name, _type_of(value)) for name, value in record.items()])
     except (pa.ArrowException, OverflowError, UnicodeError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {one_line(error)}") from None
 
 
 def _type_of(value: Any, levels: int = _MAX_DEPTH) -> pa.DataType:

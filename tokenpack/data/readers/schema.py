@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import pyarrow as pa
 
-from .files import DataFile
+from .files import DataFile, listed, one_line, shorten
 
 LARGEST_EXACT = 2**53  # a float holds every integer up to here, and not the next one
 
@@ -73,15 +73,15 @@ class Reading:
             raise ValueError(f"{file.path}: has no columns")
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"{file.path}: has more than one column {', '.join(repeated)}")
+            raise ValueError(f"{file.path}: has more than one column {listed(repeated)}")
         missing = [name for name in self.columns or () if name not in names]
         if missing:
             raise_missing(missing, names, file.path)
         before = self.schema.names
         if self.columns is None and before and set(names) != set(before):
             raise ValueError(
-                f"{file.path}: has the columns {', '.join(names)}; "
-                f"the files before have {', '.join(before)}"
+                f"{file.path}: has the columns {listed(names)}; "
+                f"the files before have {listed(before)}"
             )
 
     def accepts(self, schema: pa.Schema) -> bool:
@@ -128,7 +128,9 @@ def join(tables: Sequence[pa.Table], where: str) -> pa.Table:
             try:
                 pa.concat_tables(columns, promote_options="permissive")
             except pa.ArrowInvalid as error:
-                raise ValueError(f"{where}: the types of column '{name}' differ: {error}") from None
+                raise ValueError(
+                    f"{where}: the types of column '{listed([name])}' differ: {one_line(error)}"
+                ) from None
         raise
 
 
@@ -167,8 +169,8 @@ def _changes_values(before: pa.DataType, after: pa.DataType) -> bool:
 def raise_missing(missing: Sequence[str], present: Sequence[str], where: str) -> NoReturn:
     """Raise the error for requested columns that do not exist."""
     raise ValueError(
-        f"columns must be in every file, but {where} has no column {', '.join(missing)}; "
-        f"it has {', '.join(present)}"
+        f"columns must be in every file, but {where} has no column {listed(missing)}; "
+        f"it has {listed(present)}"
     )
 
 
@@ -180,7 +182,7 @@ def _raise_conflict(before: pa.Schema, schema: pa.Schema, where: str) -> NoRetur
                 unify([pa.schema([before.field(index)]), pa.schema([new])])
         except pa.ArrowException:
             raise ValueError(
-                f"{where}: column '{new.name}' is {new.type}, "
-                f"in the rows before it is {before.field(index).type}"
+                f"{where}: column '{listed([new.name])}' is {shorten(str(new.type), 150)}, "
+                f"in the rows before it is {shorten(str(before.field(index).type), 150)}"
             ) from None
     raise ValueError(f"{where}: its columns do not agree with the rows before")

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 import warnings
 
 import pytest
@@ -51,6 +53,21 @@ def test_a_head_that_someone_changed(change):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
     assert packing_stats(model).packed_calls == 1
     assert packing_stats(model).loss.startswith("from the logits")
+
+
+def test_a_hook_with_keywords_that_are_not_of_peft_packs(monkeypatch):
+    class Hook:
+        keywords = ("adapter_names",)  # a list of words, and not the keywords of a partial
+
+        def __call__(self, module, args):
+            return None
+
+    monkeypatch.setitem(sys.modules, "peft", types.ModuleType("peft"))
+    model = patch_model(LLAMA.build())
+    model.model.layers[0].register_forward_pre_hook(Hook())
+    model(**LLAMA.batch("right"))
+    assert packing_stats(model).packed_calls == 1
+    assert not packing_stats(model).fallbacks
 
 
 def test_a_weight_of_another_class_is_not_fused():

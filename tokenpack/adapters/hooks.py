@@ -7,6 +7,7 @@ around modules without any.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,7 @@ def hook_by_row(model: nn.Module) -> str | None:
         return None
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            values = getattr(hook, "keywords", None) or {}
+            values = hook.keywords if isinstance(hook, partial) else {}
             by_row = next((name for name in _BY_ROW if values.get(name) is not None), None)
             if by_row is not None:
                 return f"PEFT passes {by_row} by row to its layers"

@@ -44,34 +44,44 @@ def attend_by_sequence(
     spec: AttentionSpec,
 ) -> Tensor:
     """Attention within each sequence. The shapes are those of `varlen_attention`, checked there."""
-    plan = plan_on_host(q, k, cu_seqlens_q, cu_seqlens_k, relative_bias is not None, spec)
+    sizes = (q.shape[0], k.shape[0]), (q.shape[1], k.shape[1])
+    has_bias = relative_bias is not None
+    plan = plan_on_host(cu_seqlens_q, cu_seqlens_k, *sizes, q.device, has_bias, spec)
     return attend_on_host(q, k, v, relative_bias, plan)
 
 
 def plan_on_host(
-    q: Tensor,
-    k: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    totals: tuple[int, int],
+    heads: tuple[int, int],
+    device: torch.device,
     has_bias: bool,
     spec: AttentionSpec,
 ) -> HostPlan:
     """The plan of a batch. Copies ``cu_seqlens`` to the host and validates their values.
 
+    Args:
+        cu_seqlens_q, cu_seqlens_k: as in `varlen_attention`.
+        totals: the lengths of the streams of queries and of keys.
+        heads: the numbers of heads of queries, and of keys and values.
+        device: the device of the streams.
+        has_bias: whether there is a relative bias.
+        spec: the options.
+
     Raises:
-        ValueError: if they are not non-decreasing from 0 to the length of q or k.
+        ValueError: if they are not non-decreasing from 0 to the length of their stream.
     """
-    starts_q = _host_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    starts_k = _host_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    return find_plan(starts_q, starts_k, q.shape[1], k.shape[1], q.device, has_bias, spec)
+    starts_q = _host_starts("cu_seqlens_q", cu_seqlens_q, totals[0])
+    starts_k = _host_starts("cu_seqlens_k", cu_seqlens_k, totals[1])
+    return _find_plan(starts_q, starts_k, heads, device, has_bias, spec)
 
 
 @lru_cache(maxsize=64)
-def find_plan(
+def _find_plan(
     starts_q: tuple[int, ...],
     starts_k: tuple[int, ...],
-    heads: int,
-    kv_heads: int,
+    heads: tuple[int, int],
     device: torch.device,
     has_bias: bool,
     spec: AttentionSpec,
@@ -92,10 +102,10 @@ def find_plan(
         and (not spec.causal or all(rows == keys for rows, keys in lengths if rows))
     )
     if fused:
-        plan = plan_groups(starts_q, starts_k, heads, spec.causal, device)
+        plan = plan_groups(starts_q, starts_k, heads[0], spec.causal, device)
         if plan.groups:
             return HostPlan(spec, plan, None)
-    return HostPlan(spec, None, plan_slots(starts_q, starts_k, heads, kv_heads, device))
+    return HostPlan(spec, None, plan_slots(starts_q, starts_k, *heads, device))
 
 
 def attend_on_host(

@@ -3,18 +3,25 @@
 from .api import (
     cast_for_autocast,
     normal_window,
+    plan_reference,
     varlen_attention,
     varlen_attention_reference,
 )
 from .op import is_ampere_or_newer, kernel_lacks
+from .reference import HostPlan, attend_on_host
 from .relative_bias import alibi_bias_table, t5_bias_table
+from .slots import Lines
 
 __all__ = [
+    "HostPlan",
+    "Lines",
+    "attend_on_host",
     "alibi_bias_table",
     "cast_for_autocast",
     "is_ampere_or_newer",
     "kernel_lacks",
     "normal_window",
+    "plan_reference",
     "t5_bias_table",
     "varlen_attention",
     "varlen_attention_reference",

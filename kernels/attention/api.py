@@ -10,12 +10,13 @@ alignment, as in flash attention): the last query has the position of the last k
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .op import kernel_lacks
-from .reference import attend_by_sequence
+from .reference import HostPlan, attend_by_sequence, plan_on_host
 from .spec import NO_LIMIT, AttentionSpec
 
 
@@ -82,7 +83,7 @@ def varlen_attention(
         warnings.warn(message, FutureWarning, stacklevel=2)
     q, k, v = cast_for_autocast(q, k, v)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias)
-    spec = _spec(q, causal, scale, window, softcap, dropout_p)
+    spec = _spec(q.shape[-1], causal, scale, window, softcap, dropout_p)
     _check_seed(dropout_seed, q)
     on_kernel = kernel_lacks(q.device.type, q.dtype, q.shape[2]) is None
     if not (on_kernel or return_lse or dropout_seed is not None or torch.compiler.is_compiling()):
@@ -130,8 +131,41 @@ def varlen_attention_reference(
     """
     q, k, v = cast_for_autocast(q, k, v)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias)
-    spec = _spec(q, causal, scale, window, softcap, dropout_p)
+    spec = _spec(q.shape[-1], causal, scale, window, softcap, dropout_p)
     return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
+
+
+def plan_reference(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    totals: tuple[int, int],
+    heads: tuple[int, int],
+    device: torch.device,
+    has_bias: bool,
+    options: Any,
+) -> HostPlan:
+    """What `varlen_attention_reference` does for all layers that have the same layout and options.
+
+    `attend_on_host` runs the plan.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: as in `varlen_attention`.
+        totals: the numbers of queries and of keys.
+        heads: the numbers of heads of queries, and of keys and values.
+        device: the device of q, k and v.
+        has_bias: whether there is a relative bias.
+        options: the keywords ``causal``, ``scale``, ``window``, ``softcap`` and ``dropout_p``.
+
+    Raises:
+        ValueError: as `varlen_attention_reference`.
+    """
+    if heads[1] == 0 or heads[0] % heads[1]:
+        raise ValueError(
+            f"k must have a number of heads that divides q's {heads[0]}, got {heads[1]}"
+        )
+    names = ("causal", "scale", "window", "softcap", "dropout_p")
+    spec = _spec(0, *(options[name] for name in names))
+    return plan_on_host(cu_seqlens_q, cu_seqlens_k, totals, heads, device, has_bias, spec)
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +191,7 @@ def normal_window(window: tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def _spec(
-    q: Tensor,
+    head_dim: int,
     causal: bool,
     scale: float | None,
     window: tuple[int, int] | None,
@@ -170,7 +204,7 @@ def _spec(
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     return AttentionSpec(
         causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=head_dim**-0.5 if scale is None else scale,
         window=normal_window(window),
         softcap=softcap or None,
         dropout_p=dropout_p,

@@ -60,11 +60,15 @@ class Plan(NamedTuple):
 
     ``slots``, ``(total_q,)`` int64, is the index of each row of the stream among the slots of all
     groups, concatenated. It is None if that is the order of the stream. A row without keys belongs
-    to no group and has slot 0.
+    to no group and has slot 0. ``key_slots`` is the same for keys. ``lonely_keys`` are the keys
+    without queries, or None if there are none. ``masks`` is for the masks that layers share.
     """
 
     groups: tuple[Group, ...]
     slots: Tensor | None
+    key_slots: Tensor | None
+    lonely_keys: Tensor | None
+    masks: dict[tuple[int, torch.dtype], Tensor]
 
 
 @lru_cache(maxsize=32)  # all layers of a model need the same plan
@@ -100,20 +104,35 @@ def plan_groups(
             groups.append([s])
     groups.sort(key=lambda members: (len(members) > 1, members[0] if len(members) == 1 else 0))
     built = tuple(_group(members, lengths, starts_q, starts_k, device) for members in groups)
-    return Plan(built, _slots(built, starts_q[-1], device))
+    q = [(group.width_q, group.span_q, group.rows, group.real_rows) for group in built]
+    k = [(group.width_k, group.span_k, group.keys, group.real_keys) for group in built]
+    lonely = [
+        torch.arange(starts_k[s], starts_k[s + 1], device=device)
+        for s, (rows, keys) in enumerate(lengths)
+        if keys and not rows
+    ]
+    return Plan(
+        built,
+        _slots(q, starts_q[-1], device),
+        _slots(k, starts_k[-1], device),
+        torch.cat(lonely) if lonely else None,
+        {},
+    )
 
 
-def _slots(groups: tuple[Group, ...], total: int, device: torch.device) -> Tensor | None:
-    spans = [group.span_q for group in groups if group.span_q is not None]
-    if len(spans) == len(groups) and sum(last - first for first, last in spans) == total:
+def _slots(
+    sides: list[tuple[int, Any, Any, Tensor | None]], total: int, device: torch.device
+) -> Tensor | None:
+    spans = [span for _, span, _, _ in sides if span is not None]
+    if len(spans) == len(sides) and sum(last - first for first, last in spans) == total:
         return None
     slots = torch.zeros(total, dtype=torch.long, device=device)
     begin = 0
-    for group in groups:
-        members = 1 if group.rows is None else len(group.rows)
-        end = begin + members * group.width_q
+    for width, span, indices, real in sides:
+        members = 1 if indices is None else len(indices)
+        end = begin + members * width
         group_slots = torch.arange(begin, end, device=device)
-        group.put_rows(slots, group_slots.view(members, group.width_q))
+        _put(slots, group_slots.view(members, width), span, indices, real)
         begin = end
     return slots
 

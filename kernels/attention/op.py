@@ -14,9 +14,15 @@ from torch import Tensor
 
 from .._triton import DEVICES, on_triton
 from .backward import attention_backward
+from .explicit import (
+    KeepMask,
+    explicit_attention,
+    explicit_attention_backward,
+    take_slots,
+)
 from .forward import attention_forward
 from .grouping import Group
-from .reference import KeepMask, explicit_attention, explicit_attention_backward
+from .slots import SlotPlan
 from .spec import AttentionInputs, AttentionSpec
 
 _LOG2_E = 1.4426950408889634
@@ -85,36 +91,34 @@ def _varlen_attention_backward(
     """dq, dk, dv, and the table's gradient, which is empty unless ``needs_table``."""
     inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed)
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
-    return _backward_in_torch(dout, out, inputs, spec, needs_table)
+    return _backward_in_torch(dout, inputs, spec, needs_table)
 
 
 def _forward_in_torch(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    groups, keep_mask = _one_group_per_sequence(inputs, spec)
-    _, lse = _new_outputs(inputs.q)
-    rows_lse = torch.full_like(lse.t(), float("-inf"))  # (total_q, heads)
-    out = explicit_attention(
-        inputs.q, inputs.k, inputs.v, inputs.table, groups, spec, keep_mask, rows_lse
-    )
-    return out, rows_lse.t().contiguous()
+    plan, keep_mask = _one_part_per_sequence(inputs, spec)
+    taken = take_slots(inputs.q, inputs.k, inputs.v, plan)
+    out, lse = explicit_attention(taken, inputs.table, plan, spec, keep_mask, {}, True)
+    assert lse is not None
+    return out, lse.t().contiguous()
 
 
 def _backward_in_torch(
-    dout: Tensor, out: Tensor, inputs: AttentionInputs, spec: AttentionSpec, needs_table: bool
+    dout: Tensor, inputs: AttentionInputs, spec: AttentionSpec, needs_table: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    groups, keep_mask = _one_group_per_sequence(inputs, spec)
+    plan, keep_mask = _one_part_per_sequence(inputs, spec)
     q, k, v = inputs.q, inputs.k, inputs.v
     dq, dk, dv, dtable = explicit_attention_backward(
-        dout, q, k, v, inputs.table, out, groups, spec, keep_mask
+        dout, take_slots(q, k, v, plan), inputs.table, plan, spec, keep_mask, {}
     )
     if dtable is None or not needs_table:
         dtable = dq.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dtable
 
 
-def _one_group_per_sequence(
+def _one_part_per_sequence(
     inputs: AttentionInputs, spec: AttentionSpec
-) -> tuple[list[Group], KeepMask]:
-    """Each sequence as a group, and a dropout mask that depends on the sequence's number.
+) -> tuple[SlotPlan, KeepMask]:
+    """Each sequence as a part, and a dropout mask that depends on the sequence's number.
 
     The kernels' masks depend on the number in the same way, but their random bits differ.
     """
@@ -132,7 +136,9 @@ def _one_group_per_sequence(
         uniform = torch.rand(weights.shape, generator=generator, device=weights.device)
         return uniform >= spec.dropout_p
 
-    return groups, keep_mask
+    totals = inputs.q.shape[0], inputs.k.shape[0]
+    heads = inputs.q.shape[1], inputs.k.shape[1]
+    return SlotPlan(tuple(groups), totals, *heads, inputs.q.device), keep_mask
 
 
 def _spec(
@@ -194,7 +200,7 @@ def varlen_attention_backward_triton(
     inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed)
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
     if kernel_lacks(q.device.type, q.dtype, q.shape[2]):
-        return _backward_in_torch(dout, out, inputs, spec, needs_table)
+        return _backward_in_torch(dout, inputs, spec, needs_table)
     dq, dk, dv, dtable = attention_backward(
         _with_contiguous_rows(dout), out, lse, _for_kernels(inputs), spec, needs_table
     )

@@ -72,9 +72,11 @@ class PackedCall:
         "after_head",
         "attention_calls",
         "backend",
+        "choices",
         "head_logits",
         "layouts",
         "loss",
+        "memo",
         "num_items",
         "positions",
         "state",
@@ -86,6 +88,8 @@ class PackedCall:
         self.state = state
         self.layouts = layouts  # by side: "enc" and "dec", or only "self"
         self.positions: dict[str, Tensor] = {}  # by side, for models that compute positions inside
+        self.choices: dict[str, Any] = {}  # the last `Choice` of each role
+        self.memo: dict[Any, Any] = {}  # of `layout_attention`
         self.attention_calls = 0
         self.backend = state.attention
         # Read by the fused head.

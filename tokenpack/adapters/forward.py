@@ -59,6 +59,7 @@ def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwarg
     outputs = _run_packed(original, model, entry, packed)
     stats = entry.state.stats
     stats.packed_calls += 1
+    stats.attention.update((role, str(choice)) for role, choice in packed.call.choices.items())
     stats.packed_tokens += sum(side.total_tokens for side in packed.call.layouts.values())
     stats.padded_tokens += packed.padded_slots
     return_dict = inputs.get("return_dict")

@@ -235,9 +235,10 @@ def _packed_attention_forward(
         relative_bias=bias,
         dropout_p=dropout,
         backend=call.backend,
+        memo=call.memo,
     )
     call.attention_calls += 1
-    call.state.stats.attention[role] = str(choice)
+    call.choices[role] = choice
     return out
 
 

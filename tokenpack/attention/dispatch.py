@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import PackedLayout
-from ..kernels.attention import cast_for_autocast, normal_window
+from ..kernels.attention import (
+    HostPlan,
+    Lines,
+    attend_on_host,
+    cast_for_autocast,
+    normal_window,
+    plan_reference,
+)
 from .backends import TABLE, AttentionCall, Backend, Options
 
 BACKENDS = tuple(backend.name for backend in TABLE)
@@ -53,6 +60,7 @@ def layout_attention(
     relative_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    memo: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Choice]:
     """`packed_attention` with the shapes and options of a transformers attention layer.
 
@@ -72,6 +80,8 @@ def layout_attention(
         relative_bias: ``(heads, 2 * reach + 1)``, added to the scores by distance of key and query.
         dropout_p: probability that an attention weight is dropped.
         backend: ``"auto"`` or a name from `BACKENDS`.
+        memo: an empty dict that the layers of one forward share. Then the backend is chosen, and
+            the batch's lengths are read, once for all layers of one kind.
 
     Returns:
         The output ``(1, total_q, heads, head_dim)``, and the choice of backend.
@@ -80,35 +90,120 @@ def layout_attention(
         RuntimeError: if query or key do not have as many tokens as their layout.
         ValueError: if ``backend`` is unknown, or lacks something for this call.
     """
-    side_q, side_k = ("dec", "enc") if role == "cross" else (role, role)
-    layout_q, layout_k = layouts[side_q].to(query.device), layouts[side_k].to(query.device)
-    if query.shape[2] != layout_q.total_tokens or key.shape[2] != layout_k.total_tokens:
-        raise RuntimeError(
-            f"query and key must have the {layout_q.total_tokens} and {layout_k.total_tokens} "
-            f"tokens of their layouts, got {query.shape[2]} and {key.shape[2]} (role {role!r})"
-        )
-    window = None
-    if sliding_window is not None:  # packed_attention does not count the query's own position
-        window = (sliding_window - 1, -1 if causal else sliding_window - 1)
-    out, choice = packed_attention(
-        # The backward of [0] writes a tensor of zeros and copies the gradient into it. The
-        # backward of squeeze is a view.
-        query.squeeze(0).transpose(0, 1),  # (total_q, heads, head_dim)
-        key.squeeze(0).transpose(0, 1),
-        value.squeeze(0).transpose(0, 1),
-        layout_q.cu_seqlens,
-        layout_k.cu_seqlens,
-        layout_q.max_seqlen,
-        layout_k.max_seqlen,
-        causal=causal,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        window=window,
-        softcap=softcap,
-        relative_bias=relative_bias,
-        dropout_p=dropout_p,
-        backend=backend,
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if autocast:
+        query, key, value = cast_for_autocast(query, key, value)
+    wanted = (
+        *(role, causal, scale, sliding_window, softcap, dropout_p, backend),
+        *(relative_bias is not None, query.dtype, query.device),
+        *(query.shape[1], key.shape[1], query.shape[3]),
     )
-    return out[None], choice
+    prepared = None if memo is None else memo.get(wanted)
+    if prepared is None:
+        prepared = _prepare(layouts, _Kind(*wanted))
+        if memo is not None:
+            memo[wanted] = prepared
+    totals = query.shape[2], key.shape[2]
+    if totals != prepared.totals:
+        raise RuntimeError(
+            f"query and key must have the {prepared.totals[0]} and {prepared.totals[1]} "
+            f"tokens of their layouts, got {totals[0]} and {totals[1]} (role {role!r})"
+        )
+    return prepared(query, key, value, relative_bias), prepared.choice
+
+
+class Prepared:
+    """One kind of layer in one batch: what is the same for all layers of this kind."""
+
+    def __init__(
+        self,
+        choice: Choice,
+        options: Options,
+        layouts: tuple[PackedLayout, PackedLayout],
+        plan: HostPlan | None,
+    ) -> None:
+        self.choice = choice
+        self.totals = layouts[0].total_tokens, layouts[1].total_tokens
+        self._options = options
+        self._offsets = layouts[0].cu_seqlens, layouts[1].cu_seqlens
+        self._longest = layouts[0].max_seqlen, layouts[1].max_seqlen
+        self._run = _find_backend(choice.backend).run
+        self._plan = plan  # of the reference
+        self._table: tuple[Tensor, int, Lines] | None = None
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, relative_bias: Tensor | None
+    ) -> Tensor:
+        """``(1, heads, total, head_dim)`` each, to ``(1, total_q, heads, head_dim)``."""
+        if self._plan is not None:
+            lines = None if relative_bias is None else self._lines_of(relative_bias)
+            return attend_on_host(query, key, value, relative_bias, self._plan, lines)
+        options = self._options
+        if relative_bias is not None:
+            options = {**options, "relative_bias": relative_bias}
+        # The backward of [0] writes a tensor of zeros and copies the gradient into it. The backward
+        # of squeeze is a view.
+        q, k, v = (side.squeeze(0).transpose(0, 1) for side in (query, key, value))
+        return self._run((q, k, v, *self._offsets), self._longest, options)[None]
+
+    def _lines_of(self, table: Tensor) -> Lines:
+        """What earlier layers have computed from the same table."""
+        last = self._table
+        if last is None or last[0] is not table or last[1] != table._version:
+            last = self._table = table, table._version, {}
+        return last[2]
+
+
+class _Kind(NamedTuple):
+    """What decides how a layer runs in one batch. See `layout_attention`."""
+
+    role: str
+    causal: bool
+    scale: float | None
+    sliding_window: int | None
+    softcap: float | None
+    dropout_p: float
+    backend: str
+    has_bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def _prepare(layouts: Mapping[str, PackedLayout], kind: _Kind) -> Prepared:
+    """Choose the backend of a kind of layer, and plan what depends on the lengths."""
+    side_q, side_k = ("dec", "enc") if kind.role == "cross" else (kind.role,) * 2
+    layout_q, layout_k = layouts[side_q].to(kind.device), layouts[side_k].to(kind.device)
+    window = None
+    if kind.sliding_window is not None:  # it counts the query's own position
+        left = kind.sliding_window - 1
+        window = (left, -1 if kind.causal else left)
+    options: Options = {
+        "causal": kind.causal,
+        "scale": kind.head_dim**-0.5 if kind.scale is None else kind.scale,
+        "window": normal_window(window),
+        "softcap": kind.softcap,
+        "relative_bias": None,
+        "dropout_p": kind.dropout_p,
+    }
+    call = _describe(
+        (layout_q.total_tokens, kind.heads, kind.head_dim),
+        kind.kv_heads,
+        kind.device.type,
+        kind.dtype,
+        layout_q.num_seqs,
+        options,
+        kind.has_bias,
+    )
+    choice = choose_backend(call, kind.backend)
+    plan = None
+    if choice.backend == "reference":
+        sizes = (layout_q.total_tokens, layout_k.total_tokens), (kind.heads, kind.kv_heads)
+        offsets = layout_q.cu_seqlens, layout_k.cu_seqlens
+        plan = plan_reference(*offsets, *sizes, kind.device, kind.has_bias, options)
+    return Prepared(choice, options, (layout_q, layout_k), plan)
 
 
 def packed_attention(
@@ -141,24 +236,6 @@ def packed_attention(
     """
     q, k, v = cast_for_autocast(q, k, v)
     window = normal_window(window)
-    heads, head_dim = q.shape[1:]
-    # Elements of the scratch tensor that flash attention's backward allocates.
-    scratch = (q.shape[0] + 128 * cu_seqlens_q.numel()) * heads * -(-head_dim // 32) * 32
-    call = AttentionCall(
-        device_type=q.device.type,
-        dtype=q.dtype,
-        heads=heads,
-        kv_heads=k.shape[1],
-        head_dim=head_dim,
-        default_scale=scale == head_dim**-0.5,
-        causal=causal,
-        window=window,
-        softcap=bool(softcap),
-        relative_bias=relative_bias is not None,
-        dropout=dropout_p > 0.0,
-        flash_scratch_fits=scratch < 2**31,
-    )
-    choice = choose_backend(call, backend)
     options: Options = {
         "causal": causal,
         "scale": scale,
@@ -167,9 +244,48 @@ def packed_attention(
         "relative_bias": relative_bias,
         "dropout_p": dropout_p,
     }
+    call = _describe(
+        q.shape,
+        k.shape[1],
+        q.device.type,
+        q.dtype,
+        cu_seqlens_q.numel() - 1,
+        options,
+        relative_bias is not None,
+    )
+    choice = choose_backend(call, backend)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     out = _find_backend(choice.backend).run(tensors, (max_seqlen_q, max_seqlen_k), options)
     return out, choice
+
+
+def _describe(
+    shape: tuple[int, ...],
+    kv_heads: int,
+    device_type: str,
+    dtype: torch.dtype,
+    num_seqs: int,
+    options: Options,
+    has_bias: bool,
+) -> AttentionCall:
+    """The properties of a call. ``shape`` is q's, ``(total_q, heads, head_dim)``."""
+    total, heads, head_dim = shape
+    # Elements of the scratch tensor that flash attention's backward allocates.
+    scratch = (total + 128 * (num_seqs + 1)) * heads * -(-head_dim // 32) * 32
+    return AttentionCall(
+        device_type=device_type,
+        dtype=dtype,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        default_scale=options["scale"] == head_dim**-0.5,
+        causal=options["causal"],
+        window=options["window"],
+        softcap=bool(options["softcap"]),
+        relative_bias=has_bias,
+        dropout=options["dropout_p"] > 0.0,
+        flash_scratch_fits=scratch < 2**31,
+    )
 
 
 @lru_cache(maxsize=256)

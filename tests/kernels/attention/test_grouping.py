@@ -157,7 +157,7 @@ def test_a_batch_without_scores_has_no_groups(lengths):
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 12) | st.integers(0, 400), min_size=1, max_size=12))
 def test_slots_index_the_concatenated_groups(lengths):
-    groups, slots = plan_groups(starts(lengths), starts(lengths), 4, False, CPU)
+    groups, slots, *_ = plan_groups(starts(lengths), starts(lengths), 4, False, CPU)
     stream = torch.arange(sum(lengths))
     parts = [group.take_rows(stream).flatten() for group in groups]
     if not parts:

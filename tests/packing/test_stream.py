@@ -154,7 +154,7 @@ def test_a_chunk_with_invalid_lengths_adds_nothing():
             packer.extend(bad)
     with pytest.raises(TypeError, match="integers"):
         packer.add(2.5)
-    assert (packer.num_sequences, packer.num_held) == (0, 1)
+    assert (packer.num_sequences, packer.num_held) == (1, 1)
     assert [one.items.tolist() for one in packer.finish()] == [[0]]
     with pytest.raises(ValueError, match="must not shuffle"):
         StreamPacker(10, "ffs")
@@ -162,3 +162,16 @@ def test_a_chunk_with_invalid_lengths_adds_nothing():
         StreamPacker(10, lookahead=0)
     with pytest.raises(ValueError, match="overlong must be one of"):
         StreamPacker(10, overlong="cut")
+
+
+def test_the_number_of_sequences_is_up_to_date_after_each_add():
+    packer = StreamPacker(8, lookahead=100, overlong="split", drop_empty=True)
+    for count, length in enumerate([3, 2, 20, 0, 1], 1):
+        packer.add(length)
+        assert packer.num_sequences == count
+        again = StreamPacker(8, lookahead=100, overlong="split", drop_empty=True)
+        again.load_state_dict(json.loads(json.dumps(packer.state_dict())))
+        assert again.num_sequences == count
+    bins = [bin_.items.tolist() for bin_ in (*packer.finish(), *again.finish())]
+    assert sorted(item for items in bins for item in set(items)) == [0, 0, 1, 1, *[2] * 6, 4, 4]
+    assert packer.num_sequences == 5

@@ -125,7 +125,8 @@ def attend_on_host(
         return _HostAttention.apply(q, k, v, relative_bias, plan, {} if lines is None else lines)
     if q.dim() == 3:
         return scaled_dot_product(q, k, v, plan.fused, plan.spec)
-    return scaled_dot_product(*(_stream(side) for side in (q, k, v)), plan.fused, plan.spec)[None]
+    q, k, v = (_stream(side) for side in (q, k, v))
+    return scaled_dot_product(q, k, v, plan.fused, plan.spec)[None]
 
 
 def _host_starts(name: str, cu_seqlens: Tensor, total: int) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ class WorkerWatch:
     def __init__(self) -> None:
         self._read: set[str] = set()
         info = get_worker_info()
-        if info is not None and not isinstance(info, _Watched):
+        if info is not None and _Watched not in type(info).__mro__:
             # WorkerInfo refuses assignments, so that users do not change it.
             object.__setattr__(info, "__class__", _watched_class(type(info)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -158,6 +159,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 
 # Modules that take a rank eight seconds to import. The fork server imports them once.
 _IMPORTED_ONCE = [
+    "pytest",
     "tokenpack.trainer",
     "tokenpack.adapters.inputs",
     "transformers.models.t5.modeling_t5",
@@ -177,6 +179,7 @@ def _rank(rank, world, port, function, arguments, queue):
         LOCAL_WORLD_SIZE=str(world),
     )
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     try:
         # As bytes, because a tensor in shared memory disappears with this process.
         queue.put((rank, True, pickle.dumps(function(rank, *arguments))))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import inspect
 import json
 import multiprocessing as mp
@@ -171,15 +170,6 @@ def check_same(resumed, whole, since=0):
     assert ours[0].keys() == theirs[0].keys()
     for name, tensor in ours[0].items():
         assert torch.equal(tensor, theirs[0][name]), name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Exclude imported modules from the garbage collection in `train`, to save time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

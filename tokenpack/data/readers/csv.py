@@ -233,8 +233,12 @@ def _typed(text: pa.ChunkedArray, before: pa.DataType) -> pa.ChunkedArray | pa.A
         typed = _cast(text, type)
         if typed is not None:
             return typed
-    row = _first_invalid(text, _NEXT_TYPES[before][-1])
-    raise _InvalidCell(row, text[row].as_py(), before)
+    # Up to this row, at least one type holds all cells.
+    row, type = max(
+        ((_first_invalid(text, type), type) for type in _NEXT_TYPES[before]),
+        key=lambda found: found[0],
+    )
+    raise _InvalidCell(row, text[row].as_py(), type)
 
 
 def _first_invalid(text: pa.ChunkedArray, type: pa.DataType) -> int:

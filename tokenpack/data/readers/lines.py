@@ -134,7 +134,10 @@ def _parse_exactly(block: Block, file: DataFile, reading: Reading) -> pa.Table:
             seen.add(schema)
         records.append((number, record))
     if not reading.schema.names:
-        raise ValueError(f"{file.at(block.first_line)}: must be JSON objects with keys, got none")
+        raise ValueError(
+            f"{file.at(block.first_line)}: must be JSON objects with keys, got none; name columns "
+            "to read them as rows of None"
+        )
     try:
         return pa.Table.from_pylist([record for _, record in records], schema=reading.schema)
     except (pa.ArrowException, UnicodeError, OverflowError):

@@ -77,14 +77,15 @@ def streaming_dataset_reader(
             along the way, the resumed rows have only the columns that appear from there on; pass
             ``columns`` to get all.
         text_column: the column for lines of text. Every line is a row, empty lines included;
-            ``\\n`` or ``\\r\\n`` at its end is removed.
+            ``\\n``, ``\\r\\n`` or ``\\r`` at its end is removed.
 
     Returns:
         An iterator. Missing values are None: a key that a JSON line does not have (batches before
         the first line with that key lack the column, unless ``columns`` names it), and an empty
         cell of CSV. A CSV column holds integers, floats or booleans if all cells of its first block
-        do, and text otherwise. JSON strings stay text, even if they look like dates. Blank lines of
-        JSON and CSV are skipped.
+        do, and text otherwise; an integer past 2^53 is never read as a float. JSON strings stay
+        text, even if they look like dates. Blank lines are skipped: in CSV, lines of no character;
+        in JSON, lines of spaces and tabs. CSV rows end with ``\\n``, ``\\r\\n`` or ``\\r``.
 
     Raises:
         TypeError, ValueError: at the call, naming the argument.

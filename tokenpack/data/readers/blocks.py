@@ -21,7 +21,10 @@ from .files import BYTE_ORDER_MARK, DataFile, count_line_ends
 JSON_SPACE = b" \t\r"  # a line of nothing else is blank
 _LINE_BLOCK_BYTES = 1 << 20
 _LF, _QUOTE = ord("\n"), ord('"')
-_NOT_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"\n'))
+# pyarrow's JSON parser overflows the stack, and crashes the process, at some thousand levels.
+MAX_JSON_DEPTH = 100
+_NOT_OPENING = bytes(set(range(256)) - set(b"[{\n"))
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"'))
 _STEP = np.zeros(256, np.int32)  # change of the nesting depth by a byte
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 
@@ -39,29 +42,33 @@ class Block:
             if line.strip(JSON_SPACE):
                 yield number, line
 
-    def count_json_lines(self) -> int:
-        """The number of lines that are not blank."""
-        is_end = np.frombuffer(self.content.translate(None, JSON_SPACE), np.uint8) == _LF
-        return int(np.count_nonzero(is_end[1:] & ~is_end[:-1]))
+    def count_json_lines(self) -> tuple[int, bool]:
+        """The number of lines that are not blank, and whether each begins and ends with a brace."""
+        dense = np.frombuffer(self.content.translate(None, JSON_SPACE), np.uint8)
+        ends = np.flatnonzero(dense == _LF)
+        starts = np.concatenate([np.zeros(1, np.intp), ends[:-1] + 1])
+        filled = starts < ends
+        braces = dense[starts[filled]] == ord("{"), dense[ends[filled] - 1] == ord("}")
+        return int(np.count_nonzero(filled)), bool(braces[0].all() and braces[1].all())
 
-    def json_structure(self) -> tuple[int, int] | None:
-        """The largest nesting depth, and the number of objects and arrays that are not in others.
+    def json_depth(self) -> int:
+        """An upper bound of the number of brackets and braces that are open at once.
 
-        Brackets within strings do not count. The result holds up to the first syntax error, where
-        a parser stops. None if a line ends within an object, or the first does not begin with one.
+        It holds up to the first syntax error, where a parser stops, if no object spans lines.
         """
+        marks = np.frombuffer(self.content.translate(None, _NOT_OPENING), np.uint8)
+        in_line = np.diff(np.flatnonzero(marks == _LF), prepend=-1) - 1
+        most = int(in_line.max())
+        return most if most <= MAX_JSON_DEPTH else self._depth_outside_strings()
+
+    def _depth_outside_strings(self) -> int:
         content = self.content
-        if not content.lstrip(JSON_SPACE + b"\n").startswith(b"{"):
-            return None
         if b"\\" in content:  # an escaped quote does not end a string
             content = content.replace(b"\\\\", b"").replace(b'\\"', b"")
         marks = np.frombuffer(content.translate(None, _NOT_STRUCTURE), np.uint8)
         in_string = np.logical_xor.accumulate(marks == _QUOTE)
-        step = np.where(in_string, 0, _STEP[marks])
-        height = np.cumsum(step, dtype=np.int32)
-        if height[marks == _LF].any():
-            return None
-        return int(height.max()), int(np.count_nonzero(step[height == 0]))
+        height = np.cumsum(np.where(in_string, 0, _STEP[marks]), dtype=np.int32)
+        return int(height.max(initial=0))
 
 
 def line_blocks(file: DataFile, *, cr_ends_line: bool) -> Iterator[Block]:

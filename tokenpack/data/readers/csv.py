@@ -34,6 +34,7 @@ from .schema import LARGEST_EXACT, Reading
 
 _CSV_BLOCK_BYTES = 1 << 22  # larger than a block of lines, because types follow from the first
 _LONGEST_CSV_ROW_BYTES = 1 << 26  # bounds what a quote that is never closed can swallow
+_FIRST_CELLS = 100
 _ROW_END = re.compile(rb"\r\n|\r|\n")
 _LF, _CR = ord("\n"), ord("\r")
 
@@ -233,8 +234,12 @@ def _typed(text: pa.ChunkedArray, before: pa.DataType) -> pa.ChunkedArray | pa.A
         typed = _cast(text, type)
         if typed is not None:
             return typed
-    row = _first_invalid(text, _NEXT_TYPES[before][-1])
-    raise _InvalidCell(row, text[row].as_py(), before)
+    # Up to this row, at least one type holds all cells.
+    row, type = max(
+        ((_first_invalid(text, type), type) for type in _NEXT_TYPES[before]),
+        key=lambda found: found[0],
+    )
+    raise _InvalidCell(row, text[row].as_py(), type)
 
 
 def _first_invalid(text: pa.ChunkedArray, type: pa.DataType) -> int:
@@ -253,6 +258,9 @@ def _cast(text: pa.ChunkedArray, type: pa.DataType) -> pa.ChunkedArray | None:
     """``text`` as another type, or None if a cell is not a valid value of that type."""
     if pa.types.is_string(type):
         return text
+    # A cast of a column of words is slow to fail, so a few cells come first.
+    if len(text) > _FIRST_CELLS and _cast(text.slice(0, _FIRST_CELLS), type) is None:
+        return None
     trimmed = pc.utf8_trim_whitespace(text)
     try:
         typed = pc.cast(trimmed, type)

@@ -192,7 +192,7 @@ def _check_textual_content(file: DataFile) -> None:
     if file.format in DELIMITERS and head.lstrip().startswith(b'{"'):
         raise ValueError(f"{file.at(1)}: must be {file.format}, but it is JSON")
     # A JSON array can be one line as long as the file. Reject it before that line is read.
-    start = head.lstrip()
+    start = head.lstrip().removeprefix(BYTE_ORDER_MARK)  # as any line may begin with one
     if file.format == "jsonl" and start and not start.startswith(b"{"):
         line = head[: -len(start)].count(b"\n") + 1
         shown = start.split(b"\n")[0][:40].decode(errors="replace")

@@ -15,12 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from .blocks import JSON_SPACE, Block, line_blocks
+from .blocks import JSON_SPACE, MAX_JSON_DEPTH, Block, line_blocks
 from .files import BYTE_ORDER_MARK, DataFile, one_line, shorten
 from .schema import Reading, raise_missing, unify
-
-# pyarrow's JSON parser overflows the stack, and crashes the process, at some thousand levels.
-_MAX_DEPTH = 100
 
 
 def read_text(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
@@ -37,10 +34,11 @@ def read_text(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
 def read_jsonl(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
     """The objects of a file of JSON lines, one row each."""
     for block in line_blocks(file, cr_ends_line=False):
-        rows = block.count_json_lines()
+        rows, whole = block.count_json_lines()
         if reading.skips(rows):
             continue
-        table = _parse_fast(block, rows, reading)
+        # pyarrow crashes if the first line is null.
+        table = _parse_fast(block, rows, reading) if whole else None
         if table is None:
             table = _parse_exactly(block, file, reading)
         table = reading.fit(table, file.at(block.first_line))
@@ -52,10 +50,7 @@ def read_jsonl(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
 
 def _parse_fast(block: Block, rows: int, reading: Reading) -> pa.Table | None:
     """Parse with pyarrow. None if that fails or would change what is written."""
-    # pyarrow ignores line ends, takes the line null for a row, and crashes if it is the first. It
-    # must read as many rows as there are lines and objects.
-    depth, objects = block.json_structure() or (0, 0)
-    if depth > _MAX_DEPTH or objects != rows:
+    if block.json_depth() > MAX_JSON_DEPTH:
         return None
     known = [one for one in reading.schema if not _contains(one.type, pa.types.is_null)]
     # Keys that are not requested need no parsing. But if pyarrow ignores unexpected keys, it also
@@ -75,6 +70,8 @@ def _parse_fast(block: Block, rows: int, reading: Reading) -> pa.Table | None:
         return None
     if reading.columns is not None:
         table = table.select([name for name in reading.columns if name in table.column_names])
+    # pyarrow ignores line ends. But each line begins and ends with a brace: if there are as many
+    # rows as lines, each line is one object.
     if table.num_rows != rows or not table.num_columns or not _is_valid(table, known):
         return None
     return table if _is_exact(table) and reading.accepts(table.schema) else None
@@ -134,7 +131,10 @@ def _parse_exactly(block: Block, file: DataFile, reading: Reading) -> pa.Table:
             seen.add(schema)
         records.append((number, record))
     if not reading.schema.names:
-        raise ValueError(f"{file.at(block.first_line)}: must be JSON objects with keys, got none")
+        raise ValueError(
+            f"{file.at(block.first_line)}: must be JSON objects with keys, got none; name columns "
+            "to read them as rows of None"
+        )
     try:
         return pa.Table.from_pylist([record for _, record in records], schema=reading.schema)
     except (pa.ArrowException, UnicodeError, OverflowError):
@@ -177,10 +177,10 @@ def _schema_of(record: dict[str, Any], where: str) -> pa.Schema:
         raise ValueError(f"{where}: {one_line(error)}") from None
 
 
-def _type_of(value: Any, levels: int = _MAX_DEPTH) -> pa.DataType:
+def _type_of(value: Any, levels: int = MAX_JSON_DEPTH) -> pa.DataType:
     """The Arrow type of a JSON value. pyarrow's own inference would mix booleans and numbers."""
     if not levels:
-        raise OverflowError(f"nested deeper than {_MAX_DEPTH} levels")
+        raise OverflowError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     if isinstance(value, dict):
         return pa.struct([(name, _type_of(one, levels - 1)) for name, one in value.items()])
     if isinstance(value, list):

@@ -1,9 +1,9 @@
 """The position in a training dataset without a length: which pass, and how many of its batches.
 
-A resumed run reads the pass again from its start and skips the batches that are done. So it is exact
-if the pass gives the same samples again. A dataset with ``set_epoch`` is told the pass. One with
-``state_dict`` and ``load_state_dict`` gets the state that it had before the pass. Any other may give
-other samples, and a warning says which batches are at risk.
+A resumed run reads the pass again from its start and skips the batches that are done. So it is
+exact if the pass gives the same samples again. A dataset with ``set_epoch`` is told the pass. One
+with ``state_dict`` and ``load_state_dict`` gets the state that it had before the pass. Any other
+may give other samples, and a warning says which batches are at risk.
 """
 
 from __future__ import annotations

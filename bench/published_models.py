@@ -141,7 +141,12 @@ def check_training_batch(name: str, model: nn.Module, batch: dict[str, Tensor]) 
     """`check_patch` on one batch in training mode."""
     check = check_patch(model.train(), batch)
     print(check, flush=True)
-    return Finding(name, "`check_patch`", check.ok, check.summary(), _padding(batch))
+    worst = max(check.comparisons, key=lambda each: each.difference)
+    result = (
+        f"{check.verdict} in {len(check.comparisons)} quantities; the largest difference is "
+        f"{worst.difference:.1e} ({worst.name}), {worst.result}"
+    )
+    return Finding(name, "`check_patch`", check.ok, result, _padding(batch))
 
 
 def check_generate(name: str, model: hf.PreTrainedModel, tokenizer: Any) -> Finding:

@@ -151,9 +151,9 @@ def checked_jobs() -> list[Job]:
     elsewhere = {("bias", 64, "bf16")}
     jobs = []
     for job in all_jobs():
-        call = (*getattr(job.case, "call", ()), *job.dtypes)
-        if len(call) == 3 and call in (tuned if job.target == "sm_90" else elsewhere):
-            jobs.append(job)
-        elif len(call) != 3:
+        call = getattr(job.case, "call", None)
+        if call is None:
             jobs.append(job if job.target == "sm_90" else job._replace(dtypes=["bf16"]))
+        elif (*call, *job.dtypes) in (tuned if job.target == "sm_90" else elsewhere):
+            jobs.append(job)
     return jobs

@@ -135,6 +135,18 @@ def test_the_decoder_of_mbart_starts_with_the_language():
     assert tokenizer.convert_ids_to_tokens(int(start)) == "ro_RO"
 
 
+def test_labels_of_several_languages():
+    """The language of a target need not be the one that the tokenizer is set to."""
+    tokenizer = mbart(hf.MBartTokenizer)
+    romanian = tokenizer(text_target=TEXT)["input_ids"]
+    tokenizer.tgt_lang = "de_DE"
+    german = tokenizer(text_target=TEXT)["input_ids"]
+    samples = [{"input_ids": [4, 2], "labels": each} for each in (romanian, german)]
+    labels = CappedSeq2SeqCollator(tokenizer, 9, 5, None)(samples)["labels"]
+    assert labels[:, -2:].tolist() == [romanian[-2:], german[-2:]]
+    assert romanian[-1] != german[-1]
+
+
 @pytest.mark.parametrize(
     "end, kept",
     [

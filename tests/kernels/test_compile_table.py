@@ -22,5 +22,5 @@ def test_a_changed_kernel_is_seen_and_a_changed_comment_is_not(tmp_path, monkeyp
     text = path.read_text(encoding="utf-8")
     path.write_text("# A comment.\n" + text.replace('"""', '"""Another docstring. ', 1))
     assert compile_table.fingerprint() == before
-    path.write_text(text.replace("num_warps=4", "num_warps=8", 1) + "\n_NEW = 1\n")
+    path.write_text(text + "\n_NEW = 1\n")
     assert compile_table.fingerprint() != before

@@ -18,6 +18,9 @@ export PIP_ROOT_USER_ACTION := ignore
 # `python -m` puts the current folder on sys.path, where transformers would take `kernels/` for the
 # Hugging Face package of that name and import it a second time.
 export PYTHONSAFEPATH := 1
+# Tests start many processes that import the same thousands of modules. Where this is set, as it is in
+# many container images, each of them compiles the modules again: half of the time of an import.
+unexport PYTHONDONTWRITEBYTECODE
 
 ifdef PYTHON
 PY := $(PYTHON)

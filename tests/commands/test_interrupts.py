@@ -14,6 +14,14 @@ from .test_pack import TOKENS, rows_of, run, write_lines
 fcntl = pytest.importorskip("fcntl")
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """Take SIGINT, which the background jobs of a shell ignore from the start."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.fixture
 def tokens(tmp_path):
     return write_lines(tmp_path / "tokens.jsonl", [{"input_ids": ids} for ids in TOKENS])

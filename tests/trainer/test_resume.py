@@ -80,6 +80,11 @@ class Diary(TrainerCallback):
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
+    def on_train_end(self, args, state, control, train_dataloader=None, **_):
+        """End persistent workers. Workers that are collected as garbage end after 5 s each."""
+        if workers := getattr(train_dataloader, "_iterator", None):
+            workers._shutdown_workers()
+
 
 class At(TrainerCallback):
     """Calls a function at the end of a step, or of every n-th step."""

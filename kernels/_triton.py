@@ -21,11 +21,15 @@ try:
 except ImportError:
 
     class _Absent:
-        """A placeholder for a module, in decorators and annotations only."""
+        """A placeholder for a module, in decorators, annotations and constants only."""
 
         @staticmethod
         def jit(function: Any = None, **options: Any) -> Any:
             return function if function is not None else lambda function: function
+
+        @staticmethod
+        def constexpr(value: Any) -> Any:
+            return value
 
     triton = tl = _Absent()
 

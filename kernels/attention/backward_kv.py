@@ -21,8 +21,8 @@ from .primitives import (
     StridedRows,
     TileRange,
     TileShape,
-    add_bias,
     apply_softcap,
+    between,
     dot_transposed,
     dropout_keep_mask,
     find_tile,
@@ -31,8 +31,8 @@ from .primitives import (
     params_of_head,
     query_ranges,
     select_rows,
+    softmax_weights,
     store_rows,
-    visible_mask,
 )
 
 
@@ -60,23 +60,23 @@ def _backward_queries(
     dk, dv = grads
     num_queries = queries.q.count
     key = k.first + tl.arange(0, SHAPE.KEYS)
-    offset = k.rows.count - num_queries
+    position = key - (k.rows.count - num_queries)  # of the query at distance 0
+    first_query, last_query = position - params.limits.right, position + params.limits.left
+    column = tl.arange(0, SHAPE.QUERIES)
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
         q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
-        query = start + tl.arange(0, SHAPE.QUERIES)
-        row_lse = load_lse(queries.lse, query, num_queries)  # [BM]
+        query = start + column
+        row_lse = load_lse(queries.lse, query, num_queries)[None, :]  # [1, BM]
         row_delta = tl.load(queries.delta + query, mask=query < num_queries, other=0.0)
-        distance = key[:, None] - (query + offset)[None, :]  # [BN, BM]
         product = dot_transposed(k, RowTile(q, queries.q, start), True, SHAPE)
-        scores, slope = apply_softcap(product, params, FEATURES.SOFTCAP)
-        scores = add_bias(scores, distance, params, tiles.bias, tiles.TABLE)
-        weights = tl.exp2(scores - row_lse[None, :])  # 0 past the last query, where lse is +inf
+        raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BN, BM]
+        biases = (params.table + (position - start))[:, None] - column.to(tl.int64)[None, :]
+        # 0 past the last query, where lse is +inf. Rows past the last key are never stored.
+        weights = softmax_weights(raw, row_lse, biases, params, tiles.bias, tiles.TABLE)
         if tiles.MASKED:
-            # `key + 1` makes every key exist. Rows past the last key are computed, never stored.
-            visible = visible_mask(
-                distance, key[:, None], key[:, None] + 1, params.limits, FEATURES
-            )
+            first, last = (first_query - start)[:, None], (last_query - start)[:, None]
+            visible = between(column[None, :], first, last, FEATURES.RIGHT, FEATURES.LEFT)
             weights = tl.where(visible, weights, 0.0)
         dweights = dot_transposed(v, RowTile(dout, queries.dout, start), True, SHAPE)
         dropped = weights  # the weights that the forward multiplied by v
@@ -190,7 +190,7 @@ def _attention_backward_kv_kernel(
         dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride)
         head_start = head.to(tl.int64) * total_q + span_q.start
         queries = _Queries(q_rows, dout_rows, lse + head_start, delta + head_start)
-        params = params_of_head(scale, softcap, table, head, limits, BIAS)
+        params = params_of_head(scale, softcap, table, head, limits, FEATURES)
         dropout = DropoutParams(seed_value, seq, head, dropout_p)
         grads = _backward_all_queries(
             grads, k_tile, v_tile, queries, params, dropout, ranges, FEATURES, SHAPE

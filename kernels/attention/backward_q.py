@@ -25,8 +25,8 @@ from .primitives import (
     RowTile,
     TileRange,
     TileShape,
-    add_bias,
     apply_softcap,
+    between,
     dot_transposed,
     dropout_keep_mask,
     find_tile,
@@ -35,8 +35,9 @@ from .primitives import (
     load_rows,
     params_of_head,
     select_rows,
+    softmax_weights,
     store_rows,
-    visible_mask,
+    visible_keys,
 )
 
 
@@ -107,21 +108,22 @@ def _backward_keys(
     query = q.first + tl.arange(0, SHAPE.QUERIES)
     offset = keys.count - q.rows.count
     position = query + offset
+    first_key, last_key = visible_keys(position, keys.count, params.limits, FEATURES)
+    column = tl.arange(0, SHAPE.KEYS)[None, :]
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
         k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
-        key = start + tl.arange(0, SHAPE.KEYS)
-        distance = key[None, :] - position[:, None]  # [BM, BN]
         product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)
-        scores, slope = apply_softcap(product, params, FEATURES.SOFTCAP)
-        scores = add_bias(scores, distance, params, tiles.bias, tiles.TABLE)
-        weights = tl.exp2(scores - queries.lse[:, None])
+        raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BM, BN]
+        biases = (params.table + (start - position))[:, None] + column.to(tl.int64)
+        lse = queries.lse[:, None]
+        weights = softmax_weights(raw, lse, biases, params, tiles.bias, tiles.TABLE)
         if tiles.MASKED:
-            visible = visible_mask(distance, key[None, :], keys.count, params.limits, FEATURES)
-            weights = tl.where(visible, weights, 0.0)
+            first, last = (first_key - start)[:, None], (last_key - start)[:, None]
+            weights = tl.where(between(column, first, last, FEATURES.LEFT, True), weights, 0.0)
         dweights = dot_transposed(dout, RowTile(v, values, start), tiles.MASKED, SHAPE)
         if FEATURES.DROPOUT:
-            keep = dropout_keep_mask(dropout, query[:, None], key[None, :])
+            keep = dropout_keep_mask(dropout, query[:, None], start + column)
             dweights = tl.where(keep, dweights / (1.0 - dropout.dropout_p), 0.0)
         dscores = weights * (dweights - queries.delta[:, None])  # of the score with its bias
         if FEATURES.DTABLE:
@@ -280,7 +282,7 @@ def _attention_backward_q_kernel(
     keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride)
     values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
     limits = DistanceLimits(left, right, reach)
-    params = params_of_head(scale, softcap, table, head, limits, BIAS)
+    params = params_of_head(scale, softcap, table, head, limits, FEATURES)
     dropout = DropoutParams(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     queries = _QueryTile(q_tile, dout_tile, row_lse, row_delta)
     grad = _backward_all_keys(queries, keys, values, params, dropout, partials, FEATURES, SHAPE)

@@ -28,8 +28,8 @@ from .primitives import (
     RowTile,
     TileRange,
     TileShape,
-    add_bias,
     apply_softcap,
+    between,
     dot_transposed,
     dropout_keep_mask,
     find_tile,
@@ -38,7 +38,7 @@ from .primitives import (
     params_of_head,
     select_rows,
     store_rows,
-    visible_mask,
+    visible_keys,
 )
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import num_tiles, tile_for
@@ -60,26 +60,35 @@ def _attend_keys(
     acc, row_max, row_sum = softmax
     query = q.first + tl.arange(0, SHAPE.QUERIES)
     position = query + (keys.count - q.rows.count)
+    first_key, last_key = visible_keys(position, keys.count, params.limits, FEATURES)
+    column = tl.arange(0, SHAPE.KEYS)[None, :]
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
         k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
-        key = start + tl.arange(0, SHAPE.KEYS)
-        distance = key[None, :] - position[:, None]  # [BM, BN]
         product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)
-        scores, _ = apply_softcap(product, params, FEATURES.SOFTCAP)
-        scores = add_bias(scores, distance, params, tiles.bias, tiles.TABLE)
+        raw, _ = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BM, BN]
+        if tiles.TABLE:
+            biases = (params.table + (start - position))[:, None] + column.to(tl.int64)
+            raw = raw * params.factor + tl.load(biases)
         if tiles.MASKED:
-            visible = visible_mask(distance, key[None, :], keys.count, params.limits, FEATURES)
-            scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+            first, last = (first_key - start)[:, None], (last_key - start)[:, None]
+            visible = between(column, first, last, FEATURES.LEFT, True)
+            raw = tl.where(visible, raw, float("-inf"))
+        highest = tl.max(raw, 1)
+        if not tiles.TABLE:
+            highest = highest * params.factor + tiles.bias
+        new_max = tl.maximum(row_max, highest)
         # While no key was visible the maximum is -inf, and -inf - -inf would be NaN.
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - finite_max[:, None])
+        if tiles.TABLE:
+            weights = tl.exp2(raw - finite_max[:, None])
+        else:
+            weights = tl.exp2(raw * params.factor - (finite_max - tiles.bias)[:, None])
         rescale = tl.exp2(row_max - finite_max)
         # Dropout does not change the normalizer: it applies to normalized weights.
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         if FEATURES.DROPOUT:
-            keep = dropout_keep_mask(dropout, query[:, None], key[None, :])
+            keep = dropout_keep_mask(dropout, query[:, None], start + column)
             weights = tl.where(keep, weights, 0.0)
         if SHAPE.CHUNK:  # load v only now, so that it holds no registers during the first product
             v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
@@ -182,7 +191,7 @@ def _attention_forward_kernel(
     values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
     outs = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)  # out is contiguous
     limits = DistanceLimits(left, right, reach)
-    params = params_of_head(scale, softcap, table, head, limits, BIAS)
+    params = params_of_head(scale, softcap, table, head, limits, FEATURES)
     dropout = DropoutParams(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     acc, row_max, row_sum = _attend_all_keys(q_tile, keys, values, params, dropout, FEATURES, SHAPE)
     sees_any = row_sum > 0.0  # a query that sees no key gives 0, and a logsumexp of -inf

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .primitives import TABLE_PADDING
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import chunk_for, padded_head_dim, precision
 
@@ -13,8 +14,8 @@ from .tiles import chunk_for, padded_head_dim, precision
 def shared_arguments(inputs: AttentionInputs, lse: Tensor, spec: AttentionSpec) -> dict[str, Any]:
     """The arguments that all three kernels take, by name.
 
-    Kernels need a pointer for each tensor. ``lse`` stands in for an absent table or seed, which no
-    kernel then reads.
+    The table is extended, and the scale is positive (see `op`). Kernels need a pointer for each
+    tensor. ``lse`` stands in for an absent table or seed, which no kernel then reads.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
     q_stride, q_head_stride, _ = q.stride()
@@ -44,7 +45,7 @@ def shared_arguments(inputs: AttentionInputs, lse: Tensor, spec: AttentionSpec) 
         "dropout_p": spec.dropout_p,
         "left": left,
         "right": right,
-        "reach": 0 if table is None else table.shape[1] // 2,
+        "reach": 0 if table is None else table.shape[1] // 2 - TABLE_PADDING.value,
         "LEFT": left >= 0,
         "RIGHT": right >= 0,
         "SOFTCAP": spec.softcap is not None,

@@ -22,6 +22,7 @@ from .explicit import (
 )
 from .forward import attention_forward
 from .grouping import Group
+from .primitives import TABLE_PADDING
 from .slots import SlotPlan
 from .spec import AttentionInputs, AttentionSpec
 
@@ -174,6 +175,7 @@ def varlen_attention_triton(
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
     if kernel_lacks(q.device.type, q.dtype, q.shape[2]):
         return _forward_in_torch(inputs, spec)
+    inputs, spec, _ = _with_positive_scale(inputs, spec)
     return attention_forward(_for_kernels(inputs), spec)
 
 
@@ -201,14 +203,28 @@ def varlen_attention_backward_triton(
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
     if kernel_lacks(q.device.type, q.dtype, q.shape[2]):
         return _backward_in_torch(dout, inputs, spec, needs_table)
+    inputs, spec, sign = _with_positive_scale(inputs, spec)
     dq, dk, dv, dtable = attention_backward(
         _with_contiguous_rows(dout), out, lse, _for_kernels(inputs), spec, needs_table
     )
+    if sign != 1.0:
+        dq = dq * sign
     return dq, dk, dv, lse.new_empty(0) if dtable is None else dtable
 
 
+def _with_positive_scale(
+    inputs: AttentionInputs, spec: AttentionSpec
+) -> tuple[AttentionInputs, AttentionSpec, float]:
+    """The same call with a positive scale, which the kernels need, and its factor of q."""
+    if spec.scale > 0.0:
+        return inputs, spec, 1.0
+    sign = -1.0 if spec.scale < 0.0 else 0.0
+    inputs = inputs._replace(q=inputs.q * sign)
+    return inputs, spec._replace(scale=-spec.scale or 1.0), sign
+
+
 def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
-    """The inputs as the kernels read them. The table becomes base-2, float32 and contiguous."""
+    """The inputs as the kernels read them. The table becomes base-2, float32 and extended."""
     q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
     return AttentionInputs(
         _with_contiguous_rows(q),
@@ -216,9 +232,15 @@ def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
         _with_contiguous_rows(v),
         cu_seqlens_q.contiguous(),
         cu_seqlens_k.contiguous(),
-        None if table is None else (table.float() * _LOG2_E).contiguous(),
+        None if table is None else _extended(table.float() * _LOG2_E),
         seed,
     )
+
+
+def _extended(table: Tensor) -> Tensor:
+    """The table with ``TABLE_PADDING`` more copies of each row's first and last entry."""
+    padding = (TABLE_PADDING.value, TABLE_PADDING.value)
+    return torch.nn.functional.pad(table[None], padding, "replicate")[0]
 
 
 def _with_contiguous_rows(side: Tensor) -> Tensor:

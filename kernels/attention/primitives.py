@@ -8,7 +8,11 @@ depend only on the distance ``d = n - position`` of key n from the query:
 
 Scores are base-2 logarithms, because the hardware computes exp2:
 
-    score = log2(e) * (softcap(scale * q . k) + bias)
+    score = log2(e) * (softcap(scale * q . k) + bias) = factor * raw + log2(e) * bias
+
+``raw`` is the product q . k, or with a softcap its tanh. A maximum or a logsumexp is subtracted
+together with the multiplication by ``factor``, as one fused operation per score. This needs
+``factor > 0``, for which the launchers care (`launch`).
 
 A launch passes flat arguments: Triton specializes arguments one by one, and the fields of a tuple
 do not arrive as `tl.constexpr`. The kernels group the arguments into the NamedTuples below. Fields
@@ -23,6 +27,10 @@ from typing import NamedTuple
 
 from .._triton import tl, triton
 from ..loss_kernels import _tanh
+
+# Each row of the table is extended by this many copies of its first and of its last entry, so that
+# tiles which are partly beyond the reach need no clamp: at least the queries and keys of a tile.
+TABLE_PADDING = tl.constexpr(256)
 
 
 class Span(NamedTuple):
@@ -59,9 +67,9 @@ class DistanceLimits(NamedTuple):
 class ScoreParams(NamedTuple):
     """Run-time values that turn a product q . k into a score, for one head."""
 
-    scale: tl.tensor
-    softcap: tl.tensor
-    table: tl.tensor  # pointer to this head's 2 * reach + 1 biases, in base-2 units
+    factor: tl.tensor  # of the raw score, positive
+    inner: tl.tensor  # with a softcap: raw = tanh(inner * product)
+    table: tl.tensor  # pointer to this head's bias at distance 0, in base-2 units
     bias_before: tl.tensor  # of all keys beyond the reach before the query, or 0 without a bias
     bias_after: tl.tensor  # of all keys beyond the reach after the query
     limits: DistanceLimits
@@ -134,14 +142,21 @@ def select_rows(base, span, stride, head, head_stride):
 
 
 @triton.jit
-def params_of_head(scale, softcap, table, head, limits, BIAS: tl.constexpr):
-    """The `ScoreParams` of one head."""
-    row = table + head * (2 * limits.reach + 1)
-    if BIAS:
-        before, after = tl.load(row), tl.load(row + 2 * limits.reach)
+def params_of_head(scale, softcap, table, head, limits, FEATURES: tl.constexpr):
+    """The `ScoreParams` of one head. The table is extended by TABLE_PADDING at each end."""
+    origin = limits.reach + TABLE_PADDING
+    at_zero = table + head * (2 * origin + 1) + origin
+    if FEATURES.BIAS:
+        before, after = tl.load(at_zero - limits.reach), tl.load(at_zero + limits.reach)
     else:
         before, after = 0.0, 0.0
-    return ScoreParams(scale, softcap, row, before, after, limits)
+    if FEATURES.SOFTCAP:
+        factor = softcap * 1.4426950408889634
+        inner = scale / softcap
+    else:
+        factor = scale * 1.4426950408889634
+        inner = 1.0
+    return ScoreParams(factor, inner, at_zero, before, after, limits)
 
 
 @triton.jit
@@ -296,36 +311,48 @@ def dot_transposed(left, right, MASKED: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def apply_softcap(product, params, SOFTCAP: tl.constexpr):
-    """Base-2 ``softcap(scale * product)``, and its derivative by ``scale * product`` (natural)."""
+    """The raw score (see the top of this file), and its derivative by ``inner * product``."""
     if SOFTCAP:
-        capped = _tanh(product * (params.scale / params.softcap))  # in [-1, 1]
-        scores = capped * (params.softcap * 1.4426950408889634)
-        slope = 1.0 - capped * capped
+        raw = _tanh(product * params.inner)  # in [-1, 1]
+        slope = 1.0 - raw * raw
     else:
-        scores = product * (params.scale * 1.4426950408889634)
+        raw = product
         slope = 1.0
-    return scores, slope
+    return raw, slope
 
 
 @triton.jit
-def add_bias(scores, distance, params, bias, TABLE: tl.constexpr):
-    """Add the table's bias at each distance, or without TABLE the constant ``bias``."""
+def softmax_weights(raw, row_lse, biases, params, bias, TABLE: tl.constexpr):
+    """``exp2(score - row_lse)``. The bias is read from the pointers ``biases``, or a constant."""
     if TABLE:
-        reach = params.limits.reach
-        index = tl.minimum(tl.maximum(distance + reach, 0), 2 * reach)
-        return scores + tl.load(params.table + index)
-    return scores + bias
+        return tl.exp2(raw * params.factor + tl.load(biases) - row_lse)
+    return tl.exp2(raw * params.factor - (row_lse - bias))
 
 
 @triton.jit
-def visible_mask(distance, key, num_keys, limits, FEATURES: tl.constexpr):
-    """True where the key exists and its distance is within the limits."""
-    visible = key < num_keys
+def visible_keys(position, num_keys, limits, FEATURES: tl.constexpr):
+    """The first and the last key that a query at each position sees."""
+    first = position * 0
+    last = first + (num_keys - 1)
     if FEATURES.LEFT:
-        visible = visible & (distance >= -limits.left)
+        first = position - limits.left
     if FEATURES.RIGHT:
-        visible = visible & (distance <= limits.right)
-    return visible
+        last = tl.minimum(last, position + limits.right)
+    return first, last
+
+
+@triton.jit
+def between(index, first, last, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    """True where ``index`` is at least ``first`` if LOWER, and at most ``last`` if UPPER.
+
+    The mask of a tile compares its columns, which are constants to the compiler, with one bound
+    per row. It computes no distance per score.
+    """
+    if LOWER and UPPER:
+        return (index >= first) & (index <= last)
+    if LOWER:
+        return index >= first
+    return index <= last
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 
 from tokenpack.kernels import varlen_attention
 from tokenpack.kernels._triton import DEVICES, INTERPRETED
-from tokenpack.kernels.attention import op, tiles, varlen_attention_reference
+from tokenpack.kernels.attention import op, primitives, tiles, varlen_attention_reference
 
 from .test_varlen_attention import (
     HEADS,
@@ -89,6 +89,22 @@ def test_one_bias_for_every_distance_changes_nothing():
     for name, expected in run(varlen_attention, inputs._replace(table=None)).items():
         torch.testing.assert_close(results[name], expected, rtol=1e-4, atol=1e-5)
     assert results["dtable"].abs().max() < 1e-4
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    """The kernels scale each row's maximum, which is right only for a positive factor."""
+    lengths = ([3, 70], [3, 70])
+    for softcap in ({}, {"softcap": 2.0}):
+        inputs = make_inputs(lengths, heads=1, kv_heads=1, bias=True)
+        assert_as_exact_as_pytorch(inputs, scale=scale, **softcap)
+
+
+def test_the_extended_table_covers_every_tile():
+    for kind in tiles._TILES.values():
+        for tile in itertools.chain.from_iterable(kind.values()):
+            assert tile.queries + tile.keys <= primitives.TABLE_PADDING.value
 
 
 @interpreted

@@ -3,7 +3,7 @@
     python bench/tune_attention.py [--dtype bf16|fp16|fp32] [--head-dim 64 128 256]
 
 For each kernel and head_dim it times all candidate tiles on 32 sequences of log-normal lengths up
-to 2048, with a bias, with and without dropout. It prints the fastest tiles as a row of the table in
+to 2048, with and without a bias and dropout. It prints the fastest tiles as a row of the table in
 `kernels/attention/tiles.py`. tokenpack does not tune at run time. Copy the row into the table, and
 check with `make compile` that it does not spill.
 """
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from tokenpack.kernels.attention import op, tiles
-from tokenpack.kernels.attention.tiles import Tile
+from tokenpack.kernels.attention.tiles import Tile, Tiles
 
 KERNELS = ("forward", "dq", "dkv", "dkv, grouped")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -28,11 +28,11 @@ HEADS, ROWS, LONGEST = 16, 32, 2048
 Run = Callable[[], object]
 
 
-def candidates(kernel: str) -> Iterator[Tile]:
+def candidates(kernel: str, bias: bool) -> Iterator[Tile]:
     """All tiles to time."""
     sizes = (16, 32, 64, 128)
-    for queries, keys, warps, stages in itertools.product(sizes, sizes[:3], (4, 8), (1, 2, 3)):
-        if kernel == "dq" and queries > keys:  # its diagonals may wrap around only once
+    for queries, keys, warps, stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3)):
+        if kernel == "dq" and bias and queries > keys:  # its diagonals may wrap around only once
             continue
         if queries * keys >= 256:
             yield Tile(queries, keys, warps, stages)
@@ -42,7 +42,7 @@ def candidates(kernel: str) -> Iterator[Tile]:
 def using(kernel: str, row: tuple[int, int], tile: Tile) -> Iterator[None]:
     """Replace one row of one kernel's table for the duration of a block."""
     before = tiles._TILES[kernel][row]
-    tiles._TILES[kernel][row] = (tile, tile)
+    tiles._TILES[kernel][row] = Tiles(tile, tile, tile, tile)
     try:
         yield
     finally:
@@ -50,11 +50,11 @@ def using(kernel: str, row: tuple[int, int], tile: Tile) -> Iterator[None]:
 
 
 def fastest(
-    kernel: str, row: tuple[int, int], run: Run, milliseconds: Callable[[Run], float]
+    kernel: str, row: tuple[int, int], bias: bool, run: Run, milliseconds: Callable[[Run], float]
 ) -> Tile:
     """The candidate that makes ``run`` fastest. Skips candidates that do not fit the device."""
     times = {}
-    for tile in candidates(kernel):
+    for tile in candidates(kernel, bias):
         with using(kernel, row, tile):
             try:
                 times[tile] = milliseconds(run)
@@ -64,13 +64,14 @@ def fastest(
     return min(times, key=times.__getitem__)
 
 
-def as_row(row: tuple[int, int], plain: Tile, dropout: Tile) -> str:
+def as_row(row: tuple[int, int], best: Tiles) -> str:
     """A row in the syntax of the table."""
-    first, second = (f"Tile{tuple(tile)}" for tile in (plain, dropout))
-    return f"        {row}: ({first}, {second}),"
+    return f"        {row}: Tiles({', '.join(f'Tile{tuple(tile)}' for tile in best)}),"
 
 
-def calls(kernel: str, head_dim: int, dtype: torch.dtype, dropout_p: float, device: str) -> Run:
+def calls(
+    kernel: str, head_dim: int, dtype: torch.dtype, bias: bool, dropout_p: float, device: str
+) -> Run:
     """A function that runs the forward or the backward of one layer."""
     generator = torch.Generator().manual_seed(0)
     lengths = (torch.randn(ROWS, generator=generator) * 0.8).exp() * LONGEST / 6
@@ -80,13 +81,13 @@ def calls(kernel: str, head_dim: int, dtype: torch.dtype, dropout_p: float, devi
     kv_heads = HEADS // 4 if kernel == "dkv, grouped" else HEADS
     q, dout = (torch.randn(total, HEADS, head_dim, dtype=dtype, device=device) for _ in "qd")
     k, v = (torch.randn(total, kv_heads, head_dim, dtype=dtype, device=device) for _ in "kv")
-    table = torch.randn(HEADS, 257, device=device)
+    table = torch.randn(HEADS, 257, device=device) if bias else None
     seed = torch.ones(1, dtype=torch.int64, device=device)
     rest = (bounds, bounds, table, seed, head_dim**-0.5, -1, -1, 0.0, dropout_p)
     if kernel == "forward":
         return lambda: op.varlen_attention_triton(q, k, v, *rest)
     out, lse = op.varlen_attention_triton(q, k, v, *rest)
-    return lambda: op.varlen_attention_backward_triton(dout, q, k, v, out, lse, *rest, True)
+    return lambda: op.varlen_attention_backward_triton(dout, q, k, v, out, lse, *rest, bias)
 
 
 def main() -> int:
@@ -111,11 +112,18 @@ def main() -> int:
         print(f'    "{kernel}":')
         for head_dim in arguments.head_dim:
             row = (head_dim, dtype.itemsize)
-            best = [
-                fastest(kernel, row, calls(kernel, head_dim, dtype, p, "cuda"), milliseconds)
-                for p in (0.0, 0.1)
-            ]
-            print(as_row(row, *best), flush=True)
+            best = Tiles(
+                *(
+                    fastest(
+                        *(kernel, row, bias),
+                        calls(kernel, head_dim, dtype, bias, dropout_p, "cuda"),
+                        milliseconds,
+                    )
+                    for dropout_p in (0.0, 0.1)
+                    for bias in (False, True)
+                )
+            )
+            print(as_row(row, best), flush=True)
     return 0
 
 

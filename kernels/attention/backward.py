@@ -1,6 +1,7 @@
 """The backward of attention: one launch for dq and the bias table, one for dk and dv.
 
-The kernel of dk and dv reads ``delta[m] = sum(dout[m] * out[m])``, which the kernel of dq writes.
+The kernel of dq also writes what the kernel of dk and dv reads of each query: the logsumexp in base
+2, and ``delta[m] = sum(dout[m] * out[m])``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def attention_backward(
     shared = shared_arguments(inputs, lse, spec)
     shared["dout"] = dout
     shared["dout_stride"], shared["dout_head_stride"], _ = dout.stride()
-    shared["delta"] = torch.empty_like(lse)
+    shared["delta"], base2_lse = torch.empty_like(lse), torch.empty_like(lse)
     partials = None
     if needs_table:
         # A row per program: 2 * reach + 1 distances, and a total for each side beyond the reach.
@@ -45,6 +46,7 @@ def attention_backward(
             **shared,
             out=out,
             dq=dq,
+            base2_lse=base2_lse,
             partials=lse if partials is None else partials,
             DTABLE=needs_table,
             QUERIES=tile.queries,
@@ -56,7 +58,7 @@ def attention_backward(
     tile = tile_for(kernel, q, bias=bias, dropout=dropout)
     if dk.numel():
         _attention_backward_kv_kernel[(num_tiles(total_k, num_seqs, tile.keys), kv_heads)](
-            **shared,
+            **{**shared, "lse": base2_lse},
             dk=dk,
             dv=dv,
             QUERIES=tile.queries,

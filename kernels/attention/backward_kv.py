@@ -5,7 +5,8 @@
 
 One program computes a tile of keys of one key head. It loops over the query heads that share these
 keys, and over the queries that see them, so grouped heads need no atomics. It computes transposed
-tiles, [keys, queries], so that both sums are plain products. `backward_q` computes ``delta``.
+tiles, [keys, queries], so that both sums are plain products. `backward_q` computes ``delta`` and
+``lse`` in base 2.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import NamedTuple
 from .._triton import tl, triton
 from .primitives import (
     DistanceLimits,
-    DropoutParams,
     Features,
     RowTile,
     StridedRows,
@@ -25,8 +25,8 @@ from .primitives import (
     between,
     dot_transposed,
     dropout_keep_mask,
+    dropout_params,
     find_tile,
-    load_lse,
     load_rows,
     params_of_head,
     query_ranges,
@@ -41,7 +41,7 @@ class _Queries(NamedTuple):
 
     q: StridedRows
     dout: StridedRows
-    lse: tl.tensor  # pointer to one float32 per query
+    lse: tl.tensor  # pointer to one float32 per query, base-2, +inf where no key is visible
     delta: tl.tensor  # pointer to one float32 per query
 
 
@@ -67,13 +67,13 @@ def _backward_queries(
         q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
         query = start + column
-        row_lse = load_lse(queries.lse, query, num_queries)[None, :]  # [1, BM]
+        row_lse = tl.load(queries.lse + query, mask=query < num_queries, other=float("inf"))
         row_delta = tl.load(queries.delta + query, mask=query < num_queries, other=0.0)
         product = dot_transposed(k, RowTile(q, queries.q, start), True, SHAPE)
         raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BN, BM]
         biases = (params.table + (position - start))[:, None] - column.to(tl.int64)[None, :]
         # 0 past the last query, where lse is +inf. Rows past the last key are never stored.
-        weights = softmax_weights(raw, row_lse, biases, params, tiles.bias, tiles.TABLE)
+        weights = softmax_weights(raw, row_lse[None, :], biases, params, tiles.bias, tiles.TABLE)
         if tiles.MASKED:
             first, last = (first_query - start)[:, None], (last_query - start)[:, None]
             visible = between(column[None, :], first, last, FEATURES.RIGHT, FEATURES.LEFT)
@@ -82,8 +82,8 @@ def _backward_queries(
         dropped = weights  # the weights that the forward multiplied by v
         if FEATURES.DROPOUT:
             keep = dropout_keep_mask(dropout, query[None, :], key[:, None])
-            dropped = tl.where(keep, weights / (1.0 - dropout.dropout_p), 0.0)
-            dweights = tl.where(keep, dweights / (1.0 - dropout.dropout_p), 0.0)
+            dropped = tl.where(keep, weights * dropout.factor, 0.0)
+            dweights = tl.where(keep, dweights * dropout.factor, 0.0)
         if SHAPE.CHUNK:  # load dout only now, so that it holds no registers during the products
             dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
         dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
@@ -191,7 +191,7 @@ def _attention_backward_kv_kernel(
         head_start = head.to(tl.int64) * total_q + span_q.start
         queries = _Queries(q_rows, dout_rows, lse + head_start, delta + head_start)
         params = params_of_head(scale, softcap, table, head, limits, FEATURES)
-        dropout = DropoutParams(seed_value, seq, head, dropout_p)
+        dropout = dropout_params(seed_value, seq, head, dropout_p)
         grads = _backward_all_queries(
             grads, k_tile, v_tile, queries, params, dropout, ranges, FEATURES, SHAPE
         )

@@ -20,7 +20,6 @@ from typing import NamedTuple
 from .._triton import tl, triton
 from .primitives import (
     DistanceLimits,
-    DropoutParams,
     Features,
     RowTile,
     TileRange,
@@ -29,6 +28,7 @@ from .primitives import (
     between,
     dot_transposed,
     dropout_keep_mask,
+    dropout_params,
     find_tile,
     key_ranges,
     load_lse,
@@ -124,7 +124,7 @@ def _backward_keys(
         dweights = dot_transposed(dout, RowTile(v, values, start), tiles.MASKED, SHAPE)
         if FEATURES.DROPOUT:
             keep = dropout_keep_mask(dropout, query[:, None], start + column)
-            dweights = tl.where(keep, dweights / (1.0 - dropout.dropout_p), 0.0)
+            dweights = tl.where(keep, dweights * dropout.factor, 0.0)
         dscores = weights * (dweights - queries.delta[:, None])  # of the score with its bias
         if FEATURES.DTABLE:
             if tiles.TABLE:
@@ -227,6 +227,7 @@ def _attention_backward_q_kernel(
     cu_seqlens_k,
     dq,
     delta,
+    base2_lse,
     partials,
     num_seqs,
     total_q,
@@ -273,17 +274,18 @@ def _attention_backward_q_kernel(
     q_tile = RowTile(load_rows(q_rows, first, QUERIES, True, SHAPE), q_rows, first)
     dout_tile = RowTile(load_rows(dout_rows, first, QUERIES, True, SHAPE), dout_rows, first)
     out_tile = load_rows(out_rows, first, QUERIES, True, SHAPE)
-    # delta is computed here and stored for the kernel of dk and dv, which runs next.
+    # delta and the logsumexp in base 2 are stored for the kernel of dk and dv, which runs next.
     query = first + tl.arange(0, QUERIES)
     head_start = head.to(tl.int64) * total_q + span_q.start
     row_delta = tl.sum(dout_tile.data.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + head_start + query, row_delta, mask=query < span_q.count)
     row_lse = load_lse(lse + head_start, query, span_q.count)
+    tl.store(base2_lse + head_start + query, row_lse, mask=query < span_q.count)
     keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride)
     values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
     limits = DistanceLimits(left, right, reach)
     params = params_of_head(scale, softcap, table, head, limits, FEATURES)
-    dropout = DropoutParams(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
+    dropout = dropout_params(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     queries = _QueryTile(q_tile, dout_tile, row_lse, row_delta)
     grad = _backward_all_keys(queries, keys, values, params, dropout, partials, FEATURES, SHAPE)
     store_rows(dq_rows, grad * scale, first, QUERIES, SHAPE)

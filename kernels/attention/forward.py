@@ -23,7 +23,6 @@ from .._triton import tl, triton
 from .launch import shared_arguments
 from .primitives import (
     DistanceLimits,
-    DropoutParams,
     Features,
     RowTile,
     TileRange,
@@ -32,6 +31,7 @@ from .primitives import (
     between,
     dot_transposed,
     dropout_keep_mask,
+    dropout_params,
     find_tile,
     key_ranges,
     load_rows,
@@ -192,7 +192,7 @@ def _attention_forward_kernel(
     outs = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)  # out is contiguous
     limits = DistanceLimits(left, right, reach)
     params = params_of_head(scale, softcap, table, head, limits, FEATURES)
-    dropout = DropoutParams(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
+    dropout = dropout_params(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     acc, row_max, row_sum = _attend_all_keys(q_tile, keys, values, params, dropout, FEATURES, SHAPE)
     sees_any = row_sum > 0.0  # a query that sees no key gives 0, and a logsumexp of -inf
     acc = acc / tl.where(sees_any, row_sum * (1.0 - dropout_p), 1.0)[:, None]

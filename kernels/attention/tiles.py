@@ -27,45 +27,66 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Tiles for Hopper GPUs. The key is (largest head_dim, bytes of an element). The first tile is for
-# calls without dropout, the second for calls with it, which needs more registers. On sm_90 no row
-# spills in the cases of `make compile`: with a bias, with dropout, with grouped heads, and with all
-# options at once. Other combinations may spill; the worst one found spilled 67 words. float32
-# products are three tf32 products each, so above a head_dim of 64 they are computed in chunks of
-# columns (`chunk_for`). A "dq" tile must not have more queries than keys: its diagonals may wrap
-# around only once.
+class Tiles(NamedTuple):
+    """The tiles of one kernel, by what takes registers in a call."""
+
+    plain: Tile
+    bias: Tile
+    dropout: Tile
+    both: Tile
+
+
+# Tiles for Hopper GPUs. The key is (largest head_dim, bytes of an element). They were chosen by the
+# instructions of a tile and by the ceilings that follow from them (`make compile` counts both):
+#
+# - The matrix units of Hopper multiply 64 rows per four warps: the queries in "forward" and "dq",
+#   the keys in "dkv". With fewer rows, all warps compute the same products. So eight warps have 128
+#   rows. Below 64 rows, Triton uses the instruction of older GPUs, at half of the rate.
+# - Where fewer registers suffice, two or three programs share a multiprocessor, and one multiplies
+#   while another computes exponentials.
+# - A few rows spill, where this costs less than a smaller tile: see SPILLS in test_compile_gate.py.
+#
+# float32 products are three tf32 products each, so above a head_dim of 64 they are computed in
+# chunks of columns (`chunk_for`). With a bias, a "dq" tile must not have more queries than keys:
+# its diagonals may wrap around only once.
 _TILES = {
     "forward": {
-        (64, 2): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-        (128, 2): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
-        (256, 2): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (128, 4): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-        (256, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (64, 2): Tiles(
+            Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)
+        ),
+        (128, 2): Tiles(
+            Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)
+        ),
+        (256, 2): Tiles(*4 * [Tile(128, 32, 8, 2)]),
+        (64, 4): Tiles(*4 * [Tile(32, 32, 4, 2)]),
+        (128, 4): Tiles(*2 * [Tile(32, 64, 8, 2)], *2 * [Tile(32, 32, 8, 2)]),
+        (256, 4): Tiles(*4 * [Tile(32, 32, 8, 2)]),
     },
     "dq": {
-        (64, 2): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 1)),
-        (128, 2): (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-        (256, 2): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        (64, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (64, 2): Tiles(Tile(64, 64, 4, 2), *3 * [Tile(64, 64, 4, 1)]),
+        (128, 2): Tiles(
+            Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 2), Tile(32, 64, 4, 1)
+        ),
+        (256, 2): Tiles(*4 * [Tile(32, 32, 8, 1)]),
+        (64, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
+        (128, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
+        (256, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
     },
     "dkv": {
-        (64, 2): (Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
-        (128, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
-        (256, 2): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        (64, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (256, 4): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+        (64, 2): Tiles(*3 * [Tile(64, 128, 8, 2)], Tile(32, 128, 8, 2)),
+        (128, 2): Tiles(*4 * [Tile(32, 128, 8, 2)]),
+        (256, 2): Tiles(*4 * [Tile(32, 32, 8, 2)]),
+        (64, 4): Tiles(*4 * [Tile(32, 32, 8, 2)]),
+        (128, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
+        (256, 4): Tiles(*4 * [Tile(16, 16, 8, 2)]),
     },
     "dkv, grouped": {
-        (64, 2): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-        (128, 2): (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (256, 2): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
-        (64, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
-        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (256, 4): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+        (64, 2): Tiles(*3 * [Tile(32, 128, 8, 2)], Tile(16, 128, 8, 2)),
+        (128, 2): Tiles(*3 * [Tile(32, 128, 8, 2)], Tile(16, 128, 8, 2)),
+        (256, 2): Tiles(*2 * [Tile(16, 32, 8, 2)], *2 * [Tile(16, 32, 8, 1)]),
+        (64, 4): Tiles(*2 * [Tile(16, 32, 8, 2)], *2 * [Tile(16, 32, 8, 1)]),
+        (128, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
+        (256, 4): Tiles(*4 * [Tile(16, 16, 8, 2)]),
     },
 }
 
@@ -78,7 +99,7 @@ def tile_for(kernel: str, q: Tensor, *, bias: bool, dropout: bool) -> Tile:
     """The tile of a kernel on this device. ``dkv, grouped`` is for query heads that share keys."""
     head_dim = q.shape[2]
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    tile = _TILES[kernel][width, q.element_size()][dropout]
+    tile = _TILES[kernel][width, q.element_size()][bias + 2 * dropout]
     return _fit(tile, kernel, head_dim, q.dtype, bias, _shared_memory())
 
 

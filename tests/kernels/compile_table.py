@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from .tile_counts import LoopCount
+
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench/results/compile.md"
 CASES = Path(__file__).with_name("compile_cases.py")
@@ -46,13 +48,20 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def write(path: Path, rows: list[Row], triton: str) -> None:
-    """Write the table of all rows."""
-    header = f"| {' | '.join(Row._fields)} |\n|{' --- |' * len(Row._fields)}"
-    body = "\n".join(row.line() for row in rows)
+def write(path: Path, rows: list[Row], counts: list[LoopCount], triton: str) -> None:
+    """Write the table of all rows, and that of all loops of attention."""
+
+    def table(fields: tuple[str, ...], lines: list[str]) -> str:
+        return "\n".join([f"| {' | '.join(fields)} |", f"|{' --- |' * len(fields)}", *lines])
+
     path.write_text(
         f"# What the kernels compile to\n\nTriton {triton}, no GPU needed. Code {fingerprint()}. "
-        f"`make compile` writes this.\n\n{header}\n{body}\n",
+        "`make compile` writes this.\n\n"
+        f"{table(Row._fields, [row.line() for row in rows])}\n\n"
+        "## What attention issues for one tile on sm_90\n\n"
+        "Counted in bf16 from the machine code of each loop (tests/kernels/tile_counts.py). The\n"
+        "last two columns are ceilings of a model, in TFLOP/s of an H100, not measurements.\n\n"
+        f"{table(LoopCount._fields, [count.line() for count in counts])}\n",
         encoding="utf-8",
     )
 

@@ -1,4 +1,4 @@
-"""Fixtures for tests of ops that write into memory they were not handed."""
+"""Fixtures for tests that find writes outside the outputs of an op."""
 
 import math
 
@@ -7,13 +7,13 @@ import torch
 
 from tokenpack.kernels._triton import INTERPRETED
 
-FENCE = 256  # bytes before and behind
+FENCE = 256  # bytes before and after each output
 UNTOUCHED = 0xA5
 
 
 @pytest.fixture
 def fenced(monkeypatch):
-    """Outputs that ops allocate lie between fences, and whoever writes beyond them fails the test.
+    """Put fences around the outputs that ops allocate. A write into a fence fails the test.
 
     In Triton's interpreter a store outside a tensor lands somewhere in this process without a word.
     """

@@ -18,7 +18,7 @@ from tokenpack.kernels import layout_ops, padding
 ops = torch.ops.tokenpack
 aten = torch.ops.aten
 
-# An op hides what it runs from a dispatch mode, so the mode runs it itself.
+# An op hides its calls from a dispatch mode, so the mode runs the op itself.
 LAUNCHERS = {
     ops.mask_layout: layout_ops.mask_layout_triton,
     ops.boundary_layout: layout_ops.boundary_layout_triton,
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 
 class Counter(TorchDispatchMode):
-    """Counts what runs under it."""
+    """Counts the launches, waits and bytes of the calls inside."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ class Counter(TorchDispatchMode):
 
 
 def is_view(function):
-    """Whether results share memory with arguments that stay as they are."""
+    """Whether the results share memory with arguments that are not changed."""
     return any(
         result.alias_info is not None and not result.alias_info.is_write
         for result in function._schema.returns
@@ -94,14 +94,14 @@ def tensors(*tree):
 
 
 def size(tensor):
-    """Bytes in memory; what is expanded is there once."""
+    """Bytes in memory. An expanded dimension counts once."""
     there = [n for n, stride in zip(tensor.shape, tensor.stride()) if stride]
     return math.prod(there) * tensor.element_size()
 
 
 @contextlib.contextmanager
 def counted():
-    """Count what runs inside, in the interpreter. Gives a `Counter`."""
+    """Count the calls inside, in the interpreter. Yields a `Counter`."""
     from triton.runtime import interpreter
 
     counter = Counter()

@@ -1,4 +1,4 @@
-"""What the packed losses are measured against: PyTorch, and a loop over sequences."""
+"""References for the packed losses: PyTorch, and a loop over sequences."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from tokenpack.kernels._triton import INTERPRETED
 
 IGNORED = -100
 
-# In Triton's interpreter bf16 arithmetic works on raw bits and its stores truncate: fp16 stands in.
+# Triton's interpreter computes bf16 on raw bits and truncates its stores, so tests use fp16 there.
 DTYPES = [torch.float32, torch.float64, torch.float16 if INTERPRETED else torch.bfloat16]
 
 
@@ -28,7 +28,7 @@ def token_losses(
 
 
 def reduced(loss, targets, cu_seqlens, reduction, weights):
-    """By a loop over sequences."""
+    """The reduction, computed by a loop over sequences."""
     valid = targets != IGNORED
     parts = [
         (loss[start:end] * weights[s], valid[start:end])

@@ -38,7 +38,7 @@ def by_tokenpack(mask, qkv):
 
 
 def by_transformers(mask, qkv):
-    """As its flash attention does in every layer."""
+    """What flash attention of transformers does in every layer."""
     paths = pytest.importorskip("transformers.modeling_flash_attention_utils")
     with counted() as layout_counter:
         indices, *_ = paths._get_unpad_data(mask)
@@ -50,7 +50,7 @@ def by_transformers(mask, qkv):
 
 
 def by_bert_padding(mask, qkv):
-    """Its layout comes with the first tensor; the others take its indices."""
+    """The layout comes with the first tensor. The other tensors use its indices."""
     bert_padding = pytest.importorskip("flash_attn.bert_padding")
     with counted() as layout_counter:
         first, indices, *_ = bert_padding.unpad_input(qkv[0], mask)[:4]
@@ -67,7 +67,7 @@ def show(name, counters):
         print(f"{name:14} {what:14} {cost.launches:3} {cost.waits:2} {cost.bytes:8,}")
 
 
-def test_one_launch_each_and_one_wait_in_all(batch):
+def test_each_op_is_one_launch_and_all_wait_once(batch):
     mask, qkv = batch
     *_, counters = by_tokenpack(mask, qkv)
     show("tokenpack", counters)
@@ -75,7 +75,7 @@ def test_one_launch_each_and_one_wait_in_all(batch):
     assert (layout.launches, layout.waits) == (1, 1)
     assert (unpadding.launches, unpadding.waits) == (1, 0)
     assert (repadding.launches, repadding.waits) == (1, 0)
-    # Each real row is read and written, three times; then read once, and every slot written once.
+    # unpad reads and writes each real row of three tensors. repad reads each and writes every slot.
     indices = 4 * TOKENS
     assert unpadding.bytes == 3 * 2 * TOKENS * ROW_BYTES + indices
     rows = (TOKENS + ROWS * COLUMNS) * ROW_BYTES
@@ -84,7 +84,7 @@ def test_one_launch_each_and_one_wait_in_all(batch):
 
 
 @pytest.mark.parametrize("peer", [by_transformers, by_bert_padding])
-def test_peers_take_more(batch, peer):
+def test_peers_need_more_launches_waits_or_bytes(batch, peer):
     mask, qkv = batch
     streams, returned, counters = peer(mask, qkv)
     expected_streams, expected, ours = by_tokenpack(mask, qkv)
@@ -96,13 +96,13 @@ def test_peers_take_more(batch, peer):
     assert sum(c.bytes for c in counters) > sum(c.bytes for c in ours)
 
 
-def test_nothing_waits_where_the_total_is_known(batch):
+def test_known_totals_need_no_wait(batch):
     mask, _ = batch
     with counted() as counter:
         layout_from_mask(mask, total_tokens=TOKENS)
     assert counter.cost[:2] == (1, 0)
     lengths = torch.tensor(LENGTHS)
-    with counted() as counter:  # as the builders call it for lengths on a GPU
+    with counted() as counter:  # the call of the builders for lengths on a GPU
         torch.ops.tokenpack.boundary_layout(lengths, False, TOKENS, COLUMNS)
     assert counter.cost[:2] == (1, 0)
 

@@ -86,7 +86,7 @@ def make_head(dtype, device):
 
 
 def compare(rows, op, names, dtype, device, ours, theirs, exact):
-    """Leaves' gradients and the loss, by each of the three: ours, PyTorch's, in float64."""
+    """The loss and the gradients of the leaves, from our op, from PyTorch, and in float64."""
     for name, mine, other, truth in zip(names, ours, theirs, exact, strict=True):
         mine, other, truth = (tensor.double().cpu() for tensor in (mine, other, truth))
         assert mine.isfinite().all()
@@ -96,7 +96,7 @@ def compare(rows, op, names, dtype, device, ours, theirs, exact):
             f"| {op} | {name} | {str(dtype)[6:]} | {device} | {error:.2e} | {their_error:.2e} "
             f"| {ratio} |"
         )
-        # One number may be hit by luck, however its terms were rounded.
+        # A single number may be exact by luck, although its terms were rounded.
         floor = FLOORS[dtype] / (8 if name == "loss" and dtype.itemsize == 2 else 1)
         assert error <= max(1.5 * their_error, floor), f"{op}, {name}"
 
@@ -160,7 +160,7 @@ def test_linear_cross_entropy(rows, dtype, kind, reduction, device):
 @devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unpad_and_repad(rows, dtype, device):
-    """Copies: nothing is rounded, forward or backward."""
+    """Both are copies: neither forward nor backward rounds anything."""
     layout = layout_from_lengths(LENGTHS, device=device)
     (hidden, *_), _, _ = make_head(dtype, device)
     padded = repad(hidden, layout)

@@ -21,11 +21,11 @@ EXAMPLES = 15 if INTERPRETED else 60  # an interpreted launch takes as long as m
 
 MASK_DTYPES = [torch.bool, torch.int32, torch.int64, torch.uint8, torch.float32, torch.bfloat16]
 
-# Beyond what one launch counts, and with so many rows that programs take several. Of the last, many
-# rows and one launch, test_layout_ops.py has a small one: interpreted it would take a minute.
+# More slots than one launch counts, and so many rows that each program takes several. The case of
+# many rows in one launch takes a minute in the interpreter: test_layout_ops.py has a small one.
 LARGE = [(3, 70_000), (2100, 130)] + [(2100, 3)] * (not INTERPRETED)
 
-# A hole, left padding, right padding, nothing but padding, no padding.
+# A hole, left padding, right padding, only padding, no padding.
 MASK = [
     [1, 0, 1, 1, 0],
     [0, 0, 0, 1, 1],
@@ -37,7 +37,7 @@ MASK = [
 
 @st.composite
 def masks(draw):
-    """``(rows, columns)``; each row of one kind, so that every kind meets every other."""
+    """A ``(rows, columns)`` mask. Each row is of one kind, so that all kinds occur together."""
     rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 9))
 
     def row():
@@ -52,7 +52,7 @@ def masks(draw):
 
 
 def describe(mask):
-    """What a layout of ``mask`` must say, counted slot by slot."""
+    """The layout that ``mask`` must have, counted slot by slot."""
     cu_seqlens, indices, position_ids = [0], [], []
     for row, slots in enumerate(mask):
         columns = [column for column, real in enumerate(slots) if real]
@@ -75,7 +75,7 @@ def assert_same(one: PackedLayout, other: PackedLayout):
     assert one.padded_shape == other.padded_shape
 
 
-# ------------------------------------------------------------------------------- what a layout says
+# --------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
@@ -113,14 +113,14 @@ def test_all_builders_agree_on_the_boundaries(mask):
     assert_same(layout_from_lengths(lengths.tolist()), from_lengths)
     assert_same(layout_from_cu_seqlens(from_mask.cu_seqlens, from_mask.total_tokens), from_lengths)
     if from_mask.total_tokens:
-        # Position ids cannot tell of sequences without tokens.
+        # Position ids cannot express sequences without tokens.
         from_positions = layout_from_position_ids(from_mask.position_ids)
         assert_same(from_positions, layout_from_lengths(lengths[lengths > 0]))
 
 
 @settings(deadline=None, max_examples=EXAMPLES)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_lengths_are_their_right_padded_mask(lengths):
+def test_lengths_give_the_layout_of_their_right_padded_mask(lengths):
     right_padded = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     layout = layout_from_lengths(lengths)
     assert layout.padded_shape == (len(lengths), max(lengths))
@@ -130,7 +130,7 @@ def test_lengths_are_their_right_padded_mask(lengths):
         assert layout.indices.numel() == layout.total_tokens == 0
 
 
-def test_columns_are_positions_only_where_a_row_begins_at_its_first_slot():
+def test_columns_equal_positions_only_without_left_padding():
     layout = layout_from_mask(torch.tensor(MASK))
     by_row = zip(
         layout.columns.split(layout.lengths.tolist()),
@@ -191,7 +191,7 @@ def test_layouts_are_frozen_and_move_as_one():
     assert (moved.total_tokens, moved.padded_shape) == (5, (2, 3))
 
 
-def test_lengths_and_cu_seqlens_go_to_the_device_that_is_asked_for():
+def test_lengths_and_cu_seqlens_move_to_the_given_device():
     assert layout_from_lengths([2, 3], device="meta").device.type == "meta"
     assert layout_from_cu_seqlens([0, 2], device="meta").device.type == "meta"
 
@@ -306,12 +306,12 @@ def test_position_ids_of_the_wrong_type(position_ids):
 
 @pytest.mark.parametrize("builder", [layout_from_lengths, layout_from_cu_seqlens])
 @pytest.mark.parametrize("value", [None, "12", ["a"]])
-def test_what_is_no_array_at_all(builder, value):
+def test_values_that_are_not_arrays(builder, value):
     with pytest.raises(TypeError, match="must be integers"):
         builder(value)
 
 
-# --------------------------------------------------- numbers that the caller knows; registration
+# -------------------------------------------------------------- known totals; registration
 
 
 def test_known_totals_give_the_same_layout():
@@ -331,7 +331,7 @@ def test_known_totals_give_the_same_layout():
     )
 
 
-def test_totals_that_are_wrong_are_named():
+def test_wrong_totals_are_named():
     lengths = torch.tensor([3, 0, 5])
     with pytest.raises(ValueError, match=r"lengths must sum to total_tokens = 9, got 8"):
         layout_from_lengths(lengths, total_tokens=9)
@@ -351,7 +351,7 @@ def test_a_wrong_total_never_points_outside(total):
         ):
             layout_from_mask(mask, total_tokens=total)
         return
-    indices = layout_from_mask(mask, total_tokens=total).indices  # a GPU looks at no value
+    indices = layout_from_mask(mask, total_tokens=total).indices  # a GPU does not check values
     assert indices.numel() == total
     assert indices[:11].equal(layout_from_mask(mask).indices[:11])
     assert not indices[13:].any()
@@ -374,7 +374,7 @@ def test_long_streams():
 
 @pytest.mark.parametrize("total_tokens", [None, 13])
 def test_registered_correctly_for_compile(total_tokens):
-    """Behind ``indices``, where nothing is known of the total, outputs hold whatever was there."""
+    """Without a known total, the memory behind ``indices`` is not initialized."""
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.tokenpack
     mask = torch.tensor(MASK)

@@ -25,7 +25,7 @@ def describe(lengths, max_seqlen):
 
 
 def is_refused(op, *arguments):
-    """Whether the op says that its values are wrong."""
+    """Whether the op reports that its values are wrong."""
     if not INTERPRETED:
         with pytest.raises(ValueError, match="must"):
             op(*arguments)
@@ -47,7 +47,7 @@ def test_boundaries(lengths, cumulative, dtype, fenced):
     assert [result.tolist() for result in results[:3]] == [cu_seqlens, indices, position_ids]
 
 
-def test_lengths_of_so_many_sequences_that_they_are_summed_first(monkeypatch, fenced):
+def test_many_lengths_are_summed_first(monkeypatch, fenced):
     monkeypatch.setattr(layout_ops, "_ONE_LAUNCH_SEQS", 3)
     results = ops.boundary_layout(torch.tensor([3, 0, 7, 1]), False, 11, 7)
     assert tuple(result.tolist() for result in results[:3]) == describe([3, 0, 7, 1], 7)
@@ -64,14 +64,14 @@ def test_lengths_of_so_many_sequences_that_they_are_summed_first(monkeypatch, fe
         ([0, 2**31 + 5], True),
     ],
 )
-def test_boundaries_that_are_none(given, cumulative, fenced):
+def test_invalid_boundaries(given, cumulative, fenced):
     assert is_refused(ops.boundary_layout, torch.tensor(given), cumulative, None, None)
 
 
 @needs_kernel
 @pytest.mark.parametrize("total", [5, 14])
 @pytest.mark.parametrize("given, cumulative", [([3, 0, 7, 1], False), ([0, 3, 3, 10, 11], True)])
-def test_a_wrong_total_writes_no_further(given, cumulative, total, fenced):
+def test_a_wrong_total_writes_nothing_outside(given, cumulative, total, fenced):
     _, indices, position_ids, _ = ops.boundary_layout(torch.tensor(given), cumulative, total, 7)
     assert indices.numel() == position_ids.numel() == total
     _, expected, _ = describe([3, 0, 7, 1], 7)
@@ -80,7 +80,7 @@ def test_a_wrong_total_writes_no_further(given, cumulative, total, fenced):
 
 @needs_kernel
 @pytest.mark.parametrize("total", [0, 3, 12])
-def test_a_wrong_total_of_a_mask_writes_no_further(total, fenced):
+def test_a_wrong_total_of_a_mask_writes_nothing_outside(total, fenced):
     mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 1]])
     _, indices, position_ids, _ = ops.mask_layout(mask, total)
     assert indices.numel() == position_ids.numel() == total
@@ -90,7 +90,7 @@ def test_a_wrong_total_of_a_mask_writes_no_further(total, fenced):
 @pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize("columns", [1, 7, 1000])
 @pytest.mark.parametrize("know_total", [False, True])
-@pytest.mark.parametrize("many_rows", [40, 2048])  # from where on programs take several
+@pytest.mark.parametrize("many_rows", [40, 2048])  # from this number on, a program takes several
 def test_masks(rows, columns, know_total, many_rows, monkeypatch, fenced):
     monkeypatch.setattr(layout_ops, "_MANY_ROWS", many_rows)
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows)) < 0.4
@@ -106,7 +106,7 @@ def test_masks(rows, columns, know_total, many_rows, monkeypatch, fenced):
 
 @pytest.mark.parametrize("slots", [100, 70_000])  # one launch, and two
 @pytest.mark.parametrize("value", [2, -1])
-def test_masks_that_are_none(slots, value, fenced):
+def test_invalid_masks(slots, value, fenced):
     mask = torch.ones(2, slots, dtype=torch.int64)
     mask[1, slots - 3] = value
     assert is_refused(ops.mask_layout, mask, None)

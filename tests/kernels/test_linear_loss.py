@@ -1,4 +1,4 @@
-"""The fused head and loss against float64 cross entropy of logits that are all there.
+"""The fused head and loss, compared with float64 cross entropy of all logits at once.
 
 The error allowed is 1.5 times what PyTorch's own head and cross entropy make in the same dtype, and
 a floor of two roundings, ``2 * eps * |exact|``. The loss is one number, which PyTorch may
@@ -72,7 +72,7 @@ def by_pytorch(
     scale=1.0,
     **options,
 ):
-    """As transformers computes it: logits in the model's dtype, the loss in at least float32."""
+    """What transformers computes: logits in the model's dtype, the loss in at least float32."""
     labels = labels.long().masked_fill(labels == ignore_index, IGNORED)
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, labels.numel()])
@@ -88,7 +88,7 @@ def by_pytorch(
 def run(function, inputs, **options):
     leaves = inputs.leaves()
     loss = function(*leaves, **options)
-    slope = torch.linspace(1.7, 0.5, loss.numel(), dtype=loss.dtype)  # not the last thing
+    slope = torch.linspace(1.7, 0.5, loss.numel(), dtype=loss.dtype)  # more ops follow the loss
     loss.backward(slope.view(loss.shape))
     gradients = {name: getattr(leaves, name) for name in ("hidden", "weight", "bias")}
     gradients = {f"d{name}": t.grad for name, t in gradients.items() if t is not None}
@@ -163,7 +163,7 @@ def test_stats(shift):
 
 
 @pytest.mark.parametrize("valid", [0, 1, 30, 60])
-def test_the_number_of_targets_may_be_known(valid):
+def test_a_known_number_of_targets(valid):
     inputs = make_inputs(60)
     inputs.labels.clamp_(min=0)[valid:] = IGNORED
     expected = run(packed_linear_cross_entropy, inputs, num_items=3)
@@ -220,7 +220,7 @@ def test_gradients_by_finite_differences():
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 36])
-def test_what_is_ignored_takes_no_part(ignore_index):
+def test_ignored_tokens_have_no_effect(ignore_index):
     inputs = make_inputs(50)
     ignored = inputs.labels == IGNORED
     inputs.labels[ignored] = ignore_index
@@ -247,13 +247,13 @@ def test_extreme_logits_stay_finite():
     assert_as_exact_as_pytorch(inputs)
 
 
-def test_no_label_at_all_is_what_pytorch_makes_of_it():
+def test_without_any_label_it_equals_pytorch():
     inputs = make_inputs(5)
     inputs.labels[:] = IGNORED
     for function in (packed_linear_cross_entropy, by_pytorch):
         results = run(function, inputs, num_items=4)
         assert all(result.eq(0).all() for result in results.values())
-        # Without a number the loss is 0 / 0, and still no gradient is.
+        # Without a number the loss is 0 / 0, but the gradients are not NaN.
         assert function(*inputs).isnan()
     leaves = inputs.leaves()
     packed_linear_cross_entropy(*leaves).backward()
@@ -261,7 +261,7 @@ def test_no_label_at_all_is_what_pytorch_makes_of_it():
         assert leaf.grad.equal(torch.zeros_like(leaf))
 
 
-def test_no_token_at_all():
+def test_no_tokens():
     inputs = make_inputs(0)
     results = run(packed_linear_cross_entropy, inputs, num_items=4)
     assert results["loss"] == 0
@@ -283,21 +283,21 @@ def test_losses_of_micro_batches_add_up(chunks_of_16):
     torch.testing.assert_close(torch.cat([part["dhidden"] for part in parts]), whole["dhidden"])
 
 
-# ------------------------------------------------------------------------- what is not computed
+# --------------------------------------------------------------------------- skipped work
 
 
 @counts_memory
-def test_logits_are_never_there_all_at_once():
+def test_the_logits_are_never_all_in_memory():
     tokens, hidden_size, classes = 4096, 16, 500
     inputs = make_inputs(tokens, hidden_size, classes).leaves()
     inputs.labels.clamp_(min=0)
     seen = allocations(lambda: packed_linear_cross_entropy(*inputs, softcap=3.0).backward())
     assert seen.largest <= 4 * max(256 * classes, tokens * hidden_size)
-    # The gradients, a chunk's logits, and what the reference takes beside them for softcap.
+    # The gradients, the logits of a chunk, and the temporaries of the reference for softcap.
     gradients = tokens * hidden_size + classes * hidden_size + classes
     assert seen.peak <= 4 * (gradients + 256 * classes * 6)
     seen = allocations(lambda: by_pytorch(*inputs).backward())
-    assert seen.largest >= 4 * tokens * classes  # or the instrument sees nothing
+    assert seen.largest >= 4 * tokens * classes  # otherwise the counter sees nothing
 
 
 @counts_memory
@@ -307,7 +307,7 @@ def test_a_chunk_of_logits_grows_with_the_hidden_states():
     inputs.labels.clamp_(min=0)
     seen = allocations(lambda: packed_linear_cross_entropy(*inputs).backward())
     assert seen.largest <= 4 * tokens * hidden_size
-    assert seen.products == 3  # all tokens in one chunk: logits, and two gradients
+    assert seen.products == 3  # all tokens are one chunk: the logits and two gradients
 
 
 @counts_memory
@@ -316,7 +316,7 @@ def test_tokens_without_a_target_are_not_multiplied():
     inputs.labels[100:] = IGNORED
     seen = allocations(lambda: packed_linear_cross_entropy(*inputs).backward())
     assert seen.products == 3
-    # The gradient of the hidden states is as large as they are, and there is nothing else of it.
+    # The gradient of the hidden states has their size. Nothing else has it.
     assert seen.peak < 1.5 * 4 * inputs.hidden.numel()
 
 
@@ -331,7 +331,7 @@ def test_tokens_without_a_target_are_not_multiplied():
     ],
     ids=str,
 )
-def test_what_is_frozen_costs_nothing(learning, products):
+def test_frozen_inputs_cost_no_product(learning, products):
     inputs = make_inputs(60)
     expected = run(packed_linear_cross_entropy, inputs)
     for name in learning:
@@ -415,9 +415,9 @@ def test_traces_without_a_graph_break(reduction, learning):
 @pytest.mark.parametrize("backward_inside", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sequence"])
 @pytest.mark.parametrize("cast", ["weight", "both"])
-def test_autocast_takes_the_head_down(cast, reduction, backward_inside):
+def test_autocast_lowers_the_precision_of_the_head(cast, reduction, backward_inside):
     inputs = make_inputs(60)
-    if cast == "weight":  # hidden states are in its dtype already
+    if cast == "weight":  # the hidden states already have its dtype
         inputs = inputs._replace(hidden=inputs.hidden.to(LOW))
     exact = run(
         by_pytorch, inputs.to(LOW).to(torch.float64), cu_seqlens=BOUNDS, reduction=reduction
@@ -461,7 +461,7 @@ def test_autocast_leaves_float64_alone():
         ({"labels": torch.zeros(59, dtype=torch.int64)}, r"labels must be \(60,\), got \(59,\)"),
     ],
 )
-def test_a_shape_that_does_not_fit_is_named(changes, shown):
+def test_a_wrong_shape_is_named(changes, shown):
     with pytest.raises(ValueError, match=shown):
         packed_linear_cross_entropy(*make_inputs(60)._replace(**changes))
 
@@ -474,7 +474,7 @@ def test_a_shape_that_does_not_fit_is_named(changes, shown):
         {"hidden": torch.zeros(60, 24, dtype=torch.int64)},
     ],
 )
-def test_dtypes_that_differ_are_named(changes):
+def test_different_dtypes_are_named(changes):
     with pytest.raises(TypeError, match="hidden, weight and bias must have one floating-point"):
         packed_linear_cross_entropy(*make_inputs(60)._replace(**changes))
 
@@ -494,15 +494,15 @@ def test_labels_that_are_not_integers():
         ({"shift": True}, "cu_seqlens must be given for shift"),
     ],
 )
-def test_options_that_do_not_fit_are_named(options, shown):
+def test_wrong_options_are_named(options, shown):
     with pytest.raises(ValueError, match=shown):
         packed_linear_cross_entropy(*make_inputs(60), **options)
 
 
 @pytest.mark.parametrize("label", [37, -1])
-def test_a_label_that_is_no_class_raises(label):
+def test_a_label_outside_the_classes_is_an_error(label):
     inputs = make_inputs(60)
     inputs.labels[5] = label
-    # The device's assertion is an error of the host where the "device" is the interpreter.
+    # In the interpreter, a failed device assertion is an error of the host.
     with pytest.raises((ValueError, RuntimeError), match="labels must be from 0 to 36 or ignore"):
         packed_linear_cross_entropy(*inputs)

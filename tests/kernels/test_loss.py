@@ -1,4 +1,4 @@
-"""Packed cross entropy against float64, sequence by sequence; under TRITON_INTERPRET=1 its kernels.
+"""Packed cross entropy against float64, by sequence. With TRITON_INTERPRET=1, its kernels.
 
 The error allowed is 1.5 times PyTorch's own in the same dtype, and a floor of two roundings. In
 float64, the oracle's own dtype, PyTorch makes no error: there the floor is 64 roundings.
@@ -11,7 +11,7 @@ from tokenpack.kernels import packed_cross_entropy
 
 from .losses import DTYPES, IGNORED, assert_as_exact, reduced, token_losses
 
-LENGTHS = [3, 0, 7, 1, 29]  # an empty sequence, one of a single token
+LENGTHS = [3, 0, 7, 1, 29]  # an empty sequence, and one of a single token
 
 OPTIONS = [
     {},
@@ -99,7 +99,7 @@ def test_num_items_is_the_denominator():
     torch.testing.assert_close(packed_cross_entropy(logits, labels, num_items=11), total / 11)
 
 
-def test_the_gradient_in_place_is_the_same_and_takes_the_place_of_the_logits():
+def test_the_gradient_in_place_is_the_same_and_overwrites_the_logits():
     logits, labels, _ = make_inputs()
     leaf, other = (logits.clone().requires_grad_() for _ in range(2))
     in_place = leaf * 1
@@ -111,7 +111,7 @@ def test_the_gradient_in_place_is_the_same_and_takes_the_place_of_the_logits():
     assert outside.detach().equal(logits)
 
 
-def test_logits_whose_classes_are_apart():
+def test_logits_with_strided_classes():
     logits, labels, _ = make_inputs()
     results = []
     for in_place in (False, True):
@@ -140,7 +140,7 @@ def test_stats():
 
 @pytest.mark.usefixtures("fenced")
 @pytest.mark.parametrize("classes", [1, 37, 4097])
-def test_nothing_is_written_beside_the_outputs(classes):
+def test_nothing_is_written_outside_the_outputs(classes):
     logits, labels, cu_seqlens = make_inputs(classes)
     packed_cross_entropy(logits.requires_grad_(), labels, cu_seqlens, shift=True).backward()
 
@@ -156,7 +156,7 @@ def test_rows_without_a_target_are_not_read():
     assert not logits.grad[labels == IGNORED].any()
 
 
-def test_no_target_at_all():
+def test_no_targets():
     logits, labels, cu_seqlens = make_inputs()
     labels.fill_(IGNORED)
     leaf = logits.requires_grad_()
@@ -240,7 +240,7 @@ def test_traces_without_a_graph_break(reduction):
         ({"softcap": 0.0}, ValueError, "softcap must be positive or None, got 0.0"),
     ],
 )
-def test_what_does_not_fit_is_named(changes, error, shown):
+def test_wrong_arguments_are_named(changes, error, shown):
     logits, labels, cu_seqlens = make_inputs()
     arguments = {"logits": logits, "labels": labels, "cu_seqlens": cu_seqlens, **changes}
     with pytest.raises(error, match=shown):
@@ -248,16 +248,16 @@ def test_what_does_not_fit_is_named(changes, error, shown):
 
 
 @pytest.mark.parametrize("label", [37, -1])
-def test_a_label_that_is_no_class(label):
+def test_a_label_outside_the_classes(label):
     logits, labels, cu_seqlens = make_inputs()
     labels[5] = label
-    # The device's assertion is an error of the host where the "device" is the interpreter.
+    # In the interpreter, a failed device assertion is an error of the host.
     with pytest.raises((ValueError, RuntimeError), match="labels must be from 0 to 36 or ignore"):
         packed_cross_entropy(logits, labels, cu_seqlens)
 
 
 @pytest.mark.parametrize("bounds", [[0, 39], [1, 40], [0, 30, 20, 40], [0, 41]])
-def test_cu_seqlens_that_do_not_fit(bounds):
+def test_wrong_cu_seqlens(bounds):
     logits, labels, _ = make_inputs()
     with pytest.raises(
         (ValueError, RuntimeError), match=r"cu_seqlens must start at 0, .* end at total_tokens = 40"

@@ -1,4 +1,4 @@
-"""What only a GPU can show: real stores and races, 2**31 elements, and waits that do not happen.
+"""Tests that need a GPU: real stores and races, 2**31 elements, and the absence of waits.
 
 How exact the losses are there is in test_errors.py.
 """
@@ -31,7 +31,7 @@ LENGTHS = [64, 9, 0, 1, 17, 1300, 5, 22]
 
 @pytest.fixture
 def no_waits():
-    """Anything that makes the host wait for the device raises."""
+    """An error if the host waits for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     yield
@@ -91,7 +91,7 @@ def test_layout_from_lengths_cu_seqlens_and_position_ids(count):
     assert_same(layout_from_position_ids(expected.position_ids.cuda()), real)
 
 
-def test_a_wrong_value_is_an_error_here_too():
+def test_a_wrong_value_is_an_error():
     with pytest.raises(ValueError, match="only 0 and 1, got 2"):
         layout_from_mask(torch.tensor([[1, 2]], device="cuda"))
     with pytest.raises(ValueError, match="must not fall"):
@@ -166,7 +166,7 @@ def test_nothing_waits(no_waits):
         loss.sum().backward()
 
 
-def test_one_launch_each_and_one_wait():
+def test_each_op_is_one_launch_and_all_wait_once():
     mask = torch.arange(1300, device="cuda") < torch.tensor(LENGTHS, device="cuda")[:, None]
     layout = layout_from_mask(mask)
     qkv = [torch.randn(*mask.shape, 4, 64, device="cuda") for _ in range(3)]
@@ -197,7 +197,7 @@ def test_compiled_by_inductor(in_place):
     "wrong", ["labels[3] = 5000", "cu_seqlens[1] = 50", "cu_seqlens[-1] -= 1", "num_valid = 1"]
 )
 def test_wrong_values_stop_the_device(wrong):
-    """In a process of its own: a failed assertion takes the context with it."""
+    """Runs in its own process, because a failed assertion destroys the CUDA context."""
     code = f"""
 import torch
 from tokenpack.kernels import packed_linear_cross_entropy

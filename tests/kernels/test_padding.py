@@ -1,4 +1,4 @@
-"""unpad and repad: exact copies both ways, each the other's gradient, and nothing leaks."""
+"""unpad and repad: exact copies, each the gradient of the other, without leaks from padding."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ DTYPES = [
 ]
 TRAILING = [(), (1,), (3,), (2, 5), (0,)]
 
-# Left padding, right padding, holes, nothing but padding.
+# Left padding, right padding, holes, only padding.
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0]])
 
 
@@ -32,14 +32,14 @@ def masks(draw):
 
 
 def values_of(dtype, *shape):
-    """Distinct values where the dtype has as many, none of them 0."""
+    """Values that are distinct if the dtype has enough of them, and never 0."""
     count = max(torch.Size(shape).numel(), 1)
     values = torch.arange(1, count + 1)[: torch.Size(shape).numel()].reshape(shape)
     return (values % 2 == 0) if dtype == torch.bool else (values % 251 + 1).to(dtype)
 
 
 def poisoned(mask, *trailing, dtype=torch.float32):
-    """Random at real positions, NaN at the others."""
+    """Random values at real positions, and NaN at the others."""
     padded = torch.randn(*mask.shape, *trailing, dtype=dtype)
     padded[mask == 0] = float("nan")
     return padded
@@ -50,7 +50,7 @@ def oracle_unpad(padded, mask):
     return torch.cat(rows)
 
 
-# -------------------------------------------------------------------------------- values, exactly
+# ---------------------------------------------------------------------------------- exact values
 
 
 @settings(deadline=None, max_examples=60)
@@ -61,7 +61,7 @@ def oracle_unpad(padded, mask):
     ),
     fill=st.sampled_from([0, 1]),
 )
-def test_there_and_back(mask, tensors, fill):
+def test_unpad_then_repad(mask, tensors, fill):
     layout = layout_from_mask(mask)
     padded = [values_of(dtype, *mask.shape, *trailing) for dtype, trailing in tensors]
     streams = unpad(padded, layout)
@@ -75,7 +75,7 @@ def test_there_and_back(mask, tensors, fill):
 
 @settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=5), dtype=st.sampled_from(DTYPES))
-def test_back_and_there(lengths, dtype):
+def test_repad_then_unpad(lengths, dtype):
     layout = layout_from_lengths(lengths)
     stream = values_of(dtype, sum(lengths), 3)
     padded = repad(stream, layout)
@@ -83,7 +83,7 @@ def test_back_and_there(lengths, dtype):
     assert unpad(padded, layout).equal(stream)
 
 
-def test_one_tensor_gives_one_and_a_sequence_a_list():
+def test_a_tensor_gives_a_tensor_and_a_sequence_a_list():
     layout = layout_from_mask(MASK)
     ids = values_of(torch.int64, *MASK.shape)
     assert unpad(ids, layout).equal(ids[MASK == 1])
@@ -104,7 +104,7 @@ def test_each_tensor_has_its_own_fill():
 @pytest.mark.usefixtures("fenced")
 @pytest.mark.parametrize("trailing", TRAILING, ids=str)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16], ids=str)
-def test_nothing_is_written_beside_the_outputs(dtype, trailing):
+def test_nothing_is_written_outside_the_outputs(dtype, trailing):
     mask = torch.cat([MASK, MASK[:1]])  # 20 slots: no tile ends there
     layout = layout_from_mask(mask)
     others = values_of(torch.uint8, *mask.shape, 33)  # rows of another length in the same launch
@@ -127,7 +127,7 @@ def test_slices_of_fused_projections():
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_rows_that_begin_at_any_byte(offset):
-    """Views whose first element no 16 bytes divide, as after a slice of columns."""
+    """Views whose first element is not aligned to 16 bytes, as after a slice of columns."""
     layout = layout_from_mask(MASK)
     wide = torch.randn(*MASK.shape, 40).half()[..., offset : offset + 32]
     assert wide.data_ptr() % 16
@@ -145,7 +145,7 @@ def test_strides_do_not_matter():
     assert repad(stream, layout)[MASK == 1].equal(stream)
 
 
-def test_nan_in_padding_stays_there_and_nan_in_tokens_arrives():
+def test_nan_in_padding_does_not_spread_and_nan_in_tokens_is_kept():
     layout = layout_from_mask(MASK)
     padded = poisoned(MASK, 2)
     stream = unpad(padded, layout)
@@ -205,13 +205,13 @@ def test_gradients_by_finite_differences_first_and_second():
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=INTERPRETED)
 
 
-def test_members_of_a_list_have_gradients_of_their_own():
+def test_members_of_a_list_have_their_own_gradients():
     layout = layout_from_mask(MASK)
     ids = values_of(torch.int64, 4, 4)
     frozen = torch.randn(4, 4)
     used, unused = (torch.randn(4, 4, 2, requires_grad=True) for _ in range(2))
     streams = unpad([ids, frozen, used, unused], layout)
-    # A stream that nothing was asked of gives its tensor no gradient, or one of zero.
+    # The tensor of a stream that is not used gets no gradient, or zeros.
     streams[2].sum().backward()
     assert used.grad.equal(MASK[..., None].expand(4, 4, 2).float())
     assert unused.grad is None or not unused.grad.any()
@@ -288,7 +288,7 @@ def test_traces_without_a_graph_break():
         ([], "tensors must hold at least one"),
     ],
 )
-def test_unpad_names_what_does_not_fit(tensors, shown):
+def test_unpad_names_wrong_arguments(tensors, shown):
     with pytest.raises(ValueError, match=shown):
         unpad(tensors, layout_from_mask(MASK))
 
@@ -303,19 +303,19 @@ def test_unpad_names_what_does_not_fit(tensors, shown):
         ((), "tensors must hold at least one"),
     ],
 )
-def test_repad_names_what_does_not_fit(tensors, shown):
+def test_repad_names_wrong_arguments(tensors, shown):
     with pytest.raises(ValueError, match=shown):
         repad(tensors, layout_from_mask(MASK))
 
 
-def test_a_layout_elsewhere_is_named():
+def test_a_layout_on_another_device_is_named():
     with pytest.raises(ValueError, match=r"must be on meta like the layout, got cpu"):
         unpad(torch.zeros(4, 4), layout_from_mask(MASK).to("meta"))
 
 
 @pytest.mark.parametrize("move", [unpad, repad])
 @pytest.mark.parametrize("tensors", [[torch.zeros(7), None], [[1.0]], [1]])
-def test_what_is_no_tensor(move, tensors):
+def test_values_that_are_not_tensors(move, tensors):
     layout = layout_from_lengths([7])
     tensors = [t[None] if isinstance(t, torch.Tensor) and move is unpad else t for t in tensors]
     with pytest.raises(TypeError, match=r"tensors\[\d\] must be a tensor, got"):
@@ -323,7 +323,7 @@ def test_what_is_no_tensor(move, tensors):
 
 
 @pytest.mark.parametrize("fill", [[], [0.0], [0.0, 0.0, 0.0]])
-def test_as_many_fills_as_tensors(fill):
+def test_the_number_of_fills_must_match(fill):
     with pytest.raises(ValueError, match=f"fill must be one value or 2 values, got {len(fill)}"):
         repad([torch.zeros(7), torch.zeros(7)], layout_from_mask(MASK), fill=fill)
 

@@ -44,7 +44,8 @@ class Tiles(NamedTuple):
 #   rows. Below 64 rows, Triton uses the instruction of older GPUs, at half of the rate.
 # - Where fewer registers suffice, two or three programs share a multiprocessor, and one multiplies
 #   while another computes exponentials.
-# - A few rows spill, where this costs less than a smaller tile: see SPILLS in test_compile_gate.py.
+# - Some calls spill registers outside of the loops, once for each program. This costs less than a
+#   smaller tile.
 #
 # float32 products are three tf32 products each, so above a head_dim of 64 they are computed in
 # chunks of columns (`chunk_for`). With a bias, a "dq" tile must not have more queries than keys:
@@ -90,6 +91,27 @@ _TILES = {
     },
 }
 
+# 16-bit tiles for other GPUs, whose matrix units divide a product among warps in both dimensions.
+_OTHER_GPUS = {
+    "forward": {
+        (64, 2): Tiles(*4 * [Tile(128, 64, 8, 3)]),
+        (128, 2): Tiles(*2 * [Tile(128, 64, 8, 2)], *2 * [Tile(128, 32, 8, 3)]),
+        (256, 2): Tiles(*4 * [Tile(64, 32, 8, 2)]),
+    },
+    "dq": {
+        (64, 2): Tiles(*2 * [Tile(64, 64, 8, 2)], *2 * [Tile(32, 64, 4, 1)]),
+        (128, 2): Tiles(*2 * [Tile(64, 64, 8, 2)], *2 * [Tile(32, 64, 8, 2)]),
+    },
+    "dkv": {
+        (64, 2): Tiles(*2 * [Tile(64, 64, 8, 2)], *2 * [Tile(32, 64, 4, 2)]),
+        (128, 2): Tiles(*4 * [Tile(32, 64, 8, 2)]),
+    },
+    "dkv, grouped": {
+        (64, 2): Tiles(*2 * [Tile(32, 64, 8, 2)], *2 * [Tile(32, 32, 8, 2)]),
+        (128, 2): Tiles(*2 * [Tile(32, 32, 8, 2)], *2 * [Tile(16, 32, 8, 2)]),
+    },
+}
+
 # Shared memory available to one program, in KiB, by CUDA compute capability and by backend.
 _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 _LEAST_SHARED_KIB = {"cuda": 99, "hip": 64}
@@ -99,7 +121,11 @@ def tile_for(kernel: str, q: Tensor, *, bias: bool, dropout: bool) -> Tile:
     """The tile of a kernel on this device. ``dkv, grouped`` is for query heads that share keys."""
     head_dim = q.shape[2]
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    tile = _TILES[kernel][width, q.element_size()][bias + 2 * dropout]
+    row = width, q.element_size()
+    rows = (
+        _TILES[kernel][row] if _is_hopper() else _OTHER_GPUS[kernel].get(row, _TILES[kernel][row])
+    )
+    tile = rows[bias + 2 * dropout]
     return _fit(tile, kernel, head_dim, q.dtype, bias, _shared_memory())
 
 
@@ -141,6 +167,11 @@ def _shared_memory() -> int:
     backend, arch = _target()
     least = _LEAST_SHARED_KIB[backend]
     return 1024 * (_SHARED_KIB.get(arch, least) if backend == "cuda" else least)
+
+
+def _is_hopper() -> bool:
+    """Whether the current device is a Hopper GPU. The interpreter counts as one."""
+    return INTERPRETED or _target() == ("cuda", 90)
 
 
 def _target() -> tuple[str, int]:

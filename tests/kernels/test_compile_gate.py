@@ -246,23 +246,26 @@ def test_the_committed_table_has_these_rows(gate, loops):
     assert [row.line() for row in [*gate, *loops] if row.line() not in lines] == []
 
 
-# Spill instructions allowed for attention. Tiles are tuned for sm_90, where these spill: they hold
-# more registers than a thread has, and a smaller tile would cost more instructions than the spills.
-FEW = 40
-SPILLS = {}
+# Spill instructions allowed for attention. On sm_90 they lie outside of the loops, see below.
+FEW, SOME = 40, 100
 
 
 def allowed_spills(row):
     if row.kernel not in PRODUCTS:
         return 0
-    return SPILLS.get((row.kernel, row.case), 0) if row.target == "sm_90" else FEW
+    return SOME if row.target == "sm_90" else FEW
 
 
-def test_only_listed_kernels_spill(gate):
+def test_only_attention_spills(gate):
     for row in gate:
         if row.spills is not None:
             assert row.spills <= allowed_spills(row), row
             assert row.stack == 0 or row.spills, row
+
+
+def test_loops_hardly_spill(loops):
+    for row in loops:
+        assert row.spills <= 0.03 * row.instructions, row
 
 
 # With a head_dim of 256, a backward tile of 64 rows needs more registers than a thread has.

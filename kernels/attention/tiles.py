@@ -36,6 +36,12 @@ class Tiles(NamedTuple):
     both: Tile
 
 
+def _tiles(plain: Tile, dropout: Tile | None = None) -> Tiles:
+    """Tiles that a bias does not change."""
+    dropout = plain if dropout is None else dropout
+    return Tiles(plain, plain, dropout, dropout)
+
+
 # Tiles for Hopper GPUs. The key is (largest head_dim, bytes of an element). They were chosen by the
 # instructions of a tile and by the ceilings that follow from them (`make compile` counts both):
 #
@@ -58,57 +64,65 @@ _TILES = {
         (128, 2): Tiles(
             Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)
         ),
-        (256, 2): Tiles(*4 * [Tile(128, 32, 8, 2)]),
-        (64, 4): Tiles(*4 * [Tile(32, 32, 4, 2)]),
-        (128, 4): Tiles(*2 * [Tile(32, 64, 8, 2)], *2 * [Tile(32, 32, 8, 2)]),
-        (256, 4): Tiles(*4 * [Tile(32, 32, 8, 2)]),
+        (256, 2): _tiles(Tile(128, 32, 8, 2)),
+        (64, 4): _tiles(Tile(32, 32, 4, 2)),
+        (128, 4): _tiles(Tile(32, 64, 8, 2), dropout=Tile(32, 32, 8, 2)),
+        (256, 4): _tiles(Tile(32, 32, 8, 2)),
     },
     "dq": {
-        (64, 2): Tiles(Tile(64, 64, 4, 2), *3 * [Tile(64, 64, 4, 1)]),
+        (64, 2): Tiles(
+            Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)
+        ),
         (128, 2): Tiles(
             Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 2), Tile(32, 64, 4, 1)
         ),
-        (256, 2): Tiles(*4 * [Tile(32, 32, 8, 1)]),
-        (64, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
-        (128, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
-        (256, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
+        (256, 2): _tiles(Tile(32, 32, 8, 1)),
+        (64, 4): _tiles(Tile(16, 32, 8, 2)),
+        (128, 4): _tiles(Tile(16, 32, 8, 2)),
+        (256, 4): _tiles(Tile(16, 32, 8, 2)),
     },
     "dkv": {
-        (64, 2): Tiles(*3 * [Tile(64, 128, 8, 2)], Tile(32, 128, 8, 2)),
-        (128, 2): Tiles(*4 * [Tile(32, 128, 8, 2)]),
-        (256, 2): Tiles(*4 * [Tile(32, 32, 8, 2)]),
-        (64, 4): Tiles(*4 * [Tile(32, 32, 8, 2)]),
-        (128, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
-        (256, 4): Tiles(*4 * [Tile(16, 16, 8, 2)]),
+        (64, 2): Tiles(
+            Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)
+        ),
+        (128, 2): _tiles(Tile(32, 128, 8, 2)),
+        (256, 2): _tiles(Tile(32, 32, 8, 2)),
+        (64, 4): _tiles(Tile(32, 32, 8, 2)),
+        (128, 4): _tiles(Tile(16, 32, 8, 2)),
+        (256, 4): _tiles(Tile(16, 16, 8, 2)),
     },
     "dkv, grouped": {
-        (64, 2): Tiles(*3 * [Tile(32, 128, 8, 2)], Tile(16, 128, 8, 2)),
-        (128, 2): Tiles(*3 * [Tile(32, 128, 8, 2)], Tile(16, 128, 8, 2)),
-        (256, 2): Tiles(*2 * [Tile(16, 32, 8, 2)], *2 * [Tile(16, 32, 8, 1)]),
-        (64, 4): Tiles(*2 * [Tile(16, 32, 8, 2)], *2 * [Tile(16, 32, 8, 1)]),
-        (128, 4): Tiles(*4 * [Tile(16, 32, 8, 2)]),
-        (256, 4): Tiles(*4 * [Tile(16, 16, 8, 2)]),
+        (64, 2): Tiles(
+            Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)
+        ),
+        (128, 2): Tiles(
+            Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)
+        ),
+        (256, 2): _tiles(Tile(16, 32, 8, 2), dropout=Tile(16, 32, 8, 1)),
+        (64, 4): _tiles(Tile(16, 32, 8, 2), dropout=Tile(16, 32, 8, 1)),
+        (128, 4): _tiles(Tile(16, 32, 8, 2)),
+        (256, 4): _tiles(Tile(16, 16, 8, 2)),
     },
 }
 
 # 16-bit tiles for other GPUs, whose matrix units divide a product among warps in both dimensions.
 _OTHER_GPUS = {
     "forward": {
-        (64, 2): Tiles(*4 * [Tile(128, 64, 8, 3)]),
-        (128, 2): Tiles(*2 * [Tile(128, 64, 8, 2)], *2 * [Tile(128, 32, 8, 3)]),
-        (256, 2): Tiles(*4 * [Tile(64, 32, 8, 2)]),
+        (64, 2): _tiles(Tile(128, 64, 8, 3)),
+        (128, 2): _tiles(Tile(128, 64, 8, 2), dropout=Tile(128, 32, 8, 3)),
+        (256, 2): _tiles(Tile(64, 32, 8, 2)),
     },
     "dq": {
-        (64, 2): Tiles(*2 * [Tile(64, 64, 8, 2)], *2 * [Tile(32, 64, 4, 1)]),
-        (128, 2): Tiles(*2 * [Tile(64, 64, 8, 2)], *2 * [Tile(32, 64, 8, 2)]),
+        (64, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 4, 1)),
+        (128, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 8, 2)),
     },
     "dkv": {
-        (64, 2): Tiles(*2 * [Tile(64, 64, 8, 2)], *2 * [Tile(32, 64, 4, 2)]),
-        (128, 2): Tiles(*4 * [Tile(32, 64, 8, 2)]),
+        (64, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 4, 2)),
+        (128, 2): _tiles(Tile(32, 64, 8, 2)),
     },
     "dkv, grouped": {
-        (64, 2): Tiles(*2 * [Tile(32, 64, 8, 2)], *2 * [Tile(32, 32, 8, 2)]),
-        (128, 2): Tiles(*2 * [Tile(32, 32, 8, 2)], *2 * [Tile(16, 32, 8, 2)]),
+        (64, 2): _tiles(Tile(32, 64, 8, 2), dropout=Tile(32, 32, 8, 2)),
+        (128, 2): _tiles(Tile(32, 32, 8, 2), dropout=Tile(16, 32, 8, 2)),
     },
 }
 

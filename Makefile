@@ -121,7 +121,7 @@ python-ready:
 
 # Those whose ops have kernels.
 INTERPRETED_TESTS = \
-	$(addprefix tests/kernels/test_,layout.py layout_ops.py padding.py loss.py linear_loss.py counts.py) \
+	$(addprefix tests/kernels/test_,layout.py layout_ops.py padding.py loss.py linear_loss.py counts.py races.py) \
 	$(addprefix tests/kernels/attention/test_,kernels.py tuning.py) tests/adapters/test_on_triton.py
 
 # Exits with a message when the interpreter lacks one of the packages $(1).

@@ -230,10 +230,11 @@ class Packer:
         result = self.pack(lengths)
         return result.items, result.offsets
 
-    def drops(self, lengths: NDArray[np.integer]) -> NDArray[np.bool_]:
-        """``(n,)`` bool, True for the sequences that the packer drops."""
-        dropped = (lengths > self.capacity) & (self.overlong == "drop")
-        return dropped | ((lengths == 0) & self._drop_empty)
+    def drops(self, lengths: Lengths) -> NDArray[np.bool_]:
+        """``(n,)`` bool, True for the sequences that the packer drops, of those in `pack`."""
+        given = as_lengths(lengths)
+        dropped = (given > self.capacity) & (self.overlong == "drop")
+        return dropped | ((given == 0) & self._drop_empty)
 
     def _plan(
         self, lengths: NDArray[np.integer]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checks import IGNORE_INDEX, as_integer, optional_at_least_one
+from ...packing.lengths import as_integers
 from ...segments import offsets_of
 from ..packed.base import pad_rows
 from ..packed.collate import flatten_samples
@@ -259,11 +260,13 @@ def raw_lengths_of(given: Any) -> NDArray[np.int64]:
 
     Raises:
         TypeError: if the lengths are not integers.
-        ValueError: if a source is below 1 or a target below 0.
+        ValueError: if a source is below 1 or a target below 0, or the shape is another.
     """
-    lengths = np.asarray(given, dtype=None if len(given) else np.int64)
-    if lengths.dtype.kind not in "iu" or lengths.shape[1:] not in ((), (2,)):
-        raise TypeError(f"raw_lengths must be (n,) or (n, 2) integers, got {given!r:.80}")
+    lengths = as_integers(given, "raw_lengths")
+    if not lengths.size:
+        return np.zeros((0, 2), np.int64)
+    if lengths.ndim == 0 or lengths.shape[1:] not in ((), (2,)):
+        raise ValueError(f"raw_lengths must be (n,) or (n, 2), got shape {lengths.shape}")
     pairs = np.zeros((len(lengths), 2), np.int64)
     pairs[:, : lengths.ndim] = lengths if lengths.ndim == 2 else lengths[:, None]
     for side, least in enumerate((1, 0)):

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...checks import IGNORE_INDEX, as_integer
 from ...segments import offsets_of, ranges
 from ..tokens import Tokens, flatten_tokens
-from .base import CUT_BY_ROWS, PackedFields, pad_rows
+from .base import CUT_BY_ROWS, PackedFields, pad_rows, selected
 
 # The per-token fields of each side, by the prefix of its boundaries.
 _SIDES = {"": ("input_ids",), "decoder_": ("labels", "decoder_input_ids")}
@@ -93,7 +93,7 @@ class PackedPairs(PackedFields):
             ValueError: if ``sequences`` is empty.
             IndexError: if an index is out of range.
         """
-        chosen = _as_indices(sequences, len(self.cu_seqlens) - 1)
+        chosen = selected(sequences, len(self.cu_seqlens) - 1)
         fields: dict[str, Any] = {}
         for prefix, names in self._sides().items():
             offsets = self[f"{prefix}cu_seqlens"].cpu().numpy().astype(np.int64)
@@ -186,20 +186,3 @@ def _boundaries(prefix: str, lengths: NDArray[np.int64]) -> dict[str, Any]:
         f"{prefix}cu_seqlens": torch.from_numpy(offsets_of(lengths).astype(np.int32)),
         f"{prefix}max_seqlen": int(lengths.max()),
     }
-
-
-def _as_indices(sequences: Any, count: int) -> NDArray[np.int64]:
-    chosen = np.asarray(sequences)
-    if chosen.ndim == 1 and not len(chosen):
-        raise ValueError("sequences must name at least one pair, got none")
-    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
-        raise TypeError(
-            f"sequences must be a list, array or CPU tensor of integers, got {sequences!r:.80}"
-        )
-    if (wrong := (chosen < 0) | (chosen >= count)).any():
-        at = int(wrong.argmax())
-        raise IndexError(
-            f"sequences[{at}] must be from 0 to {count - 1}, because the batch has {count} pairs, "
-            f"got {chosen[at]}"
-        )
-    return chosen.astype(np.int64)

@@ -59,7 +59,7 @@ def states_its_inputs(name):
     """Whether a docstring names the inputs, or a function whose docstring does."""
     text = " ".join(docstring(name).split())
     words = ("list", "NumPy", "memory map", "torch", "Arrow", "datasets", "pandas", "polars")
-    others = re.findall(r"(?:as in|as for|see|those in) `([\w.]+)`", text)
+    others = re.findall(r"(?:as in|as for|see) `([\w.]+)`", text)
     return all(word in text for word in words) or any(map(states_its_inputs, others))
 
 

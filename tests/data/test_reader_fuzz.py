@@ -296,6 +296,13 @@ def is_refused_csv(message, content, delimiter):
         name, shown, type = conflict.groups()
         named = [one.replace("\n", "\\n") for one in content.names]
         cell = content.cells[line_of(message)][named.index(name)]
+        before = (
+            cells[named.index(name)]
+            for line, cells in content.cells.items()
+            if line < line_of(message) and len(cells) == len(named)
+        )
+        if type == "int64" and any(fits(one, type) and not fits(one, "double") for one in before):
+            type = "integer"  # a float cannot hold the cells before
         return shown[:40] == repr(cell)[:40] and not fits(cell, type)
     names = content.names or []
     if "but the header is" in message:

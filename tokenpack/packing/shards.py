@@ -31,7 +31,7 @@ def pack_shards(
     Memory is about 60 bytes per sequence of one shard, for any number of shards.
 
     Args:
-        lengths: ``(n,)`` integers, read one shard at a time.
+        lengths: ``(n,)`` integers in any form, as for `pack_lengths`, read one shard at a time.
         packer: plans each shard.
         folder: the folder to write the plan to.
         shard_size: the number of sequences in a shard. The last shard may have fewer.

@@ -119,8 +119,8 @@ class PackedBatch(PackedFields):
         """Return some of the sequences, in the given order, as a `stream`.
 
         Args:
-            sequences: ``(k,)`` integers from 0 to ``num_seqs - 1``, at least one, as for
-                `PackedPairs.select`.
+            sequences: ``(k,)`` integers from 0 to ``num_seqs - 1``, at least one, in any form, as
+                in `pack_lengths`. A sequence may occur more than once.
 
         Raises:
             TypeError: if ``sequences`` are not integers.
@@ -210,9 +210,8 @@ def pack_result_to_tensors(
 
     Args:
         result: the plan, made for the lengths of ``token_ids``.
-        token_ids: the sequences: lists or tuples of ints, one-dimensional NumPy arrays or CPU
-            tensors, or an Arrow or datasets column of lists.
-        labels: labels of the same lengths, not shifted. By default, ``token_ids``.
+        token_ids: the sequences, as in `pack_dataset`.
+        labels: labels of the same lengths, not shifted, in any form too. By default, ``token_ids``.
         padding_value: the value of ``input_ids`` at padding.
         label_padding_value: the value of ``labels`` where the loss ignores them. Hugging Face
             losses ignore only -100, so use another value only with a loss of your own.

@@ -35,12 +35,13 @@ def packed_collate_fn(
 ) -> PackedCollator:
     """Return a ``collate_fn`` that packs the samples of a batch into rows.
 
-    The function takes a list of samples. A sample is a list of ints, a one-dimensional NumPy array
-    or CPU tensor, or a mapping with such ``input_ids``. A mapping may also have ``labels`` (not
-    shifted; by default the ids) and an ``attention_mask`` (tokens with a 0 are padding and are
-    removed). Other fields are ignored: positions and masks follow from the packing. The function
-    can be pickled, so workers of a ``DataLoader`` can run it, and it can be the ``data_collator``
-    of a ``Trainer``.
+    The function takes a list of samples. A sample is a list or tuple of ints, a one-dimensional
+    NumPy array or memory map of any integer type, a torch CPU tensor of any integer type, an Arrow
+    array, a column of `datasets`, a pandas or polars series (docs/inputs.md), or a mapping with
+    such ``input_ids``. A mapping may also have ``labels`` (not shifted; by default the ids) and an
+    ``attention_mask`` (tokens with a 0 are padding and are removed). Other fields are ignored:
+    positions and masks follow from the packing. The function can be pickled, so workers of a
+    ``DataLoader`` can run it, and it can be the ``data_collator`` of a ``Trainer``.
 
     Args:
         capacity: tokens per row.
@@ -110,7 +111,7 @@ def collate_packed_rows(rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
 
     Args:
         rows: mappings with ``input_ids``, ``seq_lengths`` and, in all of them or in none,
-            ``labels``.
+            ``labels``: integers in any form, as in `packed_collate_fn`.
 
     Returns:
         A batch with the same rows.

@@ -82,8 +82,8 @@ class PackedPairs(PackedFields):
         """Return some of the pairs, in the given order, for example as a micro-batch.
 
         Args:
-            sequences: ``(k,)`` integers from 0 to ``num_pairs - 1``, as a list, array or CPU
-                tensor. A pair may occur more than once.
+            sequences: ``(k,)`` integers from 0 to ``num_pairs - 1``, in any form, as in
+                `pack_lengths`. A pair may occur more than once.
 
         Returns:
             A batch of those pairs. It has only the fields that the class documents.
@@ -146,11 +146,10 @@ def pack_pairs_to_tensors(sources: Any, targets: Any = None) -> PackedPairs:
     """Concatenate pairs into a batch without padding.
 
     Args:
-        sources: token ids of each source, at least one token each: lists or tuples of ints,
-            one-dimensional NumPy arrays or CPU tensors, an Arrow or datasets column of lists, or
+        sources: token ids of each source, at least one token each, as in `pack_dataset`, or
             `tokenpack.data.tokens.Tokens`.
-        targets: labels of each target, -100 where the loss ignores them. A target may be empty. By
-            default, the batch has only sources.
+        targets: labels of each target, in any form too, -100 where the loss ignores them. A target
+            may be empty. By default, the batch has only sources.
 
     Returns:
         The batch, in the given order, in newly allocated memory.

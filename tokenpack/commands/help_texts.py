@@ -142,7 +142,7 @@ dataset, and print how full they are.
 
 PACK_EPILOG = """\
 IN is a file, a folder or a glob (in quotes) of
-  .parquet .arrow .feather .jsonl .csv .tsv .txt    text formats also as .gz and .zst
+  .parquet .arrow .feather .jsonl .csv .tsv .txt    text formats also as .gz .bz2 .xz .zst
 with a column of token lists, or with --tokenizer a column of text (.txt: one text per line); or
   .npy                                              only lengths: integers, one per sequence
 

@@ -24,7 +24,7 @@ def read_text(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
     """The lines of a text file, one row each."""
     reading.declare(file, [reading.text_column])
     for block in line_blocks(file, cr_ends_line=True):
-        if reading.skips(block.content.count(b"\n")):
+        if reading.skips(block.line_feeds):
             continue
         text = pa.array([block.content[:-1]], pa.large_string())
         lines = pc.split_pattern(text, "\n").flatten().cast(pa.string())

@@ -1,4 +1,4 @@
-"""Data for training: file readers, packed batches, datasets and streams, and collators."""
+"""Data for training: readers, chats, packed batches, datasets and streams, and collators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat.checks import ChatReport
+    from .chat.dataset import chat_dataset
+    from .chat.templates import ChatTemplate
     from .collators.denoisers import Denoiser
     from .collators.seq2seq import CappedSeq2SeqCollator
     from .collators.span_corruption import T5SpanCorruptionCollatorFast
@@ -20,12 +23,15 @@ if TYPE_CHECKING:
 # Imported on first use, because some of these modules need torch or datasets and others do not.
 _HOMES = {
     "CappedSeq2SeqCollator": ".collators.seq2seq",
+    "ChatReport": ".chat.checks",
+    "ChatTemplate": ".chat.templates",
     "Denoiser": ".collators.denoisers",
     "PackedBatch": ".packed.batch",
     "PackedPairs": ".packed.pairs",
     "PackedStream": ".packed.stream",
     "PackedStreamLoader": ".packed.stream",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
+    "chat_dataset": ".chat.dataset",
     "collate_packed_rows": ".packed.collate",
     "concatenate_and_pack": ".packed.rows",
     "pack_dataset": ".packed.dataset",
@@ -41,12 +47,15 @@ _HOMES = {
 # A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
 __all__ = [
     "CappedSeq2SeqCollator",
+    "ChatReport",
+    "ChatTemplate",
     "Denoiser",
     "PackedBatch",
     "PackedPairs",
     "PackedStream",
     "PackedStreamLoader",
     "T5SpanCorruptionCollatorFast",
+    "chat_dataset",
     "collate_packed_rows",
     "concatenate_and_pack",
     "pack_dataset",

@@ -117,7 +117,7 @@ def chat_dataset(
     set_template(tokenizer, template)
     pipeline = ChatPipeline(tokenizer, options)
     dataset, json_column = open_source(source, split, streaming)
-    sparse = json_column is None and not isinstance(source, datasets.IterableDataset)
+    sparse = json_column is None
     encode = _Encode(pipeline, json_column, sparse, loss_weights, actions)
     rows = first_rows(dataset, json_column, _SAMPLE)
     known = _check_first(pipeline, rows, sparse, actions, options)
@@ -132,7 +132,7 @@ def chat_dataset(
         features=encode.features(notes=True),
         num_proc=num_proc,
         desc="Encoding conversations",
-        **_cache(dataset, tokenizer, options, cache_dir),
+        **_cache((_VERSION, dataset._fingerprint, pipeline.identity, repr(options)), cache_dir),
     )
     return _finish(mapped, options, actions, known)
 
@@ -243,13 +243,8 @@ def _stream(dataset: Any, encode: _Encode) -> Any:
     )
 
 
-def _cache(dataset: Any, tokenizer: Any, options: ChatOptions, cache_dir: Any) -> dict[str, Any]:
-    """The fingerprint of the result, and its file. The tokenizer counts by what it computes: the
-    state that a call leaves in it would change the fingerprint."""
-    key = (
-        *(_VERSION, dataset._fingerprint, tokenizer.backend_tokenizer.to_str()),
-        *(tokenizer.chat_template, tokenizer.special_tokens_map, repr(options)),
-    )
+def _cache(key: tuple[Any, ...], cache_dir: Any) -> dict[str, Any]:
+    """The fingerprint of the result, and its file."""
     given: dict[str, Any] = {"new_fingerprint": Hasher.hash(key)}
     if cache_dir is not None:
         folder = Path(cache_dir)
@@ -289,6 +284,6 @@ def _finish(
         raise ValueError(f"source must have a row that can be learned from, got none: {report}")
     if report.dropped:
         mapped = mapped.select(np.flatnonzero(kept))
-    dataset = mapped.remove_columns(list(_NOTES))
+    dataset = mapped.remove_columns(list(_NOTES)).with_format(None)  # of the source's transform
     dataset.chat_report = report
     return dataset

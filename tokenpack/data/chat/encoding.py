@@ -82,6 +82,11 @@ class Encoder:
         split = getattr(tokenizer, "split_special_tokens", False)
         self._tokenizer.encode_special_tokens = bool(split)
 
+    @property
+    def identity(self) -> str:
+        """Equal for tokenizers that give the same ids."""
+        return f"{self._tokenizer.encode_special_tokens} {self._tokenizer.to_str()}"
+
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text."""
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

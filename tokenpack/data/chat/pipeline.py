@@ -87,11 +87,18 @@ class ChatPipeline:
     Args:
         tokenizer: with a chat template.
         options: see `ChatOptions`.
+
+    Attributes:
+        identity: equal for tokenizers that give the same samples.
     """
 
     def __init__(self, tokenizer: Any, options: ChatOptions) -> None:
         self._options = options
         self._encoder = Encoder(tokenizer)
+        # All of the tokenizer that counts. The state that a call leaves in it does not.
+        self.identity = repr(
+            (self._encoder.identity, tokenizer.chat_template, tokenizer.special_tokens_map)
+        )
         stop_ids = options.stop_ids(tokenizer)
         stops = tokenizer.convert_ids_to_tokens(stop_ids or [])
         self._renderer = Renderer(

@@ -27,9 +27,9 @@ PUBLIC = {
     """,
     "tokenpack.data": """
         CappedSeq2SeqCollator ChatReport ChatTemplate Denoiser PackedBatch PackedPairs PackedStream
-        PackedStreamLoader T5SpanCorruptionCollatorFast chat_dataset collate_packed_rows
+        PackedStreamLoader Preview T5SpanCorruptionCollatorFast chat_dataset collate_packed_rows
         concatenate_and_pack pack_dataset pack_dataset_from_result pack_pairs_to_tensors
-        pack_result_to_tensors pack_sequences pack_stream packed_collate_fn
+        pack_result_to_tensors pack_sequences pack_stream packed_collate_fn preview
         streaming_dataset_reader
     """,
     "tokenpack.kernels": """

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .chat.checks import ChatReport
     from .chat.dataset import chat_dataset
+    from .chat.marked import Preview
+    from .chat.preview import preview
     from .chat.templates import ChatTemplate
     from .collators.denoisers import Denoiser
     from .collators.seq2seq import CappedSeq2SeqCollator
@@ -30,6 +32,7 @@ _HOMES = {
     "PackedPairs": ".packed.pairs",
     "PackedStream": ".packed.stream",
     "PackedStreamLoader": ".packed.stream",
+    "Preview": ".chat.marked",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
     "chat_dataset": ".chat.dataset",
     "collate_packed_rows": ".packed.collate",
@@ -41,6 +44,7 @@ _HOMES = {
     "pack_sequences": ".packed.rows",
     "pack_stream": ".packed.stream",
     "packed_collate_fn": ".packed.collate",
+    "preview": ".chat.preview",
     "streaming_dataset_reader": ".reader",
 }
 
@@ -54,6 +58,7 @@ __all__ = [
     "PackedPairs",
     "PackedStream",
     "PackedStreamLoader",
+    "Preview",
     "T5SpanCorruptionCollatorFast",
     "chat_dataset",
     "collate_packed_rows",
@@ -65,6 +70,7 @@ __all__ = [
     "pack_sequences",
     "pack_stream",
     "packed_collate_fn",
+    "preview",
     "streaming_dataset_reader",
 ]
 

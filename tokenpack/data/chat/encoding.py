@@ -33,6 +33,7 @@ class Encoded(NamedTuple):
         weights: ``(tokens,)`` float32, the weight of each token in the loss.
         spans: ``(spans, 2)`` int64, first and last (exclusive) token of each learned span.
         merged: number of tokens that join a header with an answer.
+        begin: the first of the text's tokens, if some are cut off.
     """
 
     rendering: Rendering
@@ -41,6 +42,7 @@ class Encoded(NamedTuple):
     weights: NDArray[np.float32]
     spans: NDArray[np.int64]
     merged: int
+    begin: int = 0
 
     @property
     def targets(self) -> int:
@@ -55,6 +57,7 @@ class Encoded(NamedTuple):
             labels=self.labels[kept],
             weights=self.weights[kept],
             spans=np.clip(self.spans, first, stop) - first,
+            begin=self.begin + first,
         )
 
 

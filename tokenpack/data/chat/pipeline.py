@@ -143,6 +143,10 @@ class ChatPipeline:
                 samples += self._fit_all(numbers, waiting.result())
         return samples
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """The first and the last character (exclusive) of each token of a text."""
+        return self._encoder.offsets(text)
+
     def _render(self, rows: list[tuple[int, Any]], sparse: bool) -> list[tuple[int, Rendering]]:
         found: list[tuple[int, Rendering]] = []
         for number, row in rows:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .packed.rows import concatenate_and_pack, pack_sequences
     from .packed.stream import PackedStream, PackedStreamLoader, pack_stream
     from .reader import streaming_dataset_reader
+    from .tokenizers import byte_tokenizer, train_tokenizer
 
 # Imported on first use, because some of these modules need torch or datasets and others do not.
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "PackedStreamLoader": ".packed.stream",
     "Preview": ".chat.marked",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
+    "byte_tokenizer": ".tokenizers",
     "chat_dataset": ".chat.dataset",
     "collate_packed_rows": ".packed.collate",
     "concatenate_and_pack": ".packed.rows",
@@ -46,6 +48,7 @@ _HOMES = {
     "packed_collate_fn": ".packed.collate",
     "preview": ".chat.preview",
     "streaming_dataset_reader": ".reader",
+    "train_tokenizer": ".tokenizers",
 }
 
 # A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
@@ -60,6 +63,7 @@ __all__ = [
     "PackedStreamLoader",
     "Preview",
     "T5SpanCorruptionCollatorFast",
+    "byte_tokenizer",
     "chat_dataset",
     "collate_packed_rows",
     "concatenate_and_pack",
@@ -72,6 +76,7 @@ __all__ = [
     "packed_collate_fn",
     "preview",
     "streaming_dataset_reader",
+    "train_tokenizer",
 ]
 
 

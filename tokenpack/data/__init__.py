@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from .chat.dataset import chat_dataset
     from .chat.marked import Preview
     from .chat.preview import preview
+    from .chat.split import (
+        SFTDataConfig,
+        from_sft_files,
+        from_sft_hf,
+        from_sft_json,
+        from_sft_strings,
+    )
     from .chat.templates import ChatTemplate
     from .collators.denoisers import Denoiser
     from .collators.seq2seq import CappedSeq2SeqCollator
@@ -34,11 +41,16 @@ _HOMES = {
     "PackedStream": ".packed.stream",
     "PackedStreamLoader": ".packed.stream",
     "Preview": ".chat.marked",
+    "SFTDataConfig": ".chat.split",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
     "byte_tokenizer": ".tokenizers",
     "chat_dataset": ".chat.dataset",
     "collate_packed_rows": ".packed.collate",
     "concatenate_and_pack": ".packed.rows",
+    "from_sft_files": ".chat.split",
+    "from_sft_hf": ".chat.split",
+    "from_sft_json": ".chat.split",
+    "from_sft_strings": ".chat.split",
     "pack_dataset": ".packed.dataset",
     "pack_dataset_from_result": ".packed.dataset",
     "pack_pairs_to_tensors": ".packed.pairs",
@@ -62,11 +74,16 @@ __all__ = [
     "PackedStream",
     "PackedStreamLoader",
     "Preview",
+    "SFTDataConfig",
     "T5SpanCorruptionCollatorFast",
     "byte_tokenizer",
     "chat_dataset",
     "collate_packed_rows",
     "concatenate_and_pack",
+    "from_sft_files",
+    "from_sft_hf",
+    "from_sft_json",
+    "from_sft_strings",
     "pack_dataset",
     "pack_dataset_from_result",
     "pack_pairs_to_tensors",

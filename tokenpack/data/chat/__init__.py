@@ -13,4 +13,5 @@ preview.py     preview: conversations, rows and batches as marked texts
 split.py       functions that return training and validation data
     marked.py      texts with their targets in color, marked, or as HTML
     preview.py     preview: conversations, rows and batches as marked texts
+    split.py       functions that return training and validation data
 """

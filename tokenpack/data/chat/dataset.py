@@ -9,15 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from .sources import columns_of, first_rows, open_source, rows_of  # isort: skip (names the extra)
-
-import datasets
-import pyarrow as pa
-from datasets.fingerprint import Hasher
+try:
+    import datasets
+    import pyarrow as pa
+    from datasets.fingerprint import Hasher
+except ImportError as error:
+    raise ImportError(
+        "chat_dataset needs datasets and pyarrow: pip install 'tokenpack[data]'"
+    ) from error
 
 from ...checks import optional_at_least_one
 from .checks import CHECKS, ChatReport, act, count_padding, read_actions
 from .pipeline import ChatOptions, ChatPipeline, Sample, count_samples
+from .sources import columns_of, first_rows, open_source, rows_of
 from .templates import ChatTemplate, set_template
 
 _VERSION = 1  # of the rows that the same options give; part of the cache's key
@@ -115,10 +119,31 @@ def chat_dataset(
     actions = read_actions(checks)
     optional_at_least_one("num_proc", num_proc)
     set_template(tokenizer, template)
+    opened = open_source(source, split, streaming)
+    return encode_opened(opened, tokenizer, options, actions, num_proc, cache_dir)
+
+
+def encode_opened(
+    opened: tuple[Any, str | None],
+    tokenizer: Any,
+    options: ChatOptions,
+    actions: Mapping[str, str],
+    num_proc: int | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Encode a source that `open_source` opened; see `chat_dataset`.
+
+    Args:
+        opened: the dataset, and the column that holds each row as JSON, or None.
+        tokenizer: with a chat template.
+        options: what a row becomes.
+        actions: what to do about problems, from `read_actions`.
+        num_proc, cache_dir: as for `chat_dataset`.
+    """
     pipeline = ChatPipeline(tokenizer, options)
-    dataset, json_column = open_source(source, split, streaming)
+    dataset, json_column = opened
     sparse = json_column is None
-    encode = _Encode(pipeline, json_column, sparse, loss_weights, actions)
+    encode = _Encode(pipeline, json_column, sparse, options.loss_weights, actions)
     rows = first_rows(dataset, json_column, _SAMPLE)
     known = _check_first(pipeline, rows, sparse, actions, options)
     if isinstance(dataset, datasets.IterableDataset):

@@ -125,7 +125,7 @@ def act(report: ChatReport, actions: Mapping[str, str], known: Collection[str] =
         raise ValueError("rows must pass the checks of chat data, got " + "; ".join(errors))
     for name in found:
         if actions[name] == "warn" and name not in known:
-            warnings.warn(f"chat data: {report.describe(name)}", stacklevel=3)
+            warnings.warn(f"chat data: {report.describe(name)}", stacklevel=5)
 
 
 def names_of(flags: int) -> list[str]:

@@ -142,3 +142,32 @@ DEEPSEEK_R1 = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}
 """
+
+# Answers are sampled with the name of a channel; the call of a tool has a header of its own.
+GPT_OSS = """\
+{%- for m in messages -%}
+{%- if m.role == 'assistant' -%}
+{%- if m.tool_calls -%}
+{{- '<|start|>assistant to=' ~ m.tool_calls[0].function.name ~ '<|message|>' -}}
+{{- (m.tool_calls[0].function.arguments | tojson) ~ '<|call|>' -}}
+{%- else -%}
+{%- if m.reasoning_content -%}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' ~ m.reasoning_content ~ '<|end|>' -}}
+{%- endif -%}
+{{- '<|start|>assistant<|channel|>final<|message|>' ~ m.content -}}
+{{- '<|return|>' if loop.last else '<|end|>' -}}
+{%- endif -%}
+{%- else -%}
+{{- '<|start|>' ~ m.role ~ '<|message|>' ~ m.content ~ '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}
+"""
+
+# The text ends with EOS, which comes after the token that ends a turn.
+PHI3 = """\
+{%- for m in messages -%}
+{{- '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '<|end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- else -%}{{- eos_token -}}{%- endif -%}
+"""

@@ -14,6 +14,7 @@ SPECIAL = [
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[TOOL_CALLS]"),
     *("<｜User｜>", "<｜Assistant｜>"),
+    *("<|start|>", "<|channel|>", "<|message|>", "<|call|>", "<|return|>", "<|end|>"),
 ]
 
 

@@ -65,6 +65,12 @@ def test_a_dropped_tool_call_is_missing_content():
     assert names_of(sample.flags) == ["missing_content"]
 
 
+def test_a_dropped_call_of_a_listed_tool_is_missing_content():
+    row = {"messages": [user("a"), assistant("b", tool_calls=[CALL])], "tools": [CALL]}
+    (sample,) = encode(make_tokenizer("{{ tools | tojson }}" + PLAIN), row, **OPTIONS)
+    assert names_of(sample.flags) == ["missing_content"]
+
+
 def test_lost_targets():
     (sample,) = encode(make_tokenizer(PLAIN), ROW, max_length=3, truncation="token", **OPTIONS)
     assert names_of(sample.flags) == ["lost_target"]

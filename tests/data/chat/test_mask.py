@@ -276,6 +276,76 @@ def test_deepseek():
     assert names_of(encode(tokenizer, row[2:])[0].flags) == []
 
 
+def test_gpt_oss_learns_the_channels():
+    tokenizer = make_tokenizer(families.GPT_OSS)
+    row = [user("a"), assistant("b", reasoning_content="why"), user("c"), assistant("d")]
+    final = "<|channel|>final<|message|>"
+    analysis = "<|channel|>analysis<|message|>why<|end|><|start|>assistant"
+    assert targets(tokenizer, row) == [[f"{analysis}{final}b<|return|>"], [f"{final}d<|return|>"]]
+    (found,) = targets(tokenizer, TOOL_CHAT[1:3])
+    assert found == [' to=weather<|message|>{"city": "Zürich"}<|call|>']
+
+
+def test_phi3_does_not_learn_what_follows_the_terminator():
+    tokenizer = make_tokenizer(families.PHI3)
+    row = [user("a"), assistant("b<|end|>\n"), user("c"), assistant("d")]
+    assert targets(tokenizer, row) == [["b<|end|>\n<|end|>"], ["d<|end|>"]]
+
+
+def test_a_marker_that_begins_before_the_header_ends():
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}"
+        "<|im_end|>{% else %}{% generation %}<|im_start|>bot\n{% if m.reasoning_content %}<think>"
+        "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}"
+    )
+    row = [user("a"), assistant("b"), user("c"), assistant("d", reasoning_content="e")]
+    assert targets(tokenizer, row) == [["b<|im_end|>", "<think>e</think>d<|im_end|>"]]
+
+
+def test_markers_that_leave_out_an_answer_or_a_call_are_not_used():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and m.content %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    assert targets(tokenizer, [user("a"), assistant("b", tool_calls=[CALL])]) == [
+        ["bweather<|im_end|>"]
+    ]
+    assert targets(tokenizer, TOOL_CHAT) == [
+        ["weather<|im_end|>", "It is sunny.<|im_end|>", "Two lines.<|im_end|>"]
+    ]
+
+
+def test_a_template_that_takes_parts_alone():
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% for part in m.content %}{{ part.text }}"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    parts = [[{"type": "text", "text": text}] for text in "ab"]
+    assert targets(tokenizer, [user(parts[0]), assistant(parts[1])]) == [["b<|im_end|>"]]
+
+
+def test_arguments_are_what_the_template_takes():
+    """Some templates write arguments as JSON, others join them as a text."""
+    text = '{"city":"Bern"}'
+    given = {"function": {"name": "f", "arguments": text}}
+    head = "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    end = "{% endfor %}<|im_end|>{% endfor %}"
+    for written, expected in (
+        ("{{ call.function.arguments | tojson }}", '{"city": "Bern"}'),
+        ("{{ '' + call.function.arguments }}", text),
+    ):
+        tokenizer = make_tokenizer(f"{head}{written}{end}")
+        row = [user("a"), assistant("", tool_calls=[given])]
+        assert targets(tokenizer, row) == [[f"{expected}<|im_end|>"]]
+
+
 def test_a_template_without_a_generation_prompt_has_a_header():
     """Where no prompt ends the header, the probe does."""
     tokenizer = make_tokenizer(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .fitting import Fitted
-from .rendering import reasoning_of, texts_of
+from .rendering import function_name, reasoning_of, texts_of
 
 # Names of the checks, and what each one means. The position of a name is its bit in a row's flags.
 CHECKS = {
@@ -181,7 +181,12 @@ class RowChecks:
                 _written(each, text) for each in _reasonings(message)
             ):
                 found |= flag("missing_reasoning")
-        if not all(name in text for name in map(_function_name, conversation.tools or ())):
+        for span in rendering.spans:  # a list of tools may name the functions too
+            calls = conversation.messages[span.message].get("tool_calls", ())
+            inside = text[span.begin : span.end]
+            if span.message >= 0 and not all(function_name(call) in inside for call in calls):
+                found |= flag("missing_content")
+        if not all(name in text for name in map(function_name, conversation.tools or ())):
             found |= flag("missing_tools")
         return found
 
@@ -206,18 +211,10 @@ def _written(part: str, text: str) -> bool:
 def _contents(message: dict[str, Any]) -> list[str]:
     """What the template must write of a message: its texts and the functions it calls."""
     texts = [text.rpartition("</think>")[2] for text in texts_of(message)]
-    return texts + [_function_name(call) for call in message.get("tool_calls", ())]
+    return texts + [function_name(call) for call in message.get("tool_calls", ())]
 
 
 def _reasonings(message: dict[str, Any]) -> list[str]:
     inside = [text.rpartition("</think>")[0] for text in texts_of(message)]
     inside = [text.rpartition("<think>")[2] for text in inside]
     return [text for text in (*inside, reasoning_of(message)) if isinstance(text, str)]
-
-
-def _function_name(call: Any) -> str:
-    """The name of a called function or of a tool."""
-    if not isinstance(call, Mapping):
-        return getattr(call, "__name__", "")
-    inner = call.get("function", call)
-    return str(inner.get("name", "")) if isinstance(inner, Mapping) else ""

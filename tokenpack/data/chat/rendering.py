@@ -13,23 +13,25 @@ The text is what the tokenizer's chat template writes. The spans come from
 No span is found by searching for the text of a message, so a message may hold anything.
 
 A span holds content, reasoning, tool calls and the token that ends the turn. It holds neither the
-header nor what the template adds between header and content by itself, such as the empty think
-block of Qwen3. A probe finds this: the same conversation with another content of the message.
+header nor an empty block for reasoning that the template adds, such as Qwen3's. Probes find these:
+the same conversation with another content, and with a reasoning, of the message.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .schemas import Conversation
+from .schemas import Conversation, with_json_arguments
 
 _PROBE = "\ue000\ue001\ue000"  # private use: no template writes it
+_REASONING_PROBE = "\ue002\ue001\ue002"
+_EMPTY_BLOCK = re.compile(r"\s*(?:<(\w+)>\s*</\1>|\[(\w+)\]\s*\[/\2\])\s*")
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -103,7 +105,7 @@ class Renderer:
         # The longest first, because one may end in another.
         self._special = tuple(sorted(special | set(stop_tokens), key=len, reverse=True))
         self._stops = tuple(stop_tokens)
-        self._lead, self._has_prompt = "", True
+        self._prompt, self._header, self._lead, self._has_prompt = "", "", "", True
         self._probe_template()
 
     # ------------------------------------------------------------------------------------ learned
@@ -151,12 +153,16 @@ class Renderer:
     def _by_markers(
         self, conversation: Conversation, learned: dict[int, float]
     ) -> Rendering | None:
-        """The spans of the template's markers, or None if they are not one for each answer and it
-        matters which is which."""
+        """The spans of the template's markers, or None if they leave out an answer or a call, or if
+        they are not one for each answer and it matters which is which."""
         messages = conversation.messages
         text, found = self._run(conversation, messages, marked=True)
         found = [(begin, end) for begin, end in found if end > begin]
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        inside = "".join(text[begin:end] for begin, end in found)
+        calls = [call for at in answers for call in messages[at].get("tool_calls", ())]
+        if len(found) < len(answers) or any(function_name(call) not in inside for call in calls):
+            return None
         paired = len(found) == len(answers) and all(
             _holds(text[begin:end], messages[at]) for (begin, end), at in zip(found, answers)
         )
@@ -164,16 +170,23 @@ class Renderer:
             if len(learned) < len(answers) or len(set(learned.values())) > 1:
                 return None
             weight = next(iter(learned.values()))
-            reasons = any(reasoning_of(messages[at]) for at in answers)
-            lead = "" if reasons else self._lead
-            spans = [self._span(text, *each, -1, weight, lead) for each in found]
+            own = any(_writes(messages[at], self._lead) for at in answers)
+            spans = [self._marked(text, *each, -1, weight, own) for each in found]
             return Rendering(conversation, learned, text, _filled(spans))
-        spans = []
-        for (begin, end), at in zip(found, answers):
-            if at in learned:
-                lead = "" if _writes(messages[at], self._lead) else self._lead
-                spans.append(self._span(text, begin, end, at, learned[at], lead))
+        spans = [
+            self._marked(text, *each, at, learned[at], _writes(messages[at], self._lead))
+            for each, at in zip(found, answers)
+            if at in learned
+        ]
         return Rendering(conversation, learned, text, _filled(spans))
+
+    def _marked(
+        self, text: str, begin: int, end: int, message: int, weight: float, own: bool
+    ) -> Span:
+        """The span of a marker, which may begin before the end of the generation prompt."""
+        if text.startswith(self._header, begin):
+            begin += len(self._header)
+        return self._span(text, begin, end, message, weight, "" if own else self._lead)
 
     # ----------------------------------------------------------------------------------- prefixes
 
@@ -186,8 +199,7 @@ class Renderer:
         with_prompt = is_answer and self._has_prompt
         if at > 0:
             before = self._beginning(conversation, messages[:at], prompt=with_prompt)
-        probe = {"role": message["role"], "content": _PROBE}
-        probed = self._beginning(conversation, [*messages[:at], probe])
+        probed = self._beginning(conversation, [*messages[:at], _probe_of(message)])
         content = probed.rfind(_PROBE)
         if content < 0:
             raise _UnstableError(
@@ -202,10 +214,12 @@ class Renderer:
         if not text.startswith(probed[:begin]):
             raise _UnstableError(_differs(at, message["role"]))
         lead = probed[begin:content]
+        if self._prompt and lead.startswith(self._prompt):  # a header that the prompt left out here
+            begin, lead = begin + len(self._prompt), lead[len(self._prompt) :]
         if not with_prompt or at == 0:  # then the lead is the header
             header = lead[: _common(lead, text[begin:])]
             begin, lead = begin + len(header.rstrip(" ")), ""
-        elif _writes(message, lead):
+        elif _writes(message, lead) or not self._is_added(conversation, at, begin, lead):
             lead = ""
         end = len(text)
         if at + 1 < len(messages):
@@ -213,7 +227,36 @@ class Renderer:
             if not text.startswith(through):
                 raise _UnstableError(_differs(at, message["role"]))
             end = len(through)
+        closer = probed[content + len(_PROBE) :]
+        if closer and text.endswith(closer, begin, end):
+            end += len(self._learned_of(closer)) - len(closer)
         return self._span(text, begin, end, at, weight, lead)
+
+    def _is_added(self, conversation: Conversation, at: int, begin: int, lead: str) -> bool:
+        """Whether the text between header and content is a block for reasoning without reasoning.
+
+        Other texts there are sampled, such as the name of a channel.
+        """
+        if not lead.strip() or _EMPTY_BLOCK.fullmatch(lead):
+            return bool(lead.strip())
+        messages = conversation.messages
+        probe = {**_probe_of(messages[at]), "reasoning_content": _REASONING_PROBE}
+        try:
+            text, _ = self._run(conversation, [*messages[:at], probe])
+        except RenderError:
+            return False
+        block = text[begin : text.rfind(_PROBE)]
+        without = block.replace(_REASONING_PROBE, "")
+        return without != block and without.split() == lead.split()
+
+    def _learned_of(self, closer: str) -> str:
+        """What is sampled of the text behind an answer: up to the white space behind the first
+        special tokens. Without a special token it is all."""
+        end = len(closer) - len(closer.lstrip())
+        begin = end
+        while token := next((t for t in self._special if closer.startswith(t, end)), None):
+            end += len(token)
+        return closer[:end] if end > begin else closer
 
     def _beginning(
         self, conversation: Conversation, messages: list[dict[str, Any]], prompt: bool = False
@@ -263,14 +306,19 @@ class Renderer:
         try:
             text, found = self._run(asked, asked.messages, marked=True)
             plain, _ = self._run(asked, [user])
-            self._has_prompt = self._run(asked, [user], prompt=True)[0] != plain
+            prompt, _ = self._run(asked, [user], prompt=True)
         except RenderError:  # a template for other conversations
             return
+        self._has_prompt, self._prompt = prompt != plain, prompt.removeprefix(plain)
         content = text.rfind(_PROBE)
         if content < 0:
             return
         if found and found[-1][0] <= content:
-            self._lead = text[found[-1][0] : content]
+            begin = found[-1][0]
+            header = max(_common(prompt, text) - begin, 0)
+            self._header = text[begin : begin + header]
+            lead = text[begin + header : content]
+            self._lead = lead if self._is_added(asked, 1, begin + header, lead) else ""
         rest = text[content + len(_PROBE) :].lstrip()
         follows = next((each for each in self._special if rest.startswith(each)), None)
         if follows is not None and follows not in self._stops:
@@ -300,8 +348,9 @@ class Renderer:
         """The text of the messages, and the spans of the markers if ``marked``."""
         template = self._template(conversation)
         marked = marked and has_markers(template)
-        try:
-            texts, spans = render_jinja_template(
+
+        def rendered(messages: list[dict[str, Any]]) -> Any:
+            return render_jinja_template(
                 [messages],
                 tools=conversation.tools,
                 documents=conversation.documents,
@@ -310,6 +359,12 @@ class Renderer:
                 add_generation_prompt=prompt,
                 **{**self._variables, **conversation.template_kwargs},
             )
+
+        try:
+            try:
+                texts, spans = rendered(messages)
+            except TypeError:  # DeepSeek-V3 joins the arguments of a call as a text
+                texts, spans = rendered(with_json_arguments(messages))
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
             raise RenderError(f"the chat template cannot write the conversation: {error}") from None
         return texts[0], spans[0] if marked else []
@@ -330,12 +385,27 @@ def texts_of(message: dict[str, Any]) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
+def _probe_of(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of the same role and kind, whose content is the probe."""
+    in_parts = isinstance(message.get("content"), (list, tuple))
+    content = [{"type": "text", "text": _PROBE}] if in_parts else _PROBE
+    return {"role": message["role"], "content": content}
+
+
 def _filled(spans: list[Span]) -> list[Span]:
     return [span for span in spans if span.end > span.begin]
 
 
 def _holds(text: str, message: dict[str, Any]) -> bool:
     return all(each.strip() in text for each in texts_of(message))
+
+
+def function_name(call: Any) -> str:
+    """The name of a called function, or of a tool."""
+    if not isinstance(call, Mapping):
+        return getattr(call, "__name__", "")
+    inner = call.get("function", call)
+    return str(inner.get("name", "")) if isinstance(inner, Mapping) else ""
 
 
 def reasoning_of(message: dict[str, Any]) -> str | None:
@@ -352,11 +422,9 @@ def _common(one: str, other: str) -> int:
 
 
 def _writes(message: dict[str, Any], lead: str) -> bool:
-    """Whether what precedes the content is the message's own: its reasoning."""
+    """Whether the message itself has what the template would add."""
     words = lead.split()
-    if not words or reasoning_of(message) is not None:
-        return True
-    return any(words[0] in text for text in texts_of(message))
+    return not words or any(words[0] in text for text in texts_of(message))
 
 
 def _differs(at: int, role: str) -> str:

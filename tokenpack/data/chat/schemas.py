@@ -214,8 +214,38 @@ def _tool_call(call: Any) -> Any:
         except ValueError:
             return call
         if isinstance(parsed, dict):
-            return {**call, "arguments": parsed}
+            return {**call, "arguments": _Arguments(parsed, arguments)}
     return call
+
+
+class _Arguments(dict[str, Any]):
+    """Arguments that were a JSON text."""
+
+    def __init__(self, parsed: dict[str, Any], text: str) -> None:
+        super().__init__(parsed)
+        self.text = text
+
+
+def with_json_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of tool calls as JSON texts, as they were if they were."""
+
+    def convert(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": convert(call["function"])}
+        arguments = call.get("arguments")
+        if not isinstance(arguments, Mapping):
+            return call
+        text = getattr(arguments, "text", None) or json.dumps(arguments, ensure_ascii=False)
+        return {**call, "arguments": text}
+
+    return [
+        {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
 
 
 def _parsed(row: Mapping[str, Any], column: str, kind: type, where: str) -> Any:

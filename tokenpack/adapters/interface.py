@@ -21,7 +21,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import layout_attention
+from ..attention.graph import attention_in_graph
 from .call import KEYWORD, MARKER_SHAPE, ROLE, WATCHED, PackedCall, PatchState, runs_padded
+from .graph import note_attention
 
 # Keywords of attention layers that do not affect attention over packed sequences.
 _IGNORED = frozenset(
@@ -93,13 +95,27 @@ class _Name(str):
     """
 
     def __eq__(self, other: object) -> bool:
-        below = str(self).removeprefix(_PREFIX)
-        return str.__eq__(self, other) or (below in ("eager", "sdpa") and below == other)
+        return _equal(self, other)
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        return not _equal(self, other)
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:
+        return _hash(self)
+
+
+# torch.compile traces no method of str.
+
+
+@torch.compiler.assume_constant_result
+def _hash(name: _Name) -> int:
+    return str.__hash__(name)
+
+
+@torch.compiler.assume_constant_result
+def _equal(name: _Name, other: object) -> bool:
+    below = str(name).removeprefix(_PREFIX)
+    return str.__eq__(name, other) is True or (below in ("eager", "sdpa") and below == other)
 
 
 def is_registered(implementation: Any) -> bool:
@@ -157,7 +173,8 @@ def _attention_forward(
                 "packed forward: this model cannot be patched"
             )
         return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
-    return _packed_attention_forward(call, module, query, key, value, **kwargs), None
+    run = _packed_attention if call.traced else _packed_attention_outside_graph
+    return run(call, module, query, key, value, **kwargs), None
 
 
 def _count_unseen(state: PatchState, module: nn.Module) -> None:
@@ -185,9 +202,7 @@ def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
-# The choice of backend and the counters are host work for every backend, so they are not compiled.
-@torch.compiler.disable
-def _packed_attention_forward(
+def _packed_attention(
     call: PackedCall,
     module: nn.Module,
     query: Tensor,
@@ -208,9 +223,7 @@ def _packed_attention_forward(
             f"{type(module).__name__} computed a position bias of shape {tuple(bias.shape)} "
             "in a packed forward: this model cannot be patched"
         )
-    unsupported = [
-        name for name, value in kwargs.items() if value is not None and name not in _IGNORED
-    ]
+    unsupported = [name for name in kwargs if kwargs[name] is not None and name not in _IGNORED]
     if unsupported:
         raise RuntimeError(
             f"{type(module).__name__} passes {unsupported} to attention, which packed attention "
@@ -222,24 +235,27 @@ def _packed_attention_forward(
             f"{type(module).__name__} was added after patch_model: call unpatch_model before the "
             "change and patch_model after it"
         )
-    out, choice = layout_attention(
-        query,
-        key,
-        value,
-        call.layouts,
-        role,
-        causal=_is_causal(role, module, kwargs),
-        scale=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        relative_bias=bias,
-        dropout_p=dropout,
-        backend=call.backend,
-        memo=call.memo,
-    )
+    options: dict[str, Any] = {
+        "causal": _is_causal(role, module, kwargs),
+        "scale": scaling,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "relative_bias": bias,
+        "dropout_p": dropout,
+        "backend": call.backend,
+    }
+    if call.traced:
+        out, choice = attention_in_graph(query, key, value, call.layouts, role, **options)
+        note_attention(call.state.key, role, f"{choice.backend} ({choice.reason})")
+        return out
+    out, choice = layout_attention(query, key, value, call.layouts, role, **options, memo=call.memo)
     call.attention_calls += 1
     call.choices[role] = choice
     return out
+
+
+# The choice of backend and the counters are host work for every backend, so they are not compiled.
+_packed_attention_outside_graph = torch.compiler.disable(_packed_attention)
 
 
 def _is_causal(role: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:

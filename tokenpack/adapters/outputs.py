@@ -9,14 +9,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 
-@functools.cache
+
+@torch.compiler.assume_constant_result  # torch.compile cannot make a class
 def without_logits(output: Any) -> Any:
     """A subclass of ``output`` that keeps the position of ``logits``.
 
     ``to_tuple`` and slices have None there. Reading the position raises an error.
     """
+    return _without_logits(output)
 
+
+@functools.cache
+def _without_logits(output: Any) -> Any:
     def to_tuple(self: Any) -> tuple[Any, ...]:
         names = [name for name in self.__dataclass_fields__ if name == "logits" or name in self]
         return tuple(self.get(name) for name in names)

@@ -14,6 +14,7 @@ from .entries import (
     entry_of,
     is_entry,
     is_wrapper,
+    parameters_of,
     parts_of,
     reads_rows,
     tag_attention,
@@ -69,7 +70,7 @@ def patch_model(
     if family is None or reason is not None:
         # Its parts too, so that calls of a part are counted and never ignore cu_seqlens.
         for _, part in parts_of(inner):
-            setattr(part, ENTRY, Entry(state, (), unpackable=reason))
+            setattr(part, ENTRY, Entry(state, parameters_of(part), (), unpackable=reason))
             if not is_wrapper(part):
                 swap_forward(part, packed_forward)
         return model

@@ -75,6 +75,7 @@ class PackedCall:
         "choices",
         "head_logits",
         "layouts",
+        "leaves_out_cache",
         "loss",
         "memo",
         "num_items",
@@ -92,6 +93,7 @@ class PackedCall:
         self.memo: dict[Any, Any] = {}  # of `layout_attention`
         self.attention_calls = 0
         self.backend = state.attention
+        self.leaves_out_cache = False  # the model's own forward would return one
         # Read by the fused head.
         self.after_head: AfterHead | None = None
         self.targets: Targets | None = None
@@ -198,7 +200,7 @@ class PatchState:
     @property
     def splits_by_position(self) -> bool:
         """Whether the model's own attention infers boundaries although a mask is given."""
-        return any("flash" in config.base for config in self.configs)
+        return any("flash" in config.below() for config in self.configs)
 
 
 @dataclass
@@ -214,6 +216,7 @@ class Entry:
         has_token_head: a head reads each token separately, and the part takes labels.
         shifts_labels: each token predicts the label of the next token.
         pooler: the name of the child that reads the first token of each sequence.
+        makes_cache: the part itself creates the cache, and not a part inside it.
     """
 
     state: PatchState
@@ -223,6 +226,7 @@ class Entry:
     has_token_head: bool = False
     shifts_labels: bool = False
     pooler: str | None = None
+    makes_cache: bool = False
 
 
 # Some modules (position tables, head, pooler) are called without keywords. The forward that calls

@@ -14,13 +14,14 @@ from transformers.utils import logging
 from ..checks import IGNORE_INDEX
 from ..kernels import PackedLayout, repad, unpad
 from .call import ENTRY, KEYWORD, Entry, PackedCall, activate, runs_padded
-from .checks import check_position_table
+from .checks import check_added_layers, check_position_table, makes_cache
 from .embedding import share_lookup
 from .errors import CannotPackError
 from .head import after_head, fused_forward, logits_match, loss_from_logits, on_device, swap_head
 from .hooks import changed_by
 from .inputs import PackedInputs, pack_inputs
-from .outputs import without_logits
+from .interface import follow
+from .outputs import leaving_out
 from .swap import is_swapped
 
 logger = logging.get_logger(__name__)
@@ -99,6 +100,9 @@ def _run_with(
     """
     if entry.is_stack:
         check_position_table(model)
+    if entry.makes_cache:
+        call.leaves_out_cache = makes_cache(model, kwargs.get("use_cache"))
+        kwargs["use_cache"] = False
     with activate(entry.state, call):
         return original(model, *args, **kwargs)
 
@@ -116,23 +120,22 @@ def _run_packed(
     arguments = packed.arguments
     if state.family.embeds_match_ids:
         arguments = share_lookup(model, arguments)
-    if not all(config.is_replaced for config in state.configs):
-        raise _unreached(model)
-    outputs = _run_with(packed.call, original, model, entry, **arguments)
+    follow(state.configs)
+    try:
+        outputs = _run_with(packed.call, original, model, entry, **arguments)
+    except Exception as error:
+        check_added_layers(model, error)
+        raise
     if packed.call.attention_calls == 0 and not _may_drop_every_layer(model):
-        raise _unreached(model)
+        raise RuntimeError(
+            f"{type(model).__name__} never reached packed attention: was its attention replaced "
+            "after patch_model?"
+        )
     if packed.call.loss is not None and not _head_is_plain(model, entry, packed, outputs):
         # Run the forward again and compute the loss from the logits.
         packed.call.targets = packed.call.loss = None
         outputs = _run_with(packed.call, original, model, entry, **arguments)
     return _results(outputs, entry, packed, keep_logits)
-
-
-def _unreached(model: Any) -> RuntimeError:
-    return RuntimeError(
-        f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
-        "called after patch_model?"
-    )
 
 
 def _may_drop_every_layer(model: Any) -> bool:
@@ -179,10 +182,12 @@ def _results(outputs: Any, entry: Entry, packed: PackedInputs, keep_logits: bool
     call, targets, stats = packed.call, packed.targets, entry.state.stats
     # A ModelOutput cannot drop a field that has been set, so the results go into a new one.
     fields = dict(outputs.items())
-    result: Any = type(outputs)
+    absent = {"past_key_values"} if call.leaves_out_cache else set()
     if not keep_logits and "logits" in fields:
         del fields["logits"]
-        result = without_logits(result)
+        absent.add("logits")
+    result: Any = type(outputs)
+    result = leaving_out(result, frozenset(absent))
     for name in _SIDES:
         if name in fields:
             fields[name] = _repadded(fields[name], _layout_of(name, packed))

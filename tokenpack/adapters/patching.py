@@ -23,7 +23,7 @@ from .entries import (
 from .families import find_family
 from .forward import packed_forward
 from .head import swap_head
-from .interface import PatchedConfig
+from .interface import PatchedConfig, read_bases
 from .row_head import row_head_forward
 from .swap import is_swapped, restore_forwards, swap_forward
 
@@ -116,6 +116,7 @@ def unpatch_model(model: Model) -> Model:
     for module in model.modules():
         for attribute in (ENTRY, ROLE, SIDE, WATCHED):
             module.__dict__.pop(attribute, None)
+    read_bases(state.configs)
     for config in state.configs:
         config.restore()
     return model

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .call import ENTRY, Entry, runs_padded
+from .checks import makes_cache
 from .forward import BOUNDARIES, arguments_by_name, call_first_batch, run_padded
+from .outputs import leaving_out
 
 
 @functools.partial(torch.compiler.disable, recursive=False)
@@ -29,9 +31,30 @@ def row_head_forward(original: Callable[..., Any], model: Any, *args: Any, **kwa
     reason = entry.unpackable or _reason(model, entry, inputs)
     if reason is not None:
         return run_padded(original, model, entry, reason, inputs)
-    if "use_cache" in parameters and (model.training or "labels" in inputs):
-        inputs.setdefault("use_cache", False)  # a loss is wanted, and no cache
-    return original(model, **inputs)
+    if "use_cache" in inputs or not (model.training or "labels" in inputs):
+        return original(model, **inputs)
+    return _without_cache(original, model, entry, inputs, parameters)
+
+
+def _without_cache(
+    original: Callable[..., Any],
+    model: Any,
+    entry: Entry,
+    inputs: dict[str, Any],
+    parameters: frozenset[str],
+) -> Any:
+    """Run the head for a loss, for which no cache is needed. All outputs keep their positions."""
+    if "use_cache" not in parameters or entry.state.family.kind == "encoder":
+        return original(model, **inputs)
+    outputs = original(model, **{**inputs, "use_cache": False, "return_dict": True})
+    # Heads of encoder-decoders turn the cache off themselves if labels are given.
+    if not (entry.sides == ("enc", "dec") and "labels" in inputs):
+        stack = model.get_decoder() or model.base_model
+        if makes_cache(stack, None):
+            result: Any = type(outputs)
+            outputs = leaving_out(result, frozenset({"past_key_values"}))(**outputs)
+    return_dict = inputs.get("return_dict", model.config.return_dict)
+    return outputs if return_dict else outputs.to_tuple()
 
 
 def _reason(model: Any, entry: Entry, inputs: dict[str, Any]) -> str | None:

@@ -177,7 +177,7 @@ def _check_modules(model: PreTrainedModel) -> None:
         if "forward" in vars(module):
             raise ValueError(
                 f"{name or 'model'} has a forward set on the instance, which would hide the "
-                "patched one (accelerate sets one): call patch_model before accelerator.prepare"
+                "patched one (accelerate and PEFT's X-LoRA set one): call patch_model before that"
             )
         if is_swapped(module):
             raise ValueError(

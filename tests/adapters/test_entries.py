@@ -10,6 +10,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from tokenpack import is_patched, packing_stats, patch_model
+from tokenpack.adapters.interface import PatchedConfig
 
 from .models import BERT, BY_NAME, LLAMA, NLLB, T5
 
@@ -111,8 +112,7 @@ def test_positions_that_restart_split_rows_as_in_transformers():
 def test_flash_attention_splits_one_row_by_its_positions(rows, monkeypatch):
     """transformers drops a mask of ones, and then splits a single row, but not several."""
     model = patch_model(LLAMA.build())
-    for config in model._tokenpack_entry.state.configs:
-        monkeypatch.setattr(config, "base", "flash_attention_2")
+    monkeypatch.setattr(PatchedConfig, "below", lambda self: "flash_attention_2")
     ids = torch.randint(3, 97, (rows, 6))
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(rows, -1)
     batch = {"input_ids": ids, "position_ids": positions, "use_cache": False}
@@ -308,3 +308,29 @@ def test_position_1_is_logits_or_an_error(case):
     with torch.no_grad():
         outputs = model.eval()(**case.batch("right"))
     assert outputs[1] is outputs.logits
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [T5, NLLB, BART, LLAMA, GPT2, BY_NAME["LlamaForSequenceClassification"]],
+    ids=lambda case: case.model,
+)
+def test_a_cache_that_is_left_out_keeps_its_position(case, checkpointing):
+    reference, model = case.build(), patch_model(case.build(), strict=True)
+    if checkpointing:
+        reference.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()
+    batch = {**case.batch("right"), "output_hidden_states": True}
+    theirs, ours = (each(**batch, return_dict=False) for each in (reference, model))
+    assert len(ours) == len(theirs)
+    has_cache = isinstance(theirs[2], hf.Cache)
+    assert has_cache == (not checkpointing and case is not BART)
+    if has_cache:
+        assert ours[2] is None
+        outputs = model(**batch)
+        with pytest.raises(ValueError, match="past_key_values must be computed"):
+            outputs[2]
+        assert pickle.loads(pickle.dumps(outputs)).to_tuple()[2] is None
+        assert model(**batch, use_cache=False, return_dict=False)[2] is not None
+    assert [type(each) for each in ours[3:]] == [type(each) for each in theirs[3:]]

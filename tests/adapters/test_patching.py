@@ -349,7 +349,8 @@ def test_logits_changed_after_the_head_are_detected(caplog):
 
 def test_outputs_as_a_tuple():
     model = patch_model(T5.build())
-    loss, logits, hidden = model(**T5.batch("right"), return_dict=False)
+    loss, logits, cache, hidden = model(**T5.batch("right"), return_dict=False)
     assert loss.dim() == 0
     assert logits is None  # and not silently something else
+    assert cache is None
     assert hidden.shape[:2] == T5.batch("right")["input_ids"].shape

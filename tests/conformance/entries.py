@@ -276,13 +276,18 @@ def _all_calls(
     yield "another pad right", make(change=_text_pad)
     yield "another pad left", make(padding="left", change=_text_pad)
     yield "labels the other way", make(labels=not labels)
-    # In training, a packed call returns no cache; alone, an encoder stack of T5 refuses one.
+    # An encoder stack of T5 alone refuses a cache.
     is_encoder = signature.case.kind == "encoder_decoder" and not signature.is_causal
     may_cache = signature.two_sided or not is_encoder
-    if signature.takes("use_cache") and may_cache and not labels:
+    if signature.takes("use_cache") and may_cache:
         call = make()
         del call.kwargs["use_cache"]
-        yield "default cache", call
+        if labels:
+            # A packed call returns no cache, and everything after it by the same position.
+            options = {"return_dict": False, "output_hidden_states": True}
+            yield "default cache in training", _and(call, **options)
+        else:
+            yield "default cache", call
     yield "output_hidden_states", _and(make(), output_hidden_states=True)
     yield "return_dict=False", _and(make(), return_dict=False)
     yield "positional", _by_position(make(), signature)

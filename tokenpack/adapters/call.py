@@ -75,6 +75,7 @@ class PackedCall:
         "choices",
         "head_logits",
         "layouts",
+        "leaves_out_cache",
         "loss",
         "memo",
         "num_items",
@@ -96,6 +97,7 @@ class PackedCall:
         self.memo: dict[Any, Any] = {}  # of `layout_attention`
         self.attention_calls = 0
         self.backend = state.attention
+        self.leaves_out_cache = False  # the model's own forward would return one
         # Read by the fused head.
         self.after_head: AfterHead | None = None
         self.targets: Targets | None = None
@@ -208,7 +210,7 @@ class PatchState:
     @property
     def splits_by_position(self) -> bool:
         """Whether the model's own attention infers boundaries although a mask is given."""
-        return any("flash" in config.base for config in self.configs)
+        return _splits_by_position(self.key)
 
 
 _STATES: weakref.WeakValueDictionary[str, PatchState] = weakref.WeakValueDictionary()
@@ -226,6 +228,12 @@ def state_of(key: str) -> PatchState | None:
     return _STATES.get(key)
 
 
+@torch.compiler.assume_constant_result  # torch.compile traces no method of str
+def _splits_by_position(key: str) -> bool:
+    state = state_of(key)
+    return state is not None and any("flash" in config.below() for config in state.configs)
+
+
 @dataclass
 class Entry:
     """A part of a patched model that can be called by itself: how it packs its arguments.
@@ -241,6 +249,7 @@ class Entry:
         shifts_labels: each token predicts the label of the next token.
         pooler: the name of the child that reads the first token of each sequence.
         calls_loss_function: the forward computes its loss with the model's ``loss_function``.
+        makes_cache: the part itself creates the cache, and not a part inside it.
     """
 
     state: PatchState
@@ -252,6 +261,7 @@ class Entry:
     shifts_labels: bool = False
     pooler: str | None = None
     calls_loss_function: bool = False
+    makes_cache: bool = False
 
 
 class _Active(threading.local):

@@ -12,6 +12,7 @@ from .call import Entry
 from .errors import CannotPackError
 from .graph_ops import pads_first_column
 from .hooks import has_neftune, hook_by_row
+from .interface import custom_attention, is_registered
 from .swap import is_swapped
 
 # The losses of transformers that are the mean cross entropy over valid labels, which a causal model
@@ -45,12 +46,23 @@ def check_call(model: Any, entry: Entry, inputs: dict[str, Any]) -> None:
         raise CannotPackError("rotary embeddings depend on the length of the padded batch")
     if getattr(config, "sparse_prediction", False):
         raise CannotPackError("sparse_prediction is set")
+    custom = custom_attention(entry.state.key)
+    if custom is not None:
+        raise CannotPackError(f"the attention implementation {custom!r} is not of transformers")
     hook = hook_by_row(model)
     if hook is not None:
         raise CannotPackError(hook)
     embedding = model.get_input_embeddings()
     if embedding is not None and has_neftune(embedding):
         raise CannotPackError("NEFTune scales its noise by the padded width")
+
+
+def makes_cache(stack: Any, use_cache: bool | None) -> bool:
+    """Whether the own forward of a stack or base model creates a cache, with this argument."""
+    if use_cache is None:
+        use_cache = getattr(stack.config, "use_cache", False)
+    checkpoints = stack.training and getattr(stack, "gradient_checkpointing", False)
+    return bool(use_cache) and not checkpoints
 
 
 def has_pooler(model: Any, entry: Entry) -> bool:
@@ -78,6 +90,18 @@ def check_position_table(stack: Any) -> None:
     table = getattr(stack, "embed_positions", None)
     if table is not None:
         _require_swapped(stack, "embed_positions", table)
+
+
+def check_added_layers(model: Any, error: Exception) -> None:
+    """Raise RuntimeError from ``error`` if a layer has a config that `patch_model` did not see."""
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        implementation = getattr(config, "_attn_implementation", None)
+        if implementation is not None and not is_registered(implementation):
+            raise RuntimeError(
+                f"{type(model).__name__}.{name} was added after patch_model, with a config of its "
+                "own: call unpatch_model before the change and patch_model after it"
+            ) from error
 
 
 def _require_swapped(parent: Any, name: str, child: Any) -> None:

@@ -63,6 +63,7 @@ def entry_of(part: Any, state: PatchState) -> Entry:
     else:
         sides = (side_of(part) if is_stack else "enc",)
     children = {child: type(module).__name__ for child, module in part.named_children()}
+    makes_cache = len(parts_of(part)) == 1 and "use_cache" in parameters
     poolers = (c for c, t in children.items() if family.swaps.get(t) is first_token_forward)
     return Entry(
         state,
@@ -74,6 +75,7 @@ def entry_of(part: Any, state: PatchState) -> Entry:
         shifts_labels=name.endswith(_CAUSAL_HEADS),
         pooler=next(poolers, None),
         calls_loss_function="loss_function" in inspect.unwrap(part.forward).__code__.co_names,
+        makes_cache=makes_cache and family.kind != "encoder" and sides != ("enc",),
     )
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..checks import IGNORE_INDEX
 from ..kernels import PackedLayout, repad, unpad
 from .call import ENTRY, KEYWORD, Entry, PackedCall, run_active, runs_padded
-from .checks import check_position_table
+from .checks import check_added_layers, check_position_table, makes_cache
 from .embedding import share_lookup
 from .errors import CannotPackError
 from .graph import count_layers, may_drop_layers, note_loss, outside_graph, untraceable
@@ -21,7 +21,8 @@ from .graph_ops import logits_match, loss_in_graph
 from .head import after_head, fused_forward, loss_from_logits, on_device, swap_head
 from .hooks import changed_by
 from .inputs import PackedInputs, pack_inputs
-from .outputs import without_logits
+from .interface import follow
+from .outputs import leaving_out
 from .swap import is_swapped
 
 logger = logging.get_logger(__name__)
@@ -126,6 +127,9 @@ def _run_with(
     """
     if entry.is_stack:
         check_position_table(model)
+    if entry.makes_cache:
+        call.leaves_out_cache = makes_cache(model, kwargs.get("use_cache"))
+        kwargs["use_cache"] = False
     return run_active(entry.state, call, original, model, *args, **kwargs)
 
 
@@ -141,13 +145,17 @@ def _run_packed(
     arguments = packed.arguments
     if state.family.embeds_match_ids:
         arguments = share_lookup(model, arguments)
-    if not all(config.is_replaced for config in state.configs):
-        raise _unreached(model)
-    layers_before = count_layers(state.key)
-    outputs = _run_with(packed.call, original, model, entry, **arguments)
+    follow(state.key)
     if packed.call.traced:
+        layers_before = count_layers(state.key)
+        outputs = _run_with(packed.call, original, model, entry, **arguments)
         _check_in_graph(model, entry, packed.call, layers_before, outputs)
         return _results(outputs, entry, packed, keep_logits)
+    try:
+        outputs = _run_with(packed.call, original, model, entry, **arguments)
+    except Exception as error:
+        check_added_layers(model, error)
+        raise
     if packed.call.attention_calls == 0 and not (model.training and may_drop_layers(model)):
         raise _unreached(model)
     if packed.call.loss is not None and not _head_is_plain(model, entry, packed, outputs):
@@ -174,8 +182,8 @@ def _check_in_graph(
 
 def _unreached(model: Any) -> RuntimeError:
     return RuntimeError(
-        f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
-        "called after patch_model?"
+        f"{type(model).__name__} never reached packed attention: was its attention replaced after "
+        "patch_model?"
     )
 
 
@@ -216,10 +224,13 @@ def _results(outputs: Any, entry: Entry, packed: PackedInputs, keep_logits: bool
     call, targets, how = packed.call, packed.targets, ""
     # A ModelOutput cannot drop a field that has been set, so the results go into a new one.
     fields = dict(outputs.items())
-    result: Any = type(outputs)
+    absent: tuple[str, ...] = ("past_key_values",) if call.leaves_out_cache else ()
     if not keep_logits and "logits" in fields:
         del fields["logits"]
-        result = without_logits(result)
+        absent = ("logits", *absent)
+    result: Any = type(outputs)
+    if absent:
+        result = leaving_out(result, absent)
     for name in _SIDES:
         if name in fields:
             fields[name] = _repadded(fields[name], _layout_of(name, packed))

@@ -80,6 +80,8 @@ def pack_inputs(
     """
     if entry.unpackable is not None:
         raise CannotPackError(entry.unpackable)
+    labels_end_cache = "labels" in inputs and entry.state.family.labels_end_cache
+    turns_cache_off = "use_cache" in inputs or labels_end_cache
     check_call(model, entry, inputs)
     rows = None
     if not traced:
@@ -100,7 +102,7 @@ def pack_inputs(
     packed.call.num_items = inputs.get("num_items_in_batch")
     if "output_hidden_states" in inputs:
         packed.arguments["output_hidden_states"] = inputs["output_hidden_states"]
-    if "use_cache" in entry.parameters:
+    if turns_cache_off:
         packed.arguments["use_cache"] = False
     return packed
 

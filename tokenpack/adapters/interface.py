@@ -22,7 +22,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import layout_attention
 from ..attention.graph import attention_in_graph
-from .call import KEYWORD, MARKER_SHAPE, ROLE, WATCHED, PackedCall, PatchState, runs_padded
+from .call import (
+    KEYWORD,
+    MARKER_SHAPE,
+    ROLE,
+    WATCHED,
+    PackedCall,
+    PatchState,
+    runs_padded,
+    state_of,
+)
 from .graph import note_attention
 
 # Keywords of attention layers that do not affect attention over packed sequences.
@@ -57,8 +66,13 @@ class PatchedConfig:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        # A config that was copied from a patched model already has the registered name.
-        self.base = _BASES.get(config._attn_implementation, config._attn_implementation)
+        self.base = self.below()
+
+    def below(self) -> str:
+        """The implementation below tokenpack's, or the one that was set in its place."""
+        current = self.config._attn_implementation
+        # A config that was copied from a patched model has the registered name too.
+        return _BASES.get(current, current)
 
     def replace(self) -> None:
         """Put tokenpack's attention over the implementation of the config."""
@@ -67,11 +81,6 @@ class PatchedConfig:
             weakref.finalize(self.config, _USERS.pop, key, None)
         _USERS[key] = _USERS.get(key, 0) + 1
         self.config._attn_implementation = register_over(self.base)
-
-    @property
-    def is_replaced(self) -> bool:
-        """Whether the config still has tokenpack's attention."""
-        return is_registered(self.config._attn_implementation)
 
     def restore(self) -> None:
         """Put the previous implementation back, unless another patched model has the config too."""
@@ -84,6 +93,47 @@ class PatchedConfig:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
         register_over(self.base)  # a new process has not registered the name
+
+
+def read_bases(configs: list[PatchedConfig]) -> None:
+    """Let the implementation that each config has now be the one to restore."""
+    for each in configs:
+        each.base = each.below()
+
+
+# torch.compile runs the next two once, while it traces. It does so again if an implementation
+# changes, because the attention layers read its name.
+
+
+@torch.compiler.assume_constant_result
+def follow(key: str) -> None:
+    """Put tokenpack's attention over implementations that were set after `patch_model`, too.
+
+    ``key`` is the one of the model's `PatchState`.
+    """
+    state = state_of(key)
+    configs: list[PatchedConfig] = [] if state is None else state.configs
+    if all(is_registered(each.config._attn_implementation) for each in configs):
+        return
+    read_bases(configs)
+    for each in configs:
+        each.config._attn_implementation = register_over(each.base)
+
+
+@torch.compiler.assume_constant_result
+def custom_attention(key: str) -> str | None:
+    """The first implementation that may compute something else than attention does elsewhere.
+
+    Those of transformers compute the same, and so do the flash attentions of other packages.
+    """
+    state = state_of(key)
+    for each in [] if state is None else state.configs:
+        base = each.below()
+        function: Any = ALL_ATTENTION_FUNCTIONS.get(base)  # None for a model's own "eager"
+        module = getattr(getattr(function, "func", function), "__module__", "")
+        if function is not None and "flash" not in base and not module.startswith("transformers."):
+            return base
+    return None
 
 
 class _Name(str):

@@ -24,7 +24,7 @@ from .entries import (
 from .families import find_family
 from .forward import packed_forward
 from .head import swap_head
-from .interface import PatchedConfig
+from .interface import PatchedConfig, read_bases
 from .row_head import row_head_forward
 from .swap import is_swapped, restore_forwards, swap_forward
 
@@ -117,6 +117,7 @@ def unpatch_model(model: Model) -> Model:
     for module in model.modules():
         for attribute in (ENTRY, ROLE, SIDE, WATCHED):
             module.__dict__.pop(attribute, None)
+    read_bases(state.configs)
     for config in state.configs:
         config.restore()
     return model
@@ -177,7 +178,7 @@ def _check_modules(model: PreTrainedModel) -> None:
         if "forward" in vars(module):
             raise ValueError(
                 f"{name or 'model'} has a forward set on the instance, which would hide the "
-                "patched one (accelerate sets one): call patch_model before accelerator.prepare"
+                "patched one (accelerate and PEFT's X-LoRA set one): call patch_model before that"
             )
         if is_swapped(module):
             raise ValueError(

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .call import ENTRY, Entry, runs_padded
+from .checks import makes_cache
 from .forward import BOUNDARIES, arguments_by_name, call_first_batch, run_padded
 from .graph import outside_graph, untraceable
 from .graph_ops import pads_read_slots, slots_in_graph
+from .outputs import leaving_out
 
 
 def row_head_forward(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,12 +45,29 @@ def _forward(
     reason = entry.unpackable or _reason(model, entry, inputs, traced)
     if reason is not None:
         return run_padded(original, model, entry, reason, inputs)
-    if "use_cache" in entry.parameters and (model.training or "labels" in inputs):
-        inputs.setdefault("use_cache", False)  # a loss is wanted, and no cache
-    return original(model, **inputs)
+    if "use_cache" in inputs or not (model.training or "labels" in inputs):
+        return original(model, **inputs)
+    return _without_cache(original, model, entry, inputs)
 
 
 _OUTSIDE_GRAPH = outside_graph(_forward)
+
+
+def _without_cache(
+    original: Callable[..., Any], model: Any, entry: Entry, inputs: dict[str, Any]
+) -> Any:
+    """Run the head for a loss, for which no cache is needed. All outputs keep their positions."""
+    if "use_cache" not in entry.parameters or entry.state.family.kind == "encoder":
+        return original(model, **inputs)
+    outputs = original(model, **{**inputs, "use_cache": False, "return_dict": True})
+    # Heads of encoder-decoders turn the cache off themselves if labels are given.
+    if not (entry.sides == ("enc", "dec") and "labels" in inputs):
+        stack = model.get_decoder() or model.base_model
+        if makes_cache(stack, None):
+            result: Any = type(outputs)
+            outputs = leaving_out(result, ("past_key_values",))(**dict(outputs.items()))
+    return_dict = inputs.get("return_dict", model.config.return_dict)
+    return outputs if return_dict else outputs.to_tuple()
 
 
 def _reason(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool) -> str | None:

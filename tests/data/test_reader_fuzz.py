@@ -294,7 +294,7 @@ def is_refused_csv(message, content, delimiter):
     conflict = re.search(r"column '(.*)' is (.*), in the rows before it is (\w+)$", message)
     if conflict:
         name, shown, type = conflict.groups()
-        named = [one.replace("\n", "\\n") for one in content.names]
+        named = [one if one.isprintable() else repr(one)[1:-1] for one in content.names]
         cell = content.cells[line_of(message)][named.index(name)]
         before = (
             cells[named.index(name)]

@@ -154,7 +154,9 @@ def test_json_that_cannot_be_read(write, line, message):
 
 
 def test_brackets_in_strings_do_not_hide_a_depth_that_would_crash(write):
-    path = write("a.jsonl", '{"s": "' + "]" * 200_000 + '", "a": ' + "[" * 150_000 + "]" * 150_000)
+    path = write(
+        "a.jsonl", '{"s": "' + "]" * 200_000 + '", "a": ' + "[" * 150_000 + "]" * 150_000 + "}"
+    )
     code = (
         "import sys; from tokenpack.data.reader import streaming_dataset_reader as read\n"
         "try: list(read(sys.argv[1]))\n"

@@ -294,7 +294,7 @@ def is_refused_csv(message, content, delimiter):
     conflict = re.search(r"column '(.*)' is (.*), in the rows before it is (\w+)$", message)
     if conflict:
         name, shown, type = conflict.groups()
-        named = [one.replace("\n", "\\n") for one in content.names]
+        named = [one if one.isprintable() else repr(one)[1:-1] for one in content.names]
         cell = content.cells[line_of(message)][named.index(name)]
         before = (
             cells[named.index(name)]
@@ -541,8 +541,10 @@ def compare_with_pyarrow(folder, data, table, name):
     path = written(folder, (name, content))
     # pyarrow 26 cannot read some of its own files, with pages of version 2.0 of a few bytes.
     by_pyarrow = read_by_pyarrow(path)
-    want = table.to_pylist() if content == whole else by_pyarrow
     columns = data.draw(st.none() | st.permutations(table.column_names).map(lambda all: all[:2]))
+    want = table.to_pylist() if content == whole else by_pyarrow
+    if want is None and columns is not None and len(columns) < len(table.column_names):
+        want = table.to_pylist()  # the damage is in a column that is not read
     check_table(
         *(path, want, content != whole or by_pyarrow is None, columns),
         *(data.draw(st.integers(1, 5)), data.draw(st.integers(0, 12))),

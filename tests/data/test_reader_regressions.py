@@ -97,6 +97,12 @@ def test_lists_that_are_null_in_the_first_block(write, monkeypatch):
     assert columns(write("a.jsonl", text)) == {"a": [[None]] * 4 + [[7], None]}
 
 
+def test_lists_of_null_in_objects_whose_keys_are_not_all_known(write, monkeypatch):
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 4)
+    path = write("a.jsonl", '{"a": [{}]}\n{"a": [{"z": [null, null]}]}\n')
+    assert columns(path) == {"a": [[{"z": None}], [{"z": [None, None]}]]}
+
+
 def test_zstd_with_a_leading_skippable_frame(write):
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
@@ -154,7 +160,9 @@ def test_json_that_cannot_be_read(write, line, message):
 
 
 def test_brackets_in_strings_do_not_hide_a_depth_that_would_crash(write):
-    path = write("a.jsonl", '{"s": "' + "]" * 200_000 + '", "a": ' + "[" * 150_000 + "]" * 150_000)
+    path = write(
+        "a.jsonl", '{"s": "' + "]" * 200_000 + '", "a": ' + "[" * 150_000 + "]" * 150_000 + "}"
+    )
     code = (
         "import sys; from tokenpack.data.reader import streaming_dataset_reader as read\n"
         "try: list(read(sys.argv[1]))\n"

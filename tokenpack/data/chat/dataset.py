@@ -53,10 +53,10 @@ def chat_dataset(
     """Render, tokenize and mask conversations for supervised fine-tuning.
 
     A learned token is one that the model would sample: the content, reasoning and tool calls of an
-    answer and the token that ends the turn, but neither headers nor what the template adds. The
-    spans come from the template's ``{% generation %}`` markers, else from the texts of the
-    conversation's beginnings. If the template writes these differently when more messages follow,
-    the conversation becomes several rows, one for each answer.
+    answer and the token that ends the turn, but neither headers nor empty blocks for reasoning that
+    the template adds. The spans come from the template's ``{% generation %}`` markers, else from
+    the texts of the conversation's beginnings. If the template writes these differently when more
+    messages follow, the conversation becomes several rows, one for each answer.
 
     Args:
         source: rows, or where they are: a list of mappings or of lists of messages; a path, glob or

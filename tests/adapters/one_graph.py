@@ -90,21 +90,21 @@ def case_of(name: str, layers: int | None = None) -> Case:
 
 
 def batches_of(case: Case, count: int) -> Iterable[Batch]:
-    """Batches of different shapes and paddings. The numbers of rows differ too."""
+    """Batches of other lengths each. Padding, numbers of rows and of columns vary."""
     for seed in range(count):
         batch = case.batch("left" if seed % 2 else "right", seed)
         yield {name: values[: 2 + seed % 4] for name, values in batch.items()}
 
 
-def table(shapes: int = 100) -> str:
-    """The table in Markdown, over batches of ``shapes`` shapes."""
+def table(count: int = 100) -> str:
+    """The table in Markdown, over ``count`` batches."""
     lines = [
         "| model | graphs | breaks | recompilations | loss | gradient |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in FAMILIES:
         case = case_of(name)
-        counts = compile_and_compare(case.build(), batches_of(case, shapes), dynamic=True)
+        counts = compile_and_compare(case.build(), batches_of(case, count), dynamic=True)
         lines.append(
             f"| {name} | {counts.graphs} | {counts.breaks} | {counts.graphs - 1} "
             f"| {counts.loss:.0e} | {counts.gradient:.0e} |"

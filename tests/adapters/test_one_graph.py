@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
+import transformers as hf
 
 from tokenpack import packing_stats, patch_model
 
-from .models import BERT, NLLB, T5, Case
+from .models import BERT, NLLB, T5, Case, gradient_distance
 from .one_graph import FAMILIES, batches_of, case_of, compile_and_compare
 
 ROUNDING = 1e-5
@@ -18,6 +19,7 @@ LLAMA = case_of("LlamaForCausalLM", layers=1)
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
 
@@ -85,6 +87,47 @@ def test_autocast():
     assert abs(ours - theirs).item() <= 1e-3
 
 
+def collate(features):
+    columns = max(len(feature["input_ids"]) for feature in features)
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([f[name] + [fill] * (columns - len(f[name])) for f in features])
+        for name, fill in fills.items()
+    }
+
+
+def test_torch_compile_of_a_trainer(tmp_path):
+    rows = []
+    for seed in range(4):
+        batch = LLAMA.batch("right", seed)
+        real = batch["attention_mask"].bool()
+        rows += [{k: v[row][real[row]].tolist() for k, v in batch.items()} for row in (0, 2)]
+    losses = []
+    for is_compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        model = patch_model(LLAMA.build())
+        arguments = hf.TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            num_train_epochs=1,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            torch_compile=is_compiled,
+            torch_compile_backend="eager" if is_compiled else None,
+        )
+        trainer = hf.Trainer(model, arguments, data_collator=collate, train_dataset=rows)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        assert packing_stats(model).packed_calls == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_calls_are_counted_in_a_copy_too():
     run, model = compiled(NLLB)
     twin = copy.deepcopy(model)
@@ -96,6 +139,35 @@ def test_calls_are_counted_in_a_copy_too():
     twin_run(**NLLB.batch("right", 2))
     assert packing_stats(model) == packing_stats(eager)
     assert packing_stats(twin).packed_calls == 1
+
+
+@pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.model)
+def test_a_packed_stream_is_one_graph(case):
+    run, model = compiled(case)
+    eager = patch_model(case.build())
+    for seed in range(2):
+        batch = case.batch("right", seed)
+        real = batch["attention_mask"].bool()
+        labels, kept = batch["labels"], case.real_positions(batch)
+        stream = {
+            "input_ids": batch["input_ids"][real][None],
+            "cu_seqlens": boundaries(real),
+            "labels": labels[kept][None],
+        }
+        if case is T5:
+            stream["decoder_cu_seqlens"] = boundaries(kept)
+        ours, theirs = run(**stream).loss, eager(**stream).loss
+        for one, loss in ((model, ours), (eager, theirs)):
+            one.zero_grad()
+            loss.backward()
+        assert abs(ours - theirs).item() <= ROUNDING
+        assert gradient_distance(model, eager) <= ROUNDING
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert packing_stats(model) == packing_stats(eager)
+
+
+def boundaries(real):
+    return torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
 
 
 def test_evaluation_returns_the_outputs_of_the_eager_model():
@@ -125,7 +197,7 @@ ERRORS = [
     (
         NLLB,
         {
-            "attention_mask must mark a token in each row": lambda b: without(b, 1),
+            "labels must have no decoder tokens in a row": lambda b: without(b, 1),
             "attention_mask must mark at least one real token": lambda b: without(b, slice(None)),
         },
     ),
@@ -172,26 +244,37 @@ def test_a_named_reason_if_layers_are_dropped():
         run(**case.batch("right"))
 
 
+def packed_rows(count):
+    """Two sequences of 5 and 7 tokens, in one row or in two."""
+    ids = torch.arange(3, 15)[None]
+    batch = {"input_ids": ids, "labels": ids, "cu_seqlens": torch.tensor([0, 5, 12]).int()}
+    if count == 1:
+        return batch
+    rows = torch.nn.functional.pad(ids, (0, 2)).view(2, 7)
+    starts = torch.tensor([0, 7, 14]).int()
+    return {**batch, "input_ids": rows, "labels": rows, "cu_seqlens_padded": starts}
+
+
 def test_a_named_reason_for_boundaries():
     run, _ = compiled(LLAMA)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="several packed rows are given"):
+        run(**packed_rows(2))
     ids = torch.arange(3, 15)[None]
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="cu_seqlens are given"):
-        run(input_ids=ids, labels=ids, cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="position_ids without a mask"):
         run(input_ids=ids, labels=ids, position_ids=torch.arange(12)[None])
+    run, _ = compiled(NLLB)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="derives positions from ids"):
+        run(**packed_rows(1), decoder_cu_seqlens=torch.tensor([0, 5, 12]).int())
 
 
-@pytest.mark.parametrize("reason", ["cu_seqlens", "a cache is in use"])
+@pytest.mark.parametrize("reason", ["packed rows", "a cache is in use"])
 def test_without_fullgraph_such_calls_run_as_before(reason):
     model = patch_model(LLAMA.build())
     eager = patch_model(LLAMA.build())
     run = torch.compile(model, backend="eager")
-    ids = torch.arange(3, 15)[None]
-    batch = {"input_ids": ids, "labels": torch.where(ids == 8, -100, ids)}
-    if reason == "cu_seqlens":
-        batch["cu_seqlens"] = torch.tensor([0, 5, 12], dtype=torch.int32)
-    else:
-        batch["use_cache"] = True
+    batch = packed_rows(2)
+    if reason == "a cache is in use":
+        batch = {**LLAMA.batch("right"), "use_cache": True}
     ours, theirs = run(**batch).loss, eager(**batch).loss
     ours.backward()
     theirs.backward()
@@ -210,3 +293,18 @@ def test_logits_that_change_after_the_head_are_an_error():
     model.cls.predictions.__class__ = Scaled
     with pytest.raises(RuntimeError, match="changes its logits after the head"):
         run(**BERT.batch("right"))
+
+
+def test_ops_that_read_values_follow_the_rules_of_torch():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    labels = torch.tensor([[4, -100, -100], [5, -100, -100]])
+    indices = torch.tensor([0, 1, 3], dtype=torch.int32)
+    ops = torch.ops.tokenpack
+    for op, arguments in (
+        (ops.pack_rows, (mask, "attention_mask", "", 0, 0, True, True, None)),
+        (ops.full_rows, (mask, "", 0, 0)),
+        (ops.pack_boundaries, (torch.tensor([0, 2, 3]), mask[:1], "", 0, 0, True, None)),
+        (ops.take_targets, (labels, indices, "", 0, 0)),
+        (ops.require_real_slots, (mask, torch.zeros(2, dtype=torch.long))),
+    ):
+        torch.library.opcheck(op.default, arguments)

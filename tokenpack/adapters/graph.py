@@ -10,26 +10,40 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .call import Entry, state_of
 
 _POSITIONS = "position_ids without a mask give boundaries, which are read from their values"
-_BOUNDARIES = "cu_seqlens are given"
+_ROWS = "several packed rows are given (PackedBatch.stream has one)"
+_BOUNDARIES = (
+    "cu_seqlens are given with a mask, not as a tensor, or to a model that derives positions from "
+    "ids"
+)
 _FIRST_BATCH = "a function waits for the first batch (patch_model with check=True)"
 _LAYERDROP = "LayerDrop draws which layers run (set encoder_layerdrop and decoder_layerdrop to 0)"
 
-UNTRACEABLE = (_BOUNDARIES, _POSITIONS, _FIRST_BATCH, _LAYERDROP)
+UNTRACEABLE = (_ROWS, _BOUNDARIES, _POSITIONS, _FIRST_BATCH, _LAYERDROP)
 """Why a call is not traced as one graph. ``fullgraph=True`` is then an error with this reason."""
 
 
 def untraceable(model: Any, entry: Entry, inputs: dict[str, Any]) -> str | None:
     """Why this call must be packed outside a graph: one of `UNTRACEABLE`, or None."""
     state = entry.state
-    if "cu_seqlens" in inputs or "decoder_cu_seqlens" in inputs:
-        return _BOUNDARIES
+    if "cu_seqlens_padded" in inputs:
+        return _ROWS
+    for prefix in ("", "decoder_"):
+        cu_seqlens = inputs.get(f"{prefix}cu_seqlens")
+        if cu_seqlens is not None and (
+            f"{prefix}attention_mask" in inputs
+            or not isinstance(cu_seqlens, Tensor)
+            or (state.family is not None and state.family.positions is not None)
+        ):
+            return _BOUNDARIES
     is_decoder = state.family is not None and state.family.kind == "decoder"
     means_boundaries = "attention_mask" not in inputs or state.splits_by_position
-    if is_decoder and "position_ids" in inputs and means_boundaries:
+    has_boundaries = "cu_seqlens" in inputs
+    if is_decoder and "position_ids" in inputs and means_boundaries and not has_boundaries:
         return _POSITIONS
     if model.training and torch.is_grad_enabled() and state.first_batch is not None:
         return _FIRST_BATCH

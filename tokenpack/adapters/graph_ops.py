@@ -18,7 +18,12 @@ from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
 from ..checks import IGNORE_INDEX
-from ..kernels import PackedLayout, layout_from_lengths, layout_from_mask
+from ..kernels import (
+    PackedLayout,
+    layout_from_cu_seqlens,
+    layout_from_lengths,
+    layout_from_mask,
+)
 from .call import AfterHead, state_of
 
 _OUTSIDE = "call the model outside torch.compile, which runs such a batch padded"
@@ -39,10 +44,9 @@ class Counted(NamedTuple):
     tokens: int = 0
     slots: int = 0
 
-    def after(self, layout: PackedLayout, key: str) -> Counted:
-        """What a later op counts."""
-        rows, columns = layout.padded_shape
-        return Counted(key, self.tokens + layout.total_tokens, self.slots + rows * columns)
+    def after(self, layout: PackedLayout, slots: int, key: str) -> Counted:
+        """What a later op counts, after a side with this layout and number of slots."""
+        return Counted(key, self.tokens + layout.total_tokens, self.slots + slots)
 
 
 class GraphSide(NamedTuple):
@@ -80,6 +84,15 @@ def full_layout_in_graph(tokens: Tensor, side: GraphSide) -> PackedLayout:
     return PackedLayout(
         cu_seqlens, indices, position_ids, indices.shape[0], columns, (rows, columns)
     )
+
+
+def packed_layout_in_graph(cu_seqlens: Tensor, tokens: Tensor, side: GraphSide) -> PackedLayout:
+    """`layout_from_cu_seqlens` of a ``(1, total_tokens, ...)`` stream."""
+    cu_seqlens, indices, position_ids, longest = torch.ops.tokenpack.pack_boundaries(
+        cu_seqlens, tokens, *side.counted, side.first_column, side.encoder
+    )
+    shape = cu_seqlens.shape[0] - 1, longest.shape[0]
+    return PackedLayout(cu_seqlens, indices, position_ids, tokens.shape[1], longest.shape[0], shape)
 
 
 def targets_in_graph(labels: Tensor, layout: PackedLayout, counted: Counted) -> tuple[Tensor, int]:
@@ -123,18 +136,43 @@ def _pack_rows(
             f"{name} must have no holes, because this model's attention depends on the number of "
             f"columns between tokens, got holes: {_OUTSIDE}"
         )
-    if first_column and pads_first_column(layout):
-        raise ValueError(
-            f"{name} must be 1 in the first column, which a pooler reads, got 0: {_OUTSIDE}"
-        )
-    if encoder is not None and bool(((encoder.diff() == 0) & (layout.lengths > 0)).any()):
-        raise ValueError(
-            "attention_mask must mark a token in each row that has decoder tokens, got a row that "
-            f"is all padding: {_OUTSIDE}"
-        )
+    _check_rows(layout, name, first_column, encoder)
     _count(key, tokens + layout.total_tokens, slots + mask.numel())
     longest = mask.new_empty((layout.max_seqlen, 0))
     return layout.cu_seqlens, layout.indices, layout.position_ids, longest
+
+
+@torch.library.custom_op("tokenpack::pack_boundaries", mutates_args=())
+def _pack_boundaries(
+    cu_seqlens: Tensor,
+    padded: Tensor,
+    key: str,
+    tokens: int,
+    slots: int,
+    first_column: bool,
+    encoder: Tensor | None,
+) -> Rows:
+    total = padded.shape[1]
+    layout = layout_from_cu_seqlens(cu_seqlens, total, device=padded.device)
+    _check_rows(layout, "cu_seqlens", first_column, encoder)
+    _count(key, tokens + total, slots + total)
+    longest = padded.new_empty((layout.max_seqlen, 0))
+    return layout.cu_seqlens, layout.indices, layout.position_ids, longest
+
+
+def _check_rows(
+    layout: PackedLayout, name: str, first_column: bool, encoder: Tensor | None
+) -> None:
+    if first_column and pads_first_column(layout):
+        raise ValueError(
+            f"{name} must have a token in the first column of each row, which a pooler reads, "
+            f"got padding: {_OUTSIDE}"
+        )
+    if encoder is not None and bool(((encoder.diff() == 0) & (layout.lengths > 0)).any()):
+        raise ValueError(
+            f"{name} must have no decoder tokens in a row whose encoder side has none, got some: "
+            f"{_OUTSIDE}"
+        )
 
 
 @torch.library.custom_op("tokenpack::full_rows", mutates_args=())
@@ -247,6 +285,15 @@ def _(mask: Tensor, *options: Any) -> Rows:
         mask.new_empty(size, dtype=torch.int32) for size in (mask.shape[0] + 1, total, total)
     )
     return cu_seqlens, indices, position_ids, mask.new_empty((longest, 0))
+
+
+@_pack_boundaries.register_fake
+def _(cu_seqlens: Tensor, padded: Tensor, *options: Any) -> Rows:
+    total = padded.shape[1]
+    offsets, indices, position_ids = (
+        padded.new_empty(size, dtype=torch.int32) for size in (cu_seqlens.shape[0], total, total)
+    )
+    return offsets, indices, position_ids, padded.new_empty((_new_size(), 0))
 
 
 @_full_rows.register_fake

@@ -32,6 +32,7 @@ from .graph_ops import (
     full_layout_in_graph,
     has_holes,
     layout_in_graph,
+    packed_layout_in_graph,
     targets_in_graph,
 )
 from .packed_rows import positions_to_stream, rows_to_stream
@@ -83,11 +84,9 @@ def pack_inputs(
     labels_end_cache = "labels" in inputs and entry.state.family.labels_end_cache
     turns_cache_off = "use_cache" in inputs or labels_end_cache
     check_call(model, entry, inputs)
-    rows = None
-    if not traced:
-        rows = rows_to_stream(inputs)
-        if rows is None and entry.state.family.kind == "decoder":
-            rows = positions_to_stream(inputs, entry.state.splits_by_position)
+    rows = rows_to_stream(inputs)
+    if rows is None and not traced and entry.state.family.kind == "decoder":
+        rows = positions_to_stream(inputs, entry.state.splits_by_position)
     if entry.sides == ("enc", "dec"):
         packed = _pack_encoder_decoder(model, entry, inputs, traced)
     else:
@@ -132,17 +131,21 @@ def _pack_encoder_decoder(
 ) -> PackedInputs:
     if "encoder_outputs" in inputs:
         raise CannotPackError("encoder_outputs are given")
-    labels = inputs.pop("labels", None)
+    labels, label_layout = inputs.pop("labels", None), None
     state = entry.state
     counted = Counted()
     in_graph = GraphSide(counted, state.counts_columns) if traced else None
     encoder = _pop_side(inputs, "", state, in_graph)
     if in_graph is not None:
-        counted = counted.after(encoder.layout, "" if labels is not None else state.key)
+        key = "" if labels is not None else state.key
+        counted = counted.after(encoder.layout, encoder.slots, key)
         in_graph = GraphSide(counted, state.counts_columns, encoder=encoder.layout.cu_seqlens)
     no_decoder_inputs = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
     if labels is not None:
-        labels, label_layout = _padded_labels(labels, inputs.get("decoder_cu_seqlens"))
+        cu_seqlens = inputs.get("decoder_cu_seqlens")
+        if in_graph is not None and cu_seqlens is not None:
+            label_layout = packed_layout_in_graph(cu_seqlens, labels, in_graph)
+        labels, label_layout = _padded_labels(labels, cu_seqlens, label_layout)
         if no_decoder_inputs:
             ids = shift_right(model, labels)
             if label_layout is not None:
@@ -150,7 +153,8 @@ def _pack_encoder_decoder(
             inputs["decoder_input_ids"] = ids
     elif no_decoder_inputs:
         raise CannotPackError("neither decoder inputs nor labels are given")
-    decoder = _pop_side(inputs, "decoder_", state, in_graph, labels)
+    packed_layout = label_layout if traced else None  # a second one would have other symbols
+    decoder = _pop_side(inputs, "decoder_", state, in_graph, labels, packed_layout)
     if decoder.layout.num_seqs != encoder.layout.num_seqs:
         raise ValueError(
             "decoder inputs or labels must have as many sequences as input_ids, "
@@ -160,7 +164,7 @@ def _pack_encoder_decoder(
         raise CannotPackError("an encoder row is all padding, but its decoder row is not")
     if decoder.is_packed != encoder.is_packed:
         raise ValueError("cu_seqlens and decoder_cu_seqlens must be given together or not at all")
-    counted = counted.after(decoder.layout, state.key)
+    counted = counted.after(decoder.layout, decoder.slots, state.key)
     targets = None if labels is None else _targets(labels, decoder, counted if traced else None)
 
     call = PackedCall(state, {"enc": encoder.layout, "dec": decoder.layout}, traced)
@@ -218,8 +222,8 @@ def _pack_single(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool)
             arguments["token_type_ids"] = unpad(types, side.layout)[None]
     targets = None
     if labels is not None:
-        labels, _ = _padded_labels(labels, cu_seqlens)
-        counted = Counted().after(side.layout, state.key)
+        labels, _ = _padded_labels(labels, cu_seqlens, side.layout if traced else None)
+        counted = Counted().after(side.layout, side.slots, state.key)
         labels = shift_left(labels) if entry.shifts_labels else labels
         targets = _targets(labels, side, counted if traced else None)
     if isinstance(inputs.get("logits_to_keep"), int) and inputs["logits_to_keep"] == 0:
@@ -236,8 +240,12 @@ def _pop_side(
     state: PatchState,
     in_graph: GraphSide | None,
     labels: Tensor | None = None,
+    packed_layout: PackedLayout | None = None,
 ) -> _Side:
-    """Remove the ids or embeddings of one side from ``inputs``, with their mask and boundaries."""
+    """Remove the ids or embeddings of one side from ``inputs``, with their mask and boundaries.
+
+    ``packed_layout`` is that of the boundaries, if it is known.
+    """
     ids_name = f"{prefix}input_ids"
     embeds_name = f"{prefix}inputs_embeds"
     if (ids_name in inputs) == (embeds_name in inputs):
@@ -263,7 +271,12 @@ def _pop_side(
                 f"{prefix}attention_mask must be all ones when {prefix}cu_seqlens is given, got "
                 "zeros: leave the mask out"
             )
-        layout = layout_from_cu_seqlens(cu_seqlens, tokens.shape[1], device=tokens.device)
+        if packed_layout is not None:
+            layout = packed_layout
+        elif in_graph is not None:
+            layout = packed_layout_in_graph(cu_seqlens, tokens, in_graph)
+        else:
+            layout = layout_from_cu_seqlens(cu_seqlens, tokens.shape[1], device=tokens.device)
         return _Side(layout, repad(tokens.squeeze(0), layout), True, layout.total_tokens)
     rows, columns = tokens.shape[:2]
     if mask is not None:
@@ -344,13 +357,16 @@ def _to_padded(name: str, values: Tensor | None, side: _Side) -> Tensor | None:
     return values.expand(expected)
 
 
-def _padded_labels(labels: Tensor, cu_seqlens: Any) -> tuple[Tensor, PackedLayout | None]:
-    """Labels in padded rows, and their layout if they were packed."""
+def _padded_labels(
+    labels: Tensor, cu_seqlens: Any, layout: PackedLayout | None = None
+) -> tuple[Tensor, PackedLayout | None]:
+    """Labels in padded rows, and their layout if they were packed, which may be known."""
     if labels.dim() != 2:
         raise ValueError(f"labels must be (rows, columns), got shape {tuple(labels.shape)}")
     if cu_seqlens is None:
         return labels, None
-    layout = layout_from_cu_seqlens(cu_seqlens, labels.shape[1], device=labels.device)
+    if layout is None:
+        layout = layout_from_cu_seqlens(cu_seqlens, labels.shape[1], device=labels.device)
     return repad(labels[0], layout, fill=IGNORE_INDEX), layout
 
 

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import layout_attention
-from ..attention.graph import attention_in_graph
+from ..attention.graph import Layer, attention_in_graph
 from .call import (
     KEYWORD,
     MARKER_SHAPE,
@@ -285,20 +285,16 @@ def _packed_attention(
             f"{type(module).__name__} was added after patch_model: call unpatch_model before the "
             "change and patch_model after it"
         )
-    options: dict[str, Any] = {
-        "causal": _is_causal(role, module, kwargs),
-        "scale": scaling,
-        "sliding_window": sliding_window,
-        "softcap": softcap,
-        "relative_bias": bias,
-        "dropout_p": dropout,
-        "backend": call.backend,
-    }
+    causal = _is_causal(role, module, kwargs)
+    layer = Layer(causal, scaling, sliding_window, softcap, bias, dropout)
     if call.traced:
-        out, choice = attention_in_graph(query, key, value, call.layouts, role, **options)
+        out, choice = attention_in_graph(query, key, value, call.layouts, role, layer, call.backend)
         note_attention(call.state.key, role, f"{choice.backend} ({choice.reason})")
         return out
-    out, choice = layout_attention(query, key, value, call.layouts, role, **options, memo=call.memo)
+    options: dict[str, Any] = layer._asdict()
+    out, choice = layout_attention(
+        query, key, value, call.layouts, role, **options, backend=call.backend, memo=call.memo
+    )
     call.attention_calls += 1
     call.choices[role] = choice
     return out

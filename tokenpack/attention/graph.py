@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,18 @@ from ..kernels import PackedLayout
 from ..kernels.attention import cast_for_autocast, kernel_lacks, varlen_attention
 from .backends import AttentionCall
 from .dispatch import Choice, choose_backend, find_backend, layer_options
+from .host_op import attend_on_host_in_graph
+
+
+class Layer(NamedTuple):
+    """The options of a layer, as keywords of `layout_attention`."""
+
+    causal: bool
+    scale: float | None
+    sliding_window: int | None
+    softcap: float | None
+    relative_bias: Tensor | None
+    dropout_p: float
 
 
 def attention_in_graph(
@@ -19,22 +31,18 @@ def attention_in_graph(
     key: Tensor,
     value: Tensor,
     layouts: Mapping[str, PackedLayout],
-    role: str = "self",
-    *,
-    causal: bool,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    relative_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    backend: str = "auto",
+    role: str,
+    layer: Layer,
+    backend: str,
 ) -> tuple[Tensor, Choice]:
     """`layout_attention` for torch.compile.
 
     The arguments, the results and the errors are those of `layout_attention`. The numbers of
     tokens may be symbols. The backend is chosen while tracing. If it is the reference, the op
-    ``tokenpack::varlen_attention`` runs it.
+    ``tokenpack::host_attention`` runs it on a CPU, and ``tokenpack::varlen_attention`` elsewhere
+    and with dropout.
     """
+    causal, scale, sliding_window, softcap, relative_bias, dropout_p = layer
     query, key, value = cast_for_autocast(query, key, value)
     side_q, side_k = ("dec", "enc") if role == "cross" else (role, role)
     layout_q, layout_k = layouts[side_q].to(query.device), layouts[side_k].to(query.device)
@@ -67,6 +75,9 @@ def attention_in_graph(
         options["relative_bias"] = relative_bias
     q, k, v = (side.squeeze(0).transpose(0, 1) for side in (query, key, value))
     tensors = q, k, v, layout_q.cu_seqlens, layout_k.cu_seqlens
+    no_dropout = not _truth(dropout_p > 0.0)
+    if chosen.backend == "reference" and no_dropout and q.device.type == "cpu":
+        return attend_on_host_in_graph(tensors, options)[None], chosen
     if chosen.backend == "reference" and kernel_lacks(q.device.type, q.dtype, q.shape[2]):
         out = varlen_attention(*tensors, **options)  # the op runs the reference
         assert isinstance(out, Tensor)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers as hf
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenpack import packing_stats, patch_model
 
@@ -14,6 +15,7 @@ from .one_graph import FAMILIES, batches_of, case_of, compile_and_compare
 
 ROUNDING = 1e-5
 LLAMA = case_of("LlamaForCausalLM", layers=1)
+CLASSIFIER = case_of("LlamaForSequenceClassification", layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +183,25 @@ def test_evaluation_returns_the_outputs_of_the_eager_model():
         assert ours.keys() == theirs.keys()
         assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
         assert torch.allclose(ours.loss, theirs.loss)
+
+
+@pytest.mark.parametrize("case", [LLAMA, CLASSIFIER], ids=lambda case: case.model)
+def test_a_cache_left_out_and_attention_set_after_the_patch(case, monkeypatch):
+    run, model = compiled(case)
+    eager = patch_model(case.build())
+    batch = {**case.batch("right"), "output_hidden_states": True, "return_dict": False}
+    for graphs, implementation in enumerate(("sdpa", "eager"), 1):
+        model.set_attn_implementation(implementation)
+        ours, theirs = run(**batch), eager(**batch)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert abs(ours[0] - theirs[0]).item() <= ROUNDING
+        assert [type(each) for each in ours] == [type(each) for each in theirs]
+        assert ours[2] is None
+    assert packing_stats(model).packed_calls == 2
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "custom", lambda *args: None)
+    model.set_attn_implementation("custom")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="tokenpack runs this call padded"):
+        run(**batch)
 
 
 # -------------------------------------------- values that a graph cannot pack: errors when it runs

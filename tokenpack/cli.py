@@ -320,7 +320,9 @@ def _add_preview(commands: argparse._SubParsersAction) -> None:
         metavar="NAME_OR_FILE",
         help="chatml, llama3, gemma, alpaca, raw, or a .jinja file (default: the tokenizer's)",
     )
-    preview.add_argument("--n", type=_positive, default=3, metavar="N", help="texts to show")
+    preview.add_argument(
+        "--n", type=_positive, default=3, metavar="N", help="texts to show (default: 3)"
+    )
     preview.add_argument(
         "--style",
         choices=("auto", "color", "marks", "plain"),
@@ -328,8 +330,12 @@ def _add_preview(commands: argparse._SubParsersAction) -> None:
         help="auto: color on a terminal, else marks; plain: the texts alone, byte for byte",
     )
     preview.add_argument("--html", type=Path, metavar="OUT", help="also write an HTML page")
-    preview.add_argument("--loss-on", default="all", metavar="WHICH", help="all (default), last, "
-                         "or roles separated by commas")  # fmt: skip
+    preview.add_argument(
+        "--loss-on",
+        default="all",
+        metavar="WHICH",
+        help="all, last, or roles separated by commas (default: all)",
+    )
     preview.add_argument("--max-length", type=_positive, metavar="N", help="tokens of a text")
     preview.add_argument(
         "--truncation",
@@ -337,8 +343,12 @@ def _add_preview(commands: argparse._SubParsersAction) -> None:
         default="turn",
         help="of longer conversations (default: turn)",
     )
-    preview.add_argument("--keep", choices=("first", "last"), default="first",
-                         help="which turns or tokens (default: first)")  # fmt: skip
+    preview.add_argument(
+        "--keep",
+        choices=("first", "last"),
+        default="first",
+        help="which turns or tokens to keep (default: first)",
+    )
 
 
 # Options that several commands have.

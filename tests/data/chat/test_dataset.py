@@ -123,6 +123,23 @@ def test_a_transform_of_the_users_is_applied(tokenizer, expected):
     assert encoded(dataset, tokenizer) == encoded([given] * 5, tokenizer)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_name_on_the_hub(tokenizer, expected, monkeypatch, streaming):
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        rows = Dataset.from_list(
+            [{"messages": row["messages"]} for row in ROWS if "messages" in row]
+        )
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = encoded("owner/name", tokenizer, split="train_sft", streaming=streaming)
+    assert found == [row for row, source in zip(expected, ROWS) if "messages" in source]
+    assert asked == [("owner/name", "train_sft", streaming)]
+
+
 def test_processes_give_the_same_rows(tokenizer, expected):
     assert encoded(ROWS, tokenizer, num_proc=2) == expected
 

@@ -189,7 +189,7 @@ def test_evaluation_returns_the_outputs_of_the_eager_model():
 def test_a_cache_left_out_and_attention_set_after_the_patch(case, monkeypatch):
     run, model = compiled(case)
     eager = patch_model(case.build())
-    batch = {**case.batch("right"), "output_hidden_states": True, "return_dict": False}
+    batch = {**case.batch("right"), "return_dict": False}
     for graphs, implementation in enumerate(("sdpa", "eager"), 1):
         model.set_attn_implementation(implementation)
         ours, theirs = run(**batch), eager(**batch)

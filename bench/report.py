@@ -28,6 +28,7 @@ SUITES = {
     "padding": "Layouts, unpad and repad",
     "packing": "Planning",
     "span_corruption": "Span corruption",
+    "chat": "Chats",
 }
 
 Table = list[list[str]]  # the first row is the header

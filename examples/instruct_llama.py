@@ -103,7 +103,9 @@ def main(arguments: list[str] | None = None) -> TokenBudgetTrainer:
     longest = min(args.max_encoder_len, args.max_tokens_per_microbatch)
     with args.main_process_first(desc="tokenizing"):  # other ranks read the cache
         examples = rows.map(
-            lambda row: encode(chat_of(row, options), tokenizer), remove_columns=rows.column_names
+            lambda row, at: encode(chat_of(row, at, options), tokenizer),
+            with_indices=True,
+            remove_columns=rows.column_names,
         )
         # Drop long rows instead of truncating them: half an answer teaches the model to stop early.
         fitting = examples.filter(lambda row: len(row["input_ids"]) <= longest)
@@ -154,14 +156,29 @@ def turns(prompt: str, response: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
-def chat_of(row: dict[str, Any], options: Options) -> list[dict[str, str]]:
-    """Get the chat of a row, up to its last answer."""
+def chat_of(row: dict[str, Any], at: int, options: Options) -> list[dict[str, Any]]:
+    """Get the chat of row number ``at``, up to its last answer."""
     if options.messages_column not in row:
-        prompt = [row[options.prompt_column], row.get(options.input_column)]
-        return turns("\n\n".join(filter(None, prompt)), row[options.response_column])
-    chat = row[options.messages_column]
-    last = max(at for at, message in enumerate(chat) if message["role"] == "assistant")
-    return chat[: last + 1]
+        prompt, response = options.prompt_column, options.response_column
+        for column in (prompt, response):
+            if not isinstance(row.get(column), str):
+                raise SystemExit(
+                    f"row {at} must have a text as {column!r}, got {row.get(column)!r}"
+                )
+        parts = [row[prompt], row.get(options.input_column)]
+        return turns("\n\n".join(filter(None, parts)), row[response])
+    chat = row[options.messages_column] or []
+    answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+    if not answers:
+        raise SystemExit(
+            f"row {at} must have an answer, a message of the assistant, got {chat!r:.80}"
+        )
+    chat = chat[: answers[-1] + 1]
+    for message in chat:
+        # A template would write None as a word. Calls of tools may have no text.
+        if message["content"] is None and not message.get("tool_calls"):
+            raise SystemExit(f"row {at} must have a text in each message, got {message!r:.80}")
+    return chat
 
 
 def encode(chat: list[dict[str, str]], tokenizer: Any) -> dict[str, list[int]]:
@@ -191,7 +208,8 @@ def load_tokenizer(options: Options, args: TokenBudgetArguments, rows: Dataset) 
     else:
         made = [None]
         if args.process_index == 0:
-            texts = (message["content"] for row in rows for message in chat_of(row, options))
+            chats = [chat_of(row, at, options) for at, row in enumerate(rows)]
+            texts = (message["content"] or "" for chat in chats for message in chat)
             made = [train_tokenizer(texts, options.vocab_size).to_str()]
         broadcast_object_list(made)
         tokenizer = PreTrainedTokenizerFast(

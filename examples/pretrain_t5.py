@@ -40,7 +40,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from tokenpack.data import T5SpanCorruptionCollatorFast
-from tokenpack.samples.text import standard_library_texts
+from tokenpack.samples.text import require_texts, standard_library_texts
 from tokenpack.samples.tokenizer import EOS, PAD, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer, TokenBudgetArguments
 
@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None) -> HierarchicalTokenTrainer:
     set_seed(args.seed)
 
     texts = load_texts(options, args)
+    require_texts(texts, options.text_column)
     tokenizer = load_tokenizer(options, args, texts)
     parts = texts.train_test_split(test_size=options.eval_texts, seed=args.seed)
     with args.main_process_first(desc="tokenizing"):  # other ranks read the cache

@@ -44,7 +44,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from tokenpack.data import CappedSeq2SeqCollator
 from tokenpack.metrics import make_seq2seq_compute_metrics
-from tokenpack.samples.text import split_summary, standard_library_texts
+from tokenpack.samples.text import require_texts, split_summary, standard_library_texts
 from tokenpack.samples.tokenizer import EOS, PAD, train_tokenizer
 from tokenpack.trainer import HierarchicalTokenTrainer, TokenBudgetArguments
 
@@ -151,7 +151,10 @@ def load_pairs(options: Options, args: TokenBudgetArguments) -> Dataset:
             else:
                 rows = load_dataset("json", data_files=options.train_file, split="train")
             rows = rows.flatten()  # {"translation": {"en": ...}} becomes "translation.en"
-            rows = rows.select_columns([options.source_column, options.target_column])
+            columns = [options.source_column, options.target_column]
+            for column in columns:
+                require_texts(rows, column)
+            rows = rows.select_columns(columns)
     return rows.add_column("target_language", [options.target_language] * len(rows))
 
 

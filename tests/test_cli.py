@@ -63,7 +63,9 @@ def run_demo(data, out, *others):
 # -------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", [[], ["check"], ["demo"], ["doctor"], ["inspect"], ["pack"]])
+@pytest.mark.parametrize(
+    "command", [[], ["check"], ["demo"], ["doctor"], ["inspect"], ["pack"], ["preview"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])

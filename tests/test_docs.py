@@ -225,7 +225,9 @@ def test_a_link_to_nowhere_fails_the_build(site, tmp_path):
 # ------------------------------------------------------------------------------ examples and quotes
 
 
-@pytest.mark.parametrize("name", ["index", "getting-started", "exactness", "kernels", "migrating"])
+@pytest.mark.parametrize(
+    "name", ["index", "getting-started", "chat", "exactness", "kernels", "migrating"]
+)
 def test_examples_run(name, tmp_path, monkeypatch):
     """Runs all Python blocks of a page in order, in one scope."""
     for needed in ("accelerate", "datasets"):

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_inspect(commands)
     _add_pack(commands)
+    _add_preview(commands)
     return parser
 
 
@@ -302,6 +303,51 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="N",
         help="threads that make rows (default: 1)",
+    )
+
+
+def _add_preview(commands: argparse._SubParsersAction) -> None:
+    summary = "show what is learned of your conversations"
+    preview = _add_command(
+        commands, "preview", summary, help_texts.PREVIEW, help_texts.PREVIEW_EPILOG
+    )
+    preview.add_argument(
+        "--data", required=True, metavar="FILE", help="conversations, see below; or a hub name"
+    )
+    _add_tokenizer(preview, required=True)
+    preview.add_argument(
+        "--template",
+        metavar="NAME_OR_FILE",
+        help="chatml, llama3, gemma, alpaca, raw, or a .jinja file (default: the tokenizer's)",
+    )
+    preview.add_argument(
+        "--n", type=_positive, default=3, metavar="N", help="texts to show (default: 3)"
+    )
+    preview.add_argument(
+        "--style",
+        choices=("auto", "color", "marks", "plain"),
+        default="auto",
+        help="auto: color on a terminal, else marks; plain: the texts alone, byte for byte",
+    )
+    preview.add_argument("--html", type=Path, metavar="OUT", help="also write an HTML page")
+    preview.add_argument(
+        "--loss-on",
+        default="all",
+        metavar="WHICH",
+        help="all, last, or roles separated by commas (default: all)",
+    )
+    preview.add_argument("--max-length", type=_positive, metavar="N", help="tokens of a text")
+    preview.add_argument(
+        "--truncation",
+        choices=("turn", "token", "drop", "error"),
+        default="turn",
+        help="of longer conversations (default: turn)",
+    )
+    preview.add_argument(
+        "--keep",
+        choices=("first", "last"),
+        default="first",
+        help="which turns or tokens to keep (default: first)",
     )
 
 

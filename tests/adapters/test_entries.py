@@ -10,8 +10,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from tokenpack import is_patched, packing_stats, patch_model
+from tokenpack.adapters.interface import PatchedConfig
 
-from .models import BERT, BY_NAME, LLAMA, NLLB, T5
+from .models import BY_NAME, LLAMA, NLLB, T5
 
 BART = BY_NAME["BartForConditionalGeneration"]
 GPT2 = BY_NAME["GPT2LMHeadModel"]
@@ -36,30 +37,14 @@ def assert_equal_at_real_slots(ours, theirs, mask):
 
 @pytest.mark.parametrize("case", [T5, NLLB, BART], ids=lambda case: case.model)
 @pytest.mark.parametrize("part", ["get_encoder", "get_decoder"])
-@pytest.mark.parametrize("alone", [False, True], ids=["in the model", "patched alone"])
-def test_a_stack(case, part, alone):
+def test_a_stack_of_a_model_patched_alone(case, part):
     reference = getattr(case.build().eval(), part)()
-    model = copy.deepcopy(case.build().eval())
-    stack = getattr(model, part)()
-    patch_model(stack if alone else model, strict=True)
+    stack = patch_model(getattr(case.build().eval(), part)(), strict=True)
     ids, mask = padded_ids()
     ours = stack(input_ids=ids, attention_mask=mask, use_cache=False)
     theirs = reference(input_ids=ids, attention_mask=mask, use_cache=False)
     assert_equal_at_real_slots(ours.last_hidden_state, theirs.last_hidden_state, mask)
     assert packing_stats(stack).packed_calls == 1
-
-
-@pytest.mark.parametrize("case", [LLAMA, GPT2, BERT, NLLB], ids=lambda case: case.model)
-def test_a_base_model(case):
-    reference, model = case.build().eval(), patch_model(case.build().eval(), strict=True)
-    ids, mask = padded_ids()
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if case.labels == "seq2seq":
-        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-    batch |= {} if case is BERT else {"use_cache": False}
-    ours, theirs = (each.base_model(**batch).last_hidden_state for each in (model, reference))
-    assert_equal_at_real_slots(ours, theirs, mask)
-    assert packing_stats(model).packed_calls == 1
 
 
 def test_a_base_model_takes_a_stream():
@@ -111,8 +96,7 @@ def test_positions_that_restart_split_rows_as_in_transformers():
 def test_flash_attention_splits_one_row_by_its_positions(rows, monkeypatch):
     """transformers drops a mask of ones, and then splits a single row, but not several."""
     model = patch_model(LLAMA.build())
-    for config in model._tokenpack_entry.state.configs:
-        monkeypatch.setattr(config, "base", "flash_attention_2")
+    monkeypatch.setattr(PatchedConfig, "below", lambda self: "flash_attention_2")
     ids = torch.randint(3, 97, (rows, 6))
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(rows, -1)
     batch = {"input_ids": ids, "position_ids": positions, "use_cache": False}
@@ -233,24 +217,6 @@ def test_a_classifier_returns_its_cache_where_the_model_does():
     assert model(input_ids=ids, labels=torch.zeros(3, dtype=torch.long)).past_key_values is None
 
 
-@pytest.mark.parametrize("name", ["T5", "MT5", "UMT5"])
-def test_question_answering_runs_padded(name):
-    config = getattr(hf, f"{name}Config")(
-        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    reference = getattr(hf, f"{name}ForQuestionAnswering")(config).eval()
-    model = patch_model(copy.deepcopy(reference))
-    ids, mask = padded_ids()
-    batch = {"input_ids": ids % 50, "attention_mask": mask, "use_cache": False}
-    ours, theirs = model(**batch), reference(**batch)
-    torch.testing.assert_close(ours.start_logits, theirs.start_logits)
-    (reason,) = packing_stats(model).fallbacks
-    assert reason == f"{name}ForQuestionAnswering has a head that is not known to ignore padding"
-    assert model.get_encoder()(**batch).last_hidden_state.shape == (3, 7, 16)
-    assert packing_stats(model).packed_calls == 1  # its stacks pack
-
-
 # ------------------------------------------------------------------------ what a call looks up late
 
 
@@ -308,3 +274,29 @@ def test_position_1_is_logits_or_an_error(case):
     with torch.no_grad():
         outputs = model.eval()(**case.batch("right"))
     assert outputs[1] is outputs.logits
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [T5, NLLB, BART, LLAMA, GPT2, BY_NAME["LlamaForSequenceClassification"]],
+    ids=lambda case: case.model,
+)
+def test_a_cache_that_is_left_out_keeps_its_position(case, checkpointing):
+    reference, model = case.build(), patch_model(case.build(), strict=True)
+    if checkpointing:
+        reference.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()
+    batch = {**case.batch("right"), "output_hidden_states": True}
+    theirs, ours = (each(**batch, return_dict=False) for each in (reference, model))
+    assert len(ours) == len(theirs)
+    has_cache = isinstance(theirs[2], hf.Cache)
+    assert has_cache == (not checkpointing and case is not BART)
+    if has_cache:
+        assert ours[2] is None
+        outputs = model(**batch)
+        with pytest.raises(ValueError, match="past_key_values must be computed"):
+            outputs[2]
+        assert pickle.loads(pickle.dumps(outputs)).to_tuple()[2] is None
+        assert model(**batch, use_cache=False, return_dict=False)[2] is not None
+    assert [type(each) for each in ours[3:]] == [type(each) for each in theirs[3:]]

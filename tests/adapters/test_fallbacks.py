@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenpack import is_patched, packing_stats, patch_model, unpatch_model
 
@@ -25,6 +26,10 @@ def with_holes(batch):
 def encoder_outputs(case):
     model = case.build().eval()
     return model.get_encoder()(**{k: v for k, v in case.batch("right").items() if k != "labels"})
+
+
+def configs_of(model):
+    return {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
 
 
 def four_dimensional(batch):
@@ -218,14 +223,44 @@ def test_decoder_with_another_number_of_sequences():
         model(**{**batch, "labels": batch["labels"][:4]})
 
 
-def test_attention_changed_after_the_patch():
-    model = patch_model(LLAMA.build())
-    model.set_attn_implementation("sdpa")  # already below the patch
-    model(**LLAMA.batch("right"))
-    assert packing_stats(model).packed_calls == 1
-    model.set_attn_implementation("eager")
-    with pytest.raises(RuntimeError, match="never reached packed attention"):
-        model(**LLAMA.batch("right"))
+@pytest.mark.parametrize("way", ["method", "config"])
+@pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.model)
+def test_attention_set_after_the_patch(case, way):
+    reference, model = case.build(), patch_model(case.build())
+    batch = case.batch("right")
+    for implementation in ("sdpa", "eager"):  # the first is already below the patch
+        for each in (reference, model):
+            if way == "method":
+                each.set_attn_implementation(implementation)
+            else:
+                for config in configs_of(each):
+                    config._attn_implementation = implementation
+        torch.testing.assert_close(model(**batch).loss, reference(**batch).loss)
+    assert packing_stats(model).packed_calls == 2
+    padded = model(**batch, output_attentions=True)
+    assert padded.loss.equal(reference(**batch, output_attentions=True).loss)
+    unpatch_model(model)
+    assert {str(config._attn_implementation) for config in configs_of(model)} == {"eager"}
+
+
+@pytest.mark.parametrize("name", ["custom", "sdpa"])
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_attention_of_someone_else_is_called(name, patch_first, monkeypatch):
+    def attend(*args, **kwargs):
+        output, weights = sdpa(*args, **kwargs)
+        return 2 * output, weights
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, attend)
+    reference, model = LLAMA.build(), LLAMA.build()
+    if patch_first:
+        patch_model(model)
+    for each in (reference, model):
+        each.set_attn_implementation(name)
+    patch_model(model)
+    assert model(**LLAMA.batch("right")).loss.equal(reference(**LLAMA.batch("right")).loss)
+    reason = f"the attention implementation {name!r} is not of transformers"
+    assert packing_stats(model).fallbacks == {reason: 1}
 
 
 # -------------------------------------------------------------- calls that could be silently wrong

@@ -177,6 +177,42 @@ def test_one_row_with_alora():
     assert ours.equal(theirs)
 
 
+def with_xlora(experts, patched):
+    """PEFT turns the cache off itself only in ``generate``."""
+    model = llama()
+    model.config.use_cache = False
+    if patched:
+        patch_model(model)
+    torch.manual_seed(4)
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1, adapters=experts
+    )
+    return peft.get_peft_model(model, config)
+
+
+def test_xlora_runs_padded(tmp_path):
+    """It scales the experts of each layer by values for each slot of the padded batch."""
+    experts = {name: str(tmp_path / name) for name in ("0", "1")}
+    for folder in experts.values():
+        adapted(peft.LoraConfig(target_modules=["q_proj"]), False).save_pretrained(folder)
+    ours, theirs = (with_xlora(experts, patched) for patched in (True, False))
+    for model in (ours, theirs):
+        model.result = model(**batch_of()).loss
+        model.result.backward()
+    assert ours.result.equal(theirs.result)
+    for mine, their in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad is None) == (their.grad is None)
+        assert mine.grad is None or mine.grad.equal(their.grad)
+    # One call computes the scalings, and one uses them.
+    reason = "a PEFT method has a hook on LlamaForCausalLM"
+    assert packing_stats(ours).fallbacks == {reason: 2}
+    with ours.disable_adapter():
+        assert abs(ours(**batch_of()).loss - llama()(**batch_of()).loss).item() <= 1e-5
+    assert packing_stats(ours).packed_calls == 1
+    with pytest.raises(ValueError, match="q_proj has a forward set on the instance"):
+        patch_model(theirs)
+
+
 def test_lora_packs():
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     ours, theirs = (adapted(config, patched) for patched in (True, False))

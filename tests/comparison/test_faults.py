@@ -70,8 +70,8 @@ def wrong_positions(original):
 
 
 def dropped_last_label(original):
-    def targets(labels, side):
-        found = original(labels, side)
+    def targets(*arguments):
+        found = original(*arguments)
         last = int((found.labels != -100).nonzero()[-1])
         kept = found.labels.clone()
         kept[last] = -100

@@ -101,7 +101,7 @@ def run_call(
         theirs = reference.get_submodule(name)(*theirs_call.args, **theirs_call.kwargs)
     except Exception as error:
         return REFUSED, f"the unpatched model raises {_short(error)}"
-    ours_call, ours_leaves = _with_leaves(call)
+    ours_call, ours_leaves = _with_leaves(call if call.stream is None else Call(call.stream))
     try:
         ours = model.get_submodule(name)(*ours_call.args, **ours_call.kwargs)
     except (ValueError, RuntimeError) as error:
@@ -121,12 +121,19 @@ def run_call(
     parameters = [p for p in reference.parameters() if p.requires_grad] + theirs_leaves
     patched = [p for p in model.parameters() if p.requires_grad] + ours_leaves
     left, right = _flat(ours), _flat(theirs)
+    if call.stream is not None:
+        left = {name: _in_rows(call, value) for name, value in left.items()}
     if may_drop_logits:
         for name in ("logits", "1"):
             if name in right and left.get(name) is None:
                 right.pop(name)
                 left.pop(name, None)
                 break
+    if kind == PACKS and model.training:
+        for name in [n for n, value in right.items() if str(value).endswith("Cache")]:
+            if left.get(name) is None:
+                del right[name]
+                left.pop(name, None)
     if isinstance(ours, tuple) != isinstance(theirs, tuple):
         return kind, f"returns a {type(ours).__name__}, not a {type(theirs).__name__}"
     fault, objectives = _compare_values(call, left, right, allowed)
@@ -183,6 +190,17 @@ def _flat(outputs: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in items:
         flat.update(_flat(value, f"{prefix}.{name}" if prefix else str(name)))
     return flat
+
+
+def _in_rows(call: Call, output: Any) -> Any:
+    """An output for a stream, in the padded rows of the call."""
+    for mask in call.masks:
+        total = int(mask.sum())
+        if isinstance(output, Tensor) and output.shape[:2] == (1, total):
+            rows = output.new_zeros((*mask.shape, *output.shape[2:]))
+            rows[mask] = output[0]
+            return rows
+    return output
 
 
 def _compare_values(

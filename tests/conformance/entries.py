@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from .families import EOS, NUM_LABELS, PAD, VOCABULARY, WIDTH, Case
@@ -24,7 +24,9 @@ DECODER_LENGTHS = (2, DECODER_COLUMNS, 1, 4)
 
 # The variants of a part that is not the top of its model. The class of the part has a case of its
 # own with all variants.
-INNER = frozenset({"right", "left", "holes", "inputs_embeds", "return_dict=False", "positional"})
+INNER = frozenset(
+    {"right", "left", "holes", "inputs_embeds", "return_dict=False", "positional", "stream"}
+)
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
 
@@ -37,6 +39,7 @@ class Call:
     masks: list[Tensor] = field(default_factory=list)
     args: tuple[Any, ...] = ()
     has_token_labels: bool = False  # then a packed call in training returns no logits
+    stream: dict[str, Any] | None = None  # the same tokens with cu_seqlens, for the patched model
 
     def real(self, name: str, output: Tensor) -> Tensor:
         """The values of an output at real slots. A tuple's outputs have numbers as names."""
@@ -188,6 +191,21 @@ def make_call(
     return call
 
 
+def _as_stream(call: Call) -> Call:
+    """Give the patched model only the real tokens, in one row."""
+    kwargs = {n: value for n, value in call.kwargs.items() if not n.endswith("attention_mask")}
+    per_token = {"input_ids": call.masks[0], "decoder_input_ids": call.masks[-1]}
+    if call.has_token_labels:
+        per_token["labels"] = call.masks[-1]
+    for name, mask in per_token.items():
+        if name in kwargs:
+            kwargs[name] = kwargs[name][mask][None]
+    for prefix, mask in zip(("", "decoder_"), call.masks):
+        kwargs[f"{prefix}cu_seqlens"] = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+    call.stream = kwargs
+    return call
+
+
 def _holes(ids: Tensor, mask: Tensor) -> None:
     mask[0, 2:4] = 0
     mask[2, 1] = 0
@@ -276,13 +294,18 @@ def _all_calls(
     yield "another pad right", make(change=_text_pad)
     yield "another pad left", make(padding="left", change=_text_pad)
     yield "labels the other way", make(labels=not labels)
-    # In training, a packed call returns no cache; alone, an encoder stack of T5 refuses one.
+    # An encoder stack of T5 alone refuses a cache.
     is_encoder = signature.case.kind == "encoder_decoder" and not signature.is_causal
     may_cache = signature.two_sided or not is_encoder
-    if signature.takes("use_cache") and may_cache and not labels:
+    if signature.takes("use_cache") and may_cache:
         call = make()
         del call.kwargs["use_cache"]
-        yield "default cache", call
+        if labels:
+            # A packed call returns no cache, and everything after it by the same position.
+            options = {"return_dict": False, "output_hidden_states": True}
+            yield "default cache in training", _and(call, **options)
+        else:
+            yield "default cache", call
     yield "output_hidden_states", _and(make(), output_hidden_states=True)
     yield "return_dict=False", _and(make(), return_dict=False)
     yield "positional", _by_position(make(), signature)
@@ -292,6 +315,7 @@ def _all_calls(
         yield "inputs_embeds", _with_embeds(make(), dtype)
         yield "inputs_embeds left", _with_embeds(make(padding="left"), dtype)
     if not multiple_choice:
+        yield "stream", _as_stream(make())
         yield "4-D mask", _with_4d_mask(make(), signature, dtype)
     yield from _of_one_side(signature, dtype, make)
     if reads_ids:

@@ -178,6 +178,8 @@ def fits(cell, type):
     text = cell.strip()
     if type == "bool":
         return text.lower() in ("true", "false")
+    if type == "integer" and not text.lstrip("+-").isdigit():
+        return False
     try:
         if text.lstrip("+-").isdigit():
             return abs(int(text)) <= LARGEST_EXACT if type == "double" else abs(int(text)) < 2**63

@@ -1,5 +1,7 @@
 """Packing into datasets: rows, columns, the cache, threads and errors."""
 
+import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -147,6 +149,31 @@ def test_a_damaged_file_is_made_again(tmp_path):
         file.unlink()
         file.write_bytes(content)
         assert pack_dataset(TOKENS, 8, "nf", cache_dir=tmp_path, progress=False)[:] == want
+
+
+def test_rows_that_were_cut_between_record_batches_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenpack.data.packed.dataset._BLOCK_TOKENS", 4)
+    packed = pack_dataset(TOKENS, 4, cache_dir=tmp_path, progress=False)
+    whole, (path,) = packed[:], tmp_path.iterdir()
+    del packed
+    with pa.memory_map(str(path)) as file:
+        pa.ipc.open_stream(file).read_next_batch()
+        end = file.tell()
+    with path.open("r+b") as file:
+        file.truncate(end)
+    assert len(datasets.Dataset.from_file(str(path))) < len(whole["input_ids"])
+    assert pack_dataset(TOKENS, 4, cache_dir=tmp_path, progress=False)[:] == whole
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_the_mode_of_rows_on_disk_follows_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        pack_dataset(TOKENS, 4, cache_dir=tmp_path, progress=False)
+    finally:
+        os.umask(before)
+    (path,) = tmp_path.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_concurrent_writers_do_not_collide(tmp_path):

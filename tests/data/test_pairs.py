@@ -227,10 +227,10 @@ def test_bad_sequences_are_named(sources, targets, error, message):
 @pytest.mark.parametrize(
     "chosen, error, message",
     [
-        ([], ValueError, "sequences must name at least one pair"),
+        ([], ValueError, "sequences must contain at least one sequence"),
         ([0, 4], IndexError, r"sequences\[1\] must be from 0 to 3.*got 4"),
         ([-1], IndexError, r"sequences\[0\] must be from 0 to 3.*got -1"),
-        ([0.0], TypeError, "sequences must be a list, array or CPU tensor of integers"),
+        ([0.0], TypeError, "sequences must be integers, got float64"),
         ([True, False, True, False], TypeError, "sequences must be"),
         (2, TypeError, "sequences must be"),
     ],

@@ -1,8 +1,10 @@
 """Every format read back as it was written, in bounded memory, and every way a file can be bad."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -35,6 +37,14 @@ def zstd(content):
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(content)
     return sink.getvalue().to_pybytes()
+
+
+COMPRESSORS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 
 
 def to_jsonl(rows):
@@ -124,7 +134,7 @@ def test_csv_and_tsv(write, suffix, batch_size):
 
 
 @pytest.mark.parametrize("suffix", TEXTUAL)
-@pytest.mark.parametrize("ending, compress", [(".gz", gzip.compress), (".zst", zstd)])
+@pytest.mark.parametrize("ending, compress", COMPRESSORS.items())
 @pytest.mark.usefixtures("small_blocks")
 def test_compressed(write, suffix, ending, compress):
     plain = write("a" + suffix, to_bytes(suffix, FLAT_ROWS))
@@ -133,9 +143,27 @@ def test_compressed(write, suffix, ending, compress):
     assert len(read_rows(packed)) == 25
 
 
-def test_gzip_of_several_members(write):
-    path = write("a.txt.gz", gzip.compress(b"one\n") + gzip.compress(b"two\n"))
+@pytest.mark.parametrize("ending, compress", COMPRESSORS.items())
+def test_compressed_streams_that_follow_one_another(write, ending, compress):
+    path = write(f"a.txt{ending}", compress(b"one\n") + compress(b"") + compress(b"two\n"))
     assert read(path) == [{"text": ["one", "two"]}]
+
+
+def test_padding_of_xz(write):
+    padded = lzma.compress(b"one\n") + bytes(4) + lzma.compress(b"two\n") + bytes(70_000)
+    assert read(write("a.txt.xz", padded)) == [{"text": ["one", "two"]}]
+
+
+@pytest.mark.parametrize("ending, compress", COMPRESSORS.items())
+def test_bytes_after_a_compressed_stream_are_an_error(write, ending, compress):
+    # Python's bz2 and lzma would end there without an error, and lose a damaged second stream.
+    second = bytes([0x41, *compress(b"two\n")[1:]])
+    with pytest.raises(ValueError, match=rf"a\.txt\{ending}: truncated, damaged or not text"):
+        read(write(f"a.txt{ending}", compress(b"one\n") + second))
+
+
+def test_a_text_may_begin_like_bzip2(write):
+    assert read(write("a.txt", "BZh91 is a name\n")) == [{"text": ["BZh91 is a name"]}]
 
 
 def test_datasets_writes_what_this_reads(tmp_path):
@@ -631,7 +659,7 @@ def test_a_truncated_binary_file_is_an_error_wherever_it_ends(write, suffix):
 
 
 @pytest.mark.parametrize("suffix", TEXTUAL)
-@pytest.mark.parametrize("ending, compress", [(".gz", gzip.compress), (".zst", zstd)])
+@pytest.mark.parametrize("ending, compress", COMPRESSORS.items())
 def test_a_truncated_compressed_file_is_an_error_wherever_it_ends(write, suffix, ending, compress):
     content = compress(to_bytes(suffix, FLAT_ROWS))
     for end in range(1, len(content)):

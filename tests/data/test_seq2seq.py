@@ -199,8 +199,10 @@ def test_lengths_with_overlong_error_and_bad_lengths():
         strict.lengths([[3, 0], [2, -1]])
     with pytest.raises(ValueError, match=r"raw_lengths\[1\] must be at least 1, got 0"):
         strict.lengths([3, 0])
-    for wrong in ([3.5], [[1, 2, 3]], [[[1, 2]]]):
-        with pytest.raises(TypeError, match=r"raw_lengths must be \(n,\) or \(n, 2\) integers"):
+    with pytest.raises(TypeError, match=r"raw_lengths must be integers, got float64"):
+        strict.lengths([3.5])
+    for wrong in ([[1, 2, 3]], [[[1, 2]]]):
+        with pytest.raises(ValueError, match=r"raw_lengths must be \(n,\) or \(n, 2\), got shape"):
             strict.lengths(wrong)
 
 

@@ -91,6 +91,13 @@ def test_jsonl_with_targets(tmp_path):
         ("a.jsonl", '{"source": "x", "target": ""}', r"'target' must be .* got an empty string"),
         (
             "a.jsonl",
+            '{"text": "\\ud83d"}',
+            r"got half of a surrogate pair, .* in .*a\.jsonl, line 1",
+        ),
+        ("a.jsonl", '{"text": ' + "[" * 200_000, r"too deep a nesting in .*a\.jsonl, line 1"),
+        ("a.jsonl", '{"n": ' + "9" * 5000 + "}", r"too many digits in .*a\.jsonl, line 1"),
+        (
+            "a.jsonl",
             '{"text": "x"}\n{"source": "x", "target": "y"}',
             r"in all lines, got both in .*line 2",
         ),

@@ -357,3 +357,51 @@ def test_llama_takes_chats_and_prompts_by_the_tokenizers_template(tmp_path, monk
         (f"[user]a\n\nb{end}\n[assistant]", f"c{end}\n"),
         (f"[user]a{end}\n[assistant]", f"c{end}\n"),
     }
+
+
+# ----------------------------------------------------------------------------- rows without a text
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PAIR = {"source": "one two three", "target": "un deux trois"}
+UNUSABLE = {
+    "a null text": ("pretrain_t5", [{"text": "a"}, {"text": None}], r"'text' .* null in row 1 \("),
+    "only null texts": ("pretrain_t5", [{"text": None}] * 2, r"'text' .* null in row 0 \("),
+    "no column of texts": ("pretrain_t5", [{"body": "a"}], r"a column 'text' of texts, got body"),
+    "a null target": ("translate_nllb", [PAIR, {**PAIR, "target": None}], "'target' .* in row 1 "),
+    "a null source": ("translate_nllb", [{**PAIR, "source": None}, PAIR], "'source' .* in row 0 "),
+    "a number": ("translate_nllb", [{**PAIR, "target": 5}], "'target' must hold texts, got int64"),
+    "a null response": (
+        "instruct_llama",
+        [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": None}],
+        "row 1 must have a text as 'response', got None",
+    ),
+    "no prompt": ("instruct_llama", [{"response": "b"}], "row 0 must have a text as 'prompt'"),
+    "a null message": (
+        "instruct_llama",
+        [{"messages": CHAT}, {"messages": [{"role": "user", "content": None}, CHAT[1]]}],
+        "row 1 must have a text in each message, got .*'user'",
+    ),
+    "a chat without an answer": (
+        "instruct_llama",
+        [{"messages": CHAT}, {"messages": CHAT[:1]}],
+        "row 1 must have an answer",
+    ),
+    "a null chat": ("instruct_llama", [{"messages": CHAT}, {"messages": None}], "row 1 must have"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_row_without_a_text_ends_with_one_line(tmp_path, monkeypatch, case):
+    name, rows, message = UNUSABLE[case]
+    example = load(name, monkeypatch, None)
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(SystemExit, match=message) as ended:
+        example.main(flags(tmp_path / "out", train_file=file))
+    assert "\n" not in str(ended.value)
+
+
+def test_a_call_of_a_tool_needs_no_text(tmp_path, monkeypatch):
+    example = load("instruct_llama", monkeypatch, None)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    row = {"messages": [CHAT[0], call]}
+    assert example.chat_of(row, 0, example.Options()) == row["messages"]

@@ -5,6 +5,7 @@ Each file imports only from files above it:
     swap             replaces the forward of a module
     family           the properties of a family of models
     call             the state of one packed forward and of a patched model
+    graph_ops, graph under torch.compile: what depends on values, and what is decided while tracing
     interface        tokenpack's function in transformers' attention interface
     t5, umt5, roberta, pooler, encoder_decoder     forwards of single families
     families         the allow-list of families

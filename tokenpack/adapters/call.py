@@ -6,12 +6,12 @@ The model's forward passes a `PackedCall` to its attention layers under the keyw
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,23 +75,29 @@ class PackedCall:
         "choices",
         "head_logits",
         "layouts",
+        "leaves_out_cache",
         "loss",
         "memo",
         "num_items",
         "positions",
         "state",
         "targets",
+        "traced",
         "unfused",
     )
 
-    def __init__(self, state: PatchState, layouts: dict[str, PackedLayout]) -> None:
+    def __init__(
+        self, state: PatchState, layouts: dict[str, PackedLayout], traced: bool = False
+    ) -> None:
         self.state = state
+        self.traced = traced  # the whole forward is one graph of torch.compile
         self.layouts = layouts  # by side: "enc" and "dec", or only "self"
         self.positions: dict[str, Tensor] = {}  # by side, for models that compute positions inside
         self.choices: dict[str, Any] = {}  # the last `Choice` of each role
         self.memo: dict[Any, Any] = {}  # of `layout_attention`
         self.attention_calls = 0
         self.backend = state.attention
+        self.leaves_out_cache = False  # the model's own forward would return one
         # Read by the fused head.
         self.after_head: AfterHead | None = None
         self.targets: Targets | None = None
@@ -180,9 +186,15 @@ class PatchState:
         self.root: weakref.ref[Any] | None = None  # the model that was patched; None in a copy
         # Called before the first forward in training, see `suspend.before_first_batch`.
         self.first_batch: Callable[..., bool] | None = None
+        self.key = _register(self)  # names this state in a graph of torch.compile
+        self.traced_layers = 0  # layers that torch.compile traced to packed attention
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "root": None}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__dict__.update(saved)
+        self.key = _register(self)  # a copy counts by itself
 
     def count_padded_training(self, reason: str) -> None:
         """Count a training forward that was not packed, and warn if none was after a few."""
@@ -198,7 +210,28 @@ class PatchState:
     @property
     def splits_by_position(self) -> bool:
         """Whether the model's own attention infers boundaries although a mask is given."""
-        return any("flash" in config.base for config in self.configs)
+        return _splits_by_position(self.key)
+
+
+_STATES: weakref.WeakValueDictionary[str, PatchState] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def _register(state: PatchState) -> str:
+    key = str(next(_NUMBERS))
+    _STATES[key] = state
+    return key
+
+
+def state_of(key: str) -> PatchState | None:
+    """The state with this `PatchState.key`, or None if its models do not exist anymore."""
+    return _STATES.get(key)
+
+
+@torch.compiler.assume_constant_result  # torch.compile traces no method of str
+def _splits_by_position(key: str) -> bool:
+    state = state_of(key)
+    return state is not None and any("flash" in config.below() for config in state.configs)
 
 
 @dataclass
@@ -207,6 +240,7 @@ class Entry:
 
     Attributes:
         state: the state of the patched model, which all its entries share.
+        parameters: the names of its forward's parameters that may be passed by position.
         sides: ``("enc", "dec")`` for a whole encoder-decoder. Otherwise one side: ``"enc"``,
             ``"dec"``, or ``"self"`` in a model that has only one.
         unpackable: why no call of this part can be packed. None if calls can be.
@@ -214,48 +248,60 @@ class Entry:
         has_token_head: a head reads each token separately, and the part takes labels.
         shifts_labels: each token predicts the label of the next token.
         pooler: the name of the child that reads the first token of each sequence.
+        calls_loss_function: the forward computes its loss with the model's ``loss_function``.
+        makes_cache: the part itself creates the cache, and not a part inside it.
     """
 
     state: PatchState
+    parameters: tuple[str, ...]
     sides: tuple[str, ...]
     unpackable: str | None = None
     is_stack: bool = False
     has_token_head: bool = False
     shifts_labels: bool = False
     pooler: str | None = None
+    calls_loss_function: bool = False
+    makes_cache: bool = False
+
+
+class _Active(threading.local):
+    """What runs in this thread: the state of a model, and its call, None while it runs padded."""
+
+    def __init__(self) -> None:  # called in each thread
+        self.state: PatchState | None = None
+        self.call: PackedCall | None = None
 
 
 # Some modules (position tables, head, pooler) are called without keywords. The forward that calls
-# them activates its PackedCall for the current thread, and they look it up here. The state says
-# which model runs, and the call is None while that model runs padded.
-_ACTIVE: dict[int, tuple[PatchState, PackedCall | None]] = {}
+# them activates its PackedCall for the current thread, and they look it up here. torch.compile
+# traces attributes of a threading.local, but no thread ids.
+_ACTIVE = _Active()
 
 
-@contextmanager
-def activate(state: PatchState, call: PackedCall | None) -> Iterator[None]:
-    """Make ``call`` the active call of this thread; None while ``state``'s model runs padded."""
-    thread = threading.get_ident()
-    previous = _ACTIVE.get(thread)
-    _ACTIVE[thread] = state, call
+def run_active(
+    state: PatchState,
+    call: PackedCall | None,
+    function: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a function with ``call`` active in this thread; None while the model runs padded."""
+    previous = _ACTIVE.state, _ACTIVE.call
+    _ACTIVE.state, _ACTIVE.call = state, call
     try:
-        yield
+        return function(*args, **kwargs)
     finally:
-        if previous is None:
-            del _ACTIVE[thread]
-        else:
-            _ACTIVE[thread] = previous
+        _ACTIVE.state, _ACTIVE.call = previous
 
 
 def active_call() -> PackedCall | None:
     """The active call of this thread."""
-    active = _ACTIVE.get(threading.get_ident())
-    return None if active is None else active[1]
+    return _ACTIVE.call
 
 
 def runs_padded(state: PatchState) -> bool:
     """Whether this thread is in a padded forward of the model with this state."""
-    active = _ACTIVE.get(threading.get_ident())
-    return active is not None and active[0] is state and active[1] is None
+    return _ACTIVE.state is state and _ACTIVE.call is None
 
 
 # No real mask of a packed forward would have this shape, unless it has 2 queries and 3 keys. So

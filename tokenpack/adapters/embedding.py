@@ -17,7 +17,6 @@ from .hooks import changed_by
 _SETTINGS = ("padding_idx", "embed_scale")
 
 
-@torch.compiler.disable  # host work, except for the lookup
 def share_lookup(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Replace the ids of both sides in the arguments by embeddings from one lookup.
 
@@ -28,12 +27,9 @@ def share_lookup(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """
     if not torch.is_grad_enabled() or not {"input_ids", "decoder_input_ids"} <= arguments.keys():
         return arguments
-    stacks = model.get_encoder(), model.get_decoder()
-    if any(not hasattr(stack, "get_input_embeddings") or changed_by(stack) for stack in stacks):
+    if not _shares_table(model):
         return arguments
-    table, other = (stack.get_input_embeddings() for stack in stacks)
-    if not _can_share(table, other):
-        return arguments
+    table = model.get_encoder().get_input_embeddings()
     arguments = dict(arguments)
     sides: tuple[Tensor, Tensor] = arguments.pop("input_ids"), arguments.pop("decoder_input_ids")
     both = table(torch.cat(sides, dim=1))
@@ -42,8 +38,13 @@ def share_lookup(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _can_share(first: Any, second: Any) -> bool:
-    """Whether one of two modules can look up the ids of both."""
+@torch.compiler.assume_constant_result  # `changed_by` is
+def _shares_table(model: Any) -> bool:
+    """Whether the embedding of the encoder can look up the ids of the decoder."""
+    stacks = model.get_encoder(), model.get_decoder()
+    if any(not hasattr(stack, "get_input_embeddings") or changed_by(stack) for stack in stacks):
+        return False
+    first, second = (stack.get_input_embeddings() for stack in stacks)
     return (
         type(first) is type(second)
         and _is_plain(first)

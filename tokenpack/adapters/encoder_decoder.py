@@ -15,7 +15,6 @@ from .call import SIDE, active_call
 from .swap import Replacement
 
 
-@torch.compiler.disable
 def _packed_positions(module: Any) -> Tensor | None:
     call = active_call()
     return None if call is None else call.positions[getattr(module, SIDE)]

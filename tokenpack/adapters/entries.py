@@ -54,7 +54,7 @@ def entry_of(part: Any, state: PatchState) -> Entry:
     """How a part packs."""
     name, family = type(part).__name__, state.family
     assert family is not None
-    parameters = inspect.signature(part.forward).parameters
+    parameters = parameters_of(part)
     is_stack = name.endswith(_STACKS) and family.kind == "encoder_decoder"
     if family.kind != "encoder_decoder":
         sides: tuple[str, ...] = ("self",)
@@ -63,16 +63,26 @@ def entry_of(part: Any, state: PatchState) -> Entry:
     else:
         sides = (side_of(part) if is_stack else "enc",)
     children = {child: type(module).__name__ for child, module in part.named_children()}
+    makes_cache = len(parts_of(part)) == 1 and "use_cache" in parameters
     poolers = (c for c, t in children.items() if family.swaps.get(t) is first_token_forward)
     return Entry(
         state,
+        parameters,
         sides,
         unpackable=_head_reason(part),
         is_stack=is_stack,
         has_token_head=name.endswith(_TOKEN_HEADS),
         shifts_labels=name.endswith(_CAUSAL_HEADS),
         pooler=next(poolers, None),
+        calls_loss_function="loss_function" in inspect.unwrap(part.forward).__code__.co_names,
+        makes_cache=makes_cache and family.kind != "encoder" and sides != ("enc",),
     )
+
+
+def parameters_of(part: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the parameters of a part's forward that may be passed by position."""
+    parameters = inspect.signature(part.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def side_of(stack: Any) -> str:

@@ -34,6 +34,7 @@ def _bart_like(
     lookup: Replacement,
     positions: Positions | None = None,
     embeds_match_ids: bool = True,
+    labels_end_cache: bool = True,
 ) -> Family:
     return Family(
         name,
@@ -41,6 +42,7 @@ def _bart_like(
         swaps={f"{prefix}{embedding}": lookup},
         positions=positions,
         embeds_match_ids=embeds_match_ids,
+        labels_end_cache=labels_end_cache,
     )
 
 
@@ -60,6 +62,7 @@ FAMILIES: dict[str, Family] = {
         "SinusoidalPositionalEmbedding",
         lookup=encoder_decoder.m2m100_positions_forward,
         positions=encoder_decoder.m2m100_positions,
+        labels_end_cache=False,
     ),
     "bart": _bart_like(
         "BART",

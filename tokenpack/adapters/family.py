@@ -29,6 +29,7 @@ class Family:
         embeds_match_ids: a stack only calls its own embedding module on ids, so it gives the same
             result for the module's output as ``inputs_embeds``. False for Marian and Pegasus, which
             also scale the embeddings of ids.
+        labels_end_cache: its head turns the cache off if labels are given.
         minimum_transformers: the oldest version that computes this family correctly.
     """
 
@@ -38,4 +39,5 @@ class Family:
     positions: Positions | None = None
     has_relative_bias: bool = False
     embeds_match_ids: bool = False
+    labels_end_cache: bool = False
     minimum_transformers: str | None = None

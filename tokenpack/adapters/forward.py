@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +12,17 @@ from transformers.utils import logging
 
 from ..checks import IGNORE_INDEX
 from ..kernels import PackedLayout, repad, unpad
-from .call import ENTRY, KEYWORD, Entry, PackedCall, activate, runs_padded
-from .checks import check_position_table
+from .call import ENTRY, KEYWORD, Entry, PackedCall, run_active, runs_padded
+from .checks import check_added_layers, check_position_table, makes_cache
 from .embedding import share_lookup
 from .errors import CannotPackError
-from .head import after_head, fused_forward, logits_match, loss_from_logits, on_device, swap_head
+from .graph import count_layers, may_drop_layers, note_loss, outside_graph, untraceable
+from .graph_ops import logits_match, loss_in_graph
+from .head import after_head, fused_forward, loss_from_logits, on_device, swap_head
 from .hooks import changed_by
 from .inputs import PackedInputs, pack_inputs
-from .outputs import without_logits
+from .interface import follow
+from .outputs import leaving_out
 from .swap import is_swapped
 
 logger = logging.get_logger(__name__)
@@ -38,9 +40,6 @@ _SIDES = {
 }
 
 
-# Packing reads the values of the batch on the host, so torch.compile skips this function and its
-# helpers. It still compiles the model's original forward.
-@functools.partial(torch.compiler.disable, recursive=False)
 def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a part, with its signature, on real tokens only if the call can be packed."""
     entry: Entry = getattr(model, ENTRY)
@@ -49,23 +48,52 @@ def packed_forward(original: Callable[..., Any], model: Any, *args: Any, **kwarg
         return _run_with(call, original, model, entry, *args, **kwargs)
     if runs_padded(entry.state):
         return original(model, *args, **kwargs)
-    inputs, parameters = arguments_by_name(original, model, args, kwargs)
+    inputs = arguments_by_name(entry, args, kwargs)
+    if not torch.compiler.is_compiling():
+        return _forward(original, model, entry, inputs)
+    reason = untraceable(model, entry, inputs)
+    if reason is not None:
+        return _OUTSIDE_GRAPH[reason](original, model, entry, inputs)
+    packed = _pack_in_graph(model, entry, inputs)
+    if isinstance(packed, str):
+        return run_padded(original, model, entry, packed, inputs)
+    outputs = _run_packed(original, model, entry, packed)
+    return outputs if _returns_dict(model, inputs) else outputs.to_tuple()
+
+
+def _forward(original: Callable[..., Any], model: Any, entry: Entry, inputs: dict[str, Any]) -> Any:
+    """`packed_forward` outside a graph: a call that cannot be packed runs padded."""
     if entry.state.first_batch is not None:
         call_first_batch(model, entry, inputs)
     try:
-        packed = pack_inputs(model, entry, original, dict(inputs), parameters)
+        packed = _pack(model, entry, dict(inputs))
     except CannotPackError as reason:
         return run_padded(original, model, entry, str(reason), inputs)
-    outputs = _run_packed(original, model, entry, packed)
+    outputs = _run_outside_graph(original, model, entry, packed)
     stats = entry.state.stats
     stats.packed_calls += 1
     stats.attention.update((role, str(choice)) for role, choice in packed.call.choices.items())
     stats.packed_tokens += sum(side.total_tokens for side in packed.call.layouts.values())
     stats.padded_tokens += packed.padded_slots
+    return outputs if _returns_dict(model, inputs) else outputs.to_tuple()
+
+
+# Outside a graph, packing reads values on the host. torch.compile still compiles the layers.
+_pack = torch.compiler.disable(pack_inputs)
+_OUTSIDE_GRAPH = outside_graph(_forward)
+
+
+def _pack_in_graph(model: Any, entry: Entry, inputs: dict[str, Any]) -> PackedInputs | str:
+    """The packed arguments, or why the call cannot be packed."""
+    try:
+        return pack_inputs(model, entry, dict(inputs), traced=True)
+    except CannotPackError as reason:
+        return str(reason)
+
+
+def _returns_dict(model: Any, inputs: dict[str, Any]) -> bool:
     return_dict = inputs.get("return_dict")
-    if return_dict is None:
-        return_dict = getattr(model.config, "return_dict", True)
-    return outputs if return_dict else outputs.to_tuple()
+    return bool(getattr(model.config, "return_dict", True) if return_dict is None else return_dict)
 
 
 @torch.compiler.disable
@@ -99,11 +127,12 @@ def _run_with(
     """
     if entry.is_stack:
         check_position_table(model)
-    with activate(entry.state, call):
-        return original(model, *args, **kwargs)
+    if entry.makes_cache:
+        call.leaves_out_cache = makes_cache(model, kwargs.get("use_cache"))
+        kwargs["use_cache"] = False
+    return run_active(entry.state, call, original, model, *args, **kwargs)
 
 
-@functools.partial(torch.compiler.disable, recursive=False)
 def _run_packed(
     original: Callable[..., Any], model: Any, entry: Entry, packed: PackedInputs
 ) -> Any:
@@ -116,28 +145,45 @@ def _run_packed(
     arguments = packed.arguments
     if state.family.embeds_match_ids:
         arguments = share_lookup(model, arguments)
-    if not all(config.is_replaced for config in state.configs):
-        raise _unreached(model)
-    outputs = _run_with(packed.call, original, model, entry, **arguments)
-    if packed.call.attention_calls == 0 and not _may_drop_every_layer(model):
+    follow(state.key)
+    if packed.call.traced:
+        layers_before = count_layers(state.key)
+        outputs = _run_with(packed.call, original, model, entry, **arguments)
+        _check_in_graph(model, entry, packed.call, layers_before, outputs)
+        return _results(outputs, entry, packed, keep_logits)
+    try:
+        outputs = _run_with(packed.call, original, model, entry, **arguments)
+    except Exception as error:
+        check_added_layers(model, error)
+        raise
+    if packed.call.attention_calls == 0 and not (model.training and may_drop_layers(model)):
         raise _unreached(model)
     if packed.call.loss is not None and not _head_is_plain(model, entry, packed, outputs):
         # Run the forward again and compute the loss from the logits.
         packed.call.targets = packed.call.loss = None
         outputs = _run_with(packed.call, original, model, entry, **arguments)
-    return _results(outputs, entry, packed, keep_logits)
+    return _results_outside_graph(outputs, entry, packed, keep_logits)
+
+
+_run_outside_graph = torch.compiler.disable(_run_packed, recursive=False)
+
+
+def _check_in_graph(
+    model: Any, entry: Entry, call: PackedCall, layers_before: int, outputs: Any
+) -> None:
+    """What the code after `_run_packed` checks outside a graph."""
+    if count_layers(entry.state.key) == layers_before:
+        raise _unreached(model)
+    if call.loss is not None and entry.state.head_is_plain is None:
+        assert call.after_head is not None
+        assert call.head_logits is not None
+        call.loss = loss_in_graph(call.loss, call.after_head, call.head_logits, outputs.logits)
 
 
 def _unreached(model: Any) -> RuntimeError:
     return RuntimeError(
-        f"{type(model).__name__} never reached packed attention: was set_attn_implementation "
-        "called after patch_model?"
-    )
-
-
-def _may_drop_every_layer(model: Any) -> bool:
-    return model.training and any(
-        getattr(model.config, name, 0.0) for name in ("encoder_layerdrop", "decoder_layerdrop")
+        f"{type(model).__name__} never reached packed attention: was its attention replaced after "
+        "patch_model?"
     )
 
 
@@ -173,22 +219,24 @@ def _head_is_plain(model: Any, entry: Entry, packed: PackedInputs, outputs: Any)
     return state.head_is_plain
 
 
-@torch.compiler.disable
 def _results(outputs: Any, entry: Entry, packed: PackedInputs, keep_logits: bool) -> Any:
     """The model's outputs with the loss, in the shape of the batch."""
-    call, targets, stats = packed.call, packed.targets, entry.state.stats
+    call, targets, how = packed.call, packed.targets, ""
     # A ModelOutput cannot drop a field that has been set, so the results go into a new one.
     fields = dict(outputs.items())
-    result: Any = type(outputs)
+    absent: tuple[str, ...] = ("past_key_values",) if call.leaves_out_cache else ()
     if not keep_logits and "logits" in fields:
         del fields["logits"]
-        result = without_logits(result)
+        absent = ("logits", *absent)
+    result: Any = type(outputs)
+    if absent:
+        result = leaving_out(result, absent)
     for name in _SIDES:
         if name in fields:
             fields[name] = _repadded(fields[name], _layout_of(name, packed))
     if call.loss is not None:
         fields["loss"] = call.loss
-        stats.loss = "fused with the head, without logits"
+        how = "fused with the head, without logits"
     elif targets is not None:
         stream = outputs.logits.squeeze(0)
         layout = _layout_of("logits", packed)
@@ -196,8 +244,15 @@ def _results(outputs: Any, entry: Entry, packed: PackedInputs, keep_logits: bool
             # Read back, so that the loss is a function of the logits that the caller gets.
             stream = unpad(fields["logits"], layout)
         fields["loss"] = loss_from_logits(stream, targets.labels, call.num_items)
-        stats.loss = f"from the logits: {_unfused_reason(entry, packed, keep_logits)}"
+        how = f"from the logits: {_unfused_reason(entry, packed, keep_logits)}"
+    if call.traced:
+        note_loss(entry.state.key, how)
+    else:
+        entry.state.stats.loss = how or entry.state.stats.loss
     return result(**fields)
+
+
+_results_outside_graph = torch.compiler.disable(_results)
 
 
 def _layout_of(name: str, packed: PackedInputs) -> PackedLayout | None:
@@ -226,6 +281,11 @@ def _repadded(value: Any, layout: PackedLayout | None) -> Any:
     return tuple(None if hidden is None else next(padded) for hidden in value)
 
 
+@functools.partial(
+    torch.compiler.disable,
+    recursive=False,
+    reason="tokenpack runs this call padded, and counts it; packing_stats(model) has the reason",
+)
 def run_padded(
     original: Callable[..., Any], model: Any, entry: Entry, reason: str, inputs: dict[str, Any]
 ) -> Any:
@@ -243,11 +303,12 @@ def run_padded(
         )
         entry.state.count_padded_training(f"it runs padded, because {reason}")
     labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
-    with activate(entry.state, None):
-        if not entry.has_token_head or entry.shifts_labels or labels is None or num_items is None:
-            return original(model, **inputs)  # causal models use the number themselves
-        # Most other models ignore the number, so compute the mean loss and rescale it.
-        outputs = original(model, **{k: v for k, v in inputs.items() if k != "num_items_in_batch"})
+    if not entry.has_token_head or entry.shifts_labels or labels is None or num_items is None:
+        # Causal models use the number themselves.
+        return run_active(entry.state, None, original, model, **inputs)
+    # Most other models ignore the number, so compute the mean loss and rescale it.
+    others = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
+    outputs = run_active(entry.state, None, original, model, **others)
     valid = int((labels != IGNORE_INDEX).sum())
     logits = outputs[1] if isinstance(outputs, tuple) else outputs.logits
     loss = outputs[0] * valid / on_device(num_items, logits.device) if valid else logits.sum() * 0.0
@@ -257,23 +318,14 @@ def run_padded(
     return outputs
 
 
-@torch.compiler.disable
-def arguments_by_name(
-    original: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], frozenset[str]]:
-    """The arguments that are not None, by name, and the names of the forward's parameters."""
-    names = _parameter_names(original)
+def arguments_by_name(entry: Entry, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a part's forward that are not None, by name."""
+    names = entry.parameters
     if len(args) > len(names):
         raise TypeError(f"forward takes {len(names)} positional arguments, got {len(args)}")
     inputs = dict(zip(names, args, strict=False))
-    duplicates = inputs.keys() & kwargs.keys()
+    duplicates = sorted(name for name in inputs if name in kwargs)
     if duplicates:
-        raise TypeError(f"forward got multiple values for {sorted(duplicates)}")
+        raise TypeError(f"forward got multiple values for {duplicates}")
     inputs.update(kwargs)
-    return {name: value for name, value in inputs.items() if value is not None}, frozenset(names)
-
-
-@functools.cache
-def _parameter_names(original: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = list(inspect.signature(original).parameters.values())[1:]  # without self
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return {name: value for name, value in inputs.items() if value is not None}

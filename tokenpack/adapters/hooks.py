@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -19,6 +20,8 @@ _KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 _BY_ROW = ("adapter_names", "alora_offsets")
 
 
+# torch.compile looks hooks up once, when it traces a module: `torch.nn.Module` does the same.
+@torch.compiler.assume_constant_result
 def changed_by(module: Any) -> str | None:
     """What changes the results or gradients of a module besides its class; None if nothing does.
 
@@ -35,6 +38,7 @@ def changed_by(module: Any) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def hook_by_row(model: nn.Module) -> str | None:
     """The hook inside ``model`` that needs padded rows, as a reason to run padded; None if none.
 

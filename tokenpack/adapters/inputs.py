@@ -23,8 +23,18 @@ from ..kernels import (
     unpad,
 )
 from .call import KEYWORD, Entry, PackedCall, PatchState, Targets, marker_mask
-from .checks import check_call, check_pooling
+from .checks import check_call, check_pooling, has_pooler
 from .errors import CannotPackError
+from .graph_ops import (
+    Counted,
+    GraphSide,
+    count_labels,
+    full_layout_in_graph,
+    has_holes,
+    layout_in_graph,
+    packed_layout_in_graph,
+    targets_in_graph,
+)
 from .packed_rows import positions_to_stream, rows_to_stream
 
 # Arguments that do not affect whether a call can be packed.
@@ -53,22 +63,17 @@ class _Side:
     slots: int
 
 
-@torch.compiler.disable
 def pack_inputs(
-    model: Any,
-    entry: Entry,
-    original: Any,
-    inputs: dict[str, Any],
-    parameters: frozenset[str],
+    model: Any, entry: Entry, inputs: dict[str, Any], traced: bool = False
 ) -> PackedInputs:
     """Pack the arguments of one forward.
 
     Args:
         model: a part of a patched model.
         entry: how the part packs.
-        original: its class's own forward.
         inputs: the arguments that are not None, by name. Changed in place.
-        parameters: the names of the forward's parameters.
+        traced: the forward becomes one graph of torch.compile. What depends on values of the batch
+            is then checked when the graph runs, see `graph_ops`.
 
     Raises:
         CannotPackError: if only the model's original forward computes this call correctly.
@@ -76,14 +81,16 @@ def pack_inputs(
     """
     if entry.unpackable is not None:
         raise CannotPackError(entry.unpackable)
-    check_call(model, entry, original, inputs, parameters)
+    labels_end_cache = "labels" in inputs and entry.state.family.labels_end_cache
+    turns_cache_off = "use_cache" in inputs or labels_end_cache
+    check_call(model, entry, inputs)
     rows = rows_to_stream(inputs)
-    if rows is None and entry.state.family.kind == "decoder":
+    if rows is None and not traced and entry.state.family.kind == "decoder":
         rows = positions_to_stream(inputs, entry.state.splits_by_position)
     if entry.sides == ("enc", "dec"):
-        packed = _pack_encoder_decoder(model, entry, inputs)
+        packed = _pack_encoder_decoder(model, entry, inputs, traced)
     else:
-        packed = _pack_single(model, entry, inputs, parameters)
+        packed = _pack_single(model, entry, inputs, traced)
     unsupported = sorted(name for name in inputs if name not in _ALWAYS_ACCEPTED)
     if unsupported:
         raise CannotPackError(f"argument {unsupported[0]!r} is not supported")
@@ -94,7 +101,7 @@ def pack_inputs(
     packed.call.num_items = inputs.get("num_items_in_batch")
     if "output_hidden_states" in inputs:
         packed.arguments["output_hidden_states"] = inputs["output_hidden_states"]
-    if "use_cache" in parameters:
+    if turns_cache_off:
         packed.arguments["use_cache"] = False
     return packed
 
@@ -119,15 +126,26 @@ def shift_right(model: Any, labels: Tensor) -> Tensor:
 # -------------------------------------------------------------------------- the two kinds of model
 
 
-def _pack_encoder_decoder(model: Any, entry: Entry, inputs: dict[str, Any]) -> PackedInputs:
+def _pack_encoder_decoder(
+    model: Any, entry: Entry, inputs: dict[str, Any], traced: bool
+) -> PackedInputs:
     if "encoder_outputs" in inputs:
         raise CannotPackError("encoder_outputs are given")
-    labels = inputs.pop("labels", None)
+    labels, label_layout = inputs.pop("labels", None), None
     state = entry.state
-    encoder = _pop_side(inputs, "", state)
-    no_decoder_inputs = inputs.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"})
+    counted = Counted()
+    in_graph = GraphSide(counted, state.counts_columns) if traced else None
+    encoder = _pop_side(inputs, "", state, in_graph)
+    if in_graph is not None:
+        key = "" if labels is not None else state.key
+        counted = counted.after(encoder.layout, encoder.slots, key)
+        in_graph = GraphSide(counted, state.counts_columns, encoder=encoder.layout.cu_seqlens)
+    no_decoder_inputs = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
     if labels is not None:
-        labels, label_layout = _padded_labels(labels, inputs.get("decoder_cu_seqlens"))
+        cu_seqlens = inputs.get("decoder_cu_seqlens")
+        if in_graph is not None and cu_seqlens is not None:
+            label_layout = packed_layout_in_graph(cu_seqlens, labels, in_graph)
+        labels, label_layout = _padded_labels(labels, cu_seqlens, label_layout)
         if no_decoder_inputs:
             ids = shift_right(model, labels)
             if label_layout is not None:
@@ -135,19 +153,21 @@ def _pack_encoder_decoder(model: Any, entry: Entry, inputs: dict[str, Any]) -> P
             inputs["decoder_input_ids"] = ids
     elif no_decoder_inputs:
         raise CannotPackError("neither decoder inputs nor labels are given")
-    decoder = _pop_side(inputs, "decoder_", state, labels)
+    packed_layout = label_layout if traced else None  # a second one would have other symbols
+    decoder = _pop_side(inputs, "decoder_", state, in_graph, labels, packed_layout)
     if decoder.layout.num_seqs != encoder.layout.num_seqs:
         raise ValueError(
             "decoder inputs or labels must have as many sequences as input_ids, "
             f"{encoder.layout.num_seqs}, got {decoder.layout.num_seqs}"
         )
-    if bool(((encoder.layout.lengths == 0) & (decoder.layout.lengths > 0)).any()):
+    if not traced and bool(((encoder.layout.lengths == 0) & (decoder.layout.lengths > 0)).any()):
         raise CannotPackError("an encoder row is all padding, but its decoder row is not")
     if decoder.is_packed != encoder.is_packed:
         raise ValueError("cu_seqlens and decoder_cu_seqlens must be given together or not at all")
-    targets = None if labels is None else _targets(labels, decoder)
+    counted = counted.after(decoder.layout, decoder.slots, state.key)
+    targets = None if labels is None else _targets(labels, decoder, counted if traced else None)
 
-    call = PackedCall(state, {"enc": encoder.layout, "dec": decoder.layout})
+    call = PackedCall(state, {"enc": encoder.layout, "dec": decoder.layout}, traced)
     if state.family.swaps and not state.family.has_relative_bias:
         for name, side in (("enc", encoder), ("dec", decoder)):
             stack = model.get_encoder() if name == "enc" else model.get_decoder()
@@ -167,22 +187,24 @@ def _pack_encoder_decoder(model: Any, entry: Entry, inputs: dict[str, Any]) -> P
     )
 
 
-def _pack_single(
-    model: Any, entry: Entry, inputs: dict[str, Any], parameters: frozenset[str]
-) -> PackedInputs:
+def _pack_single(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool) -> PackedInputs:
     state, name = entry.state, entry.sides[0]
     labels = inputs.pop("labels", None) if entry.has_token_head else None
     cu_seqlens = inputs.get("cu_seqlens")
     masked = "attention_mask" in inputs or cu_seqlens is not None
-    side = _pop_side(inputs, "", state)
-    call = PackedCall(state, {name: side.layout})
-    check_pooling(model, entry, side.layout)
+    in_graph = None
+    if traced:
+        counted = Counted("" if labels is not None else state.key)
+        in_graph = GraphSide(counted, state.counts_columns, has_pooler(model, entry))
+    side = _pop_side(inputs, "", state, in_graph)
+    call = PackedCall(state, {name: side.layout}, traced)
+    check_pooling(model, entry, side.layout, traced)
 
     arguments = {
         _input_name("", side): unpad(side.padded, side.layout)[None],
         "attention_mask": marker_mask(side.padded.device),
     }
-    if "position_ids" in parameters:
+    if "position_ids" in entry.parameters:
         own = _to_padded("position_ids", inputs.pop("position_ids", None), side)
         if own is not None and not masked and bool((own.diff(dim=1) != 1).any()):
             raise CannotPackError(
@@ -194,14 +216,16 @@ def _pack_single(
     elif name != "self" and state.family.swaps and not state.family.has_relative_bias:
         stack = model if entry.is_stack else model.get_encoder()
         call.positions[name] = _positions(stack, state, side)
-    if state.family.kind == "encoder" and "token_type_ids" in parameters:
+    if state.family.kind == "encoder" and "token_type_ids" in entry.parameters:
         types = _to_padded("token_type_ids", inputs.pop("token_type_ids", None), side)
         if types is not None:
             arguments["token_type_ids"] = unpad(types, side.layout)[None]
     targets = None
     if labels is not None:
-        labels, _ = _padded_labels(labels, cu_seqlens)
-        targets = _targets(shift_left(labels) if entry.shifts_labels else labels, side)
+        labels, _ = _padded_labels(labels, cu_seqlens, side.layout if traced else None)
+        counted = Counted().after(side.layout, side.slots, state.key)
+        labels = shift_left(labels) if entry.shifts_labels else labels
+        targets = _targets(labels, side, counted if traced else None)
     if isinstance(inputs.get("logits_to_keep"), int) and inputs["logits_to_keep"] == 0:
         del inputs["logits_to_keep"]
     return PackedInputs(call, arguments, targets, side.is_packed, side.slots)
@@ -211,9 +235,17 @@ def _pack_single(
 
 
 def _pop_side(
-    inputs: dict[str, Any], prefix: str, state: PatchState, labels: Tensor | None = None
+    inputs: dict[str, Any],
+    prefix: str,
+    state: PatchState,
+    in_graph: GraphSide | None,
+    labels: Tensor | None = None,
+    packed_layout: PackedLayout | None = None,
 ) -> _Side:
-    """Remove the ids or embeddings of one side from ``inputs``, with their mask and boundaries."""
+    """Remove the ids or embeddings of one side from ``inputs``, with their mask and boundaries.
+
+    ``packed_layout`` is that of the boundaries, if it is known.
+    """
     ids_name = f"{prefix}input_ids"
     embeds_name = f"{prefix}inputs_embeds"
     if (ids_name in inputs) == (embeds_name in inputs):
@@ -239,20 +271,36 @@ def _pop_side(
                 f"{prefix}attention_mask must be all ones when {prefix}cu_seqlens is given, got "
                 "zeros: leave the mask out"
             )
-        layout = layout_from_cu_seqlens(cu_seqlens, tokens.shape[1], device=tokens.device)
+        if packed_layout is not None:
+            layout = packed_layout
+        elif in_graph is not None:
+            layout = packed_layout_in_graph(cu_seqlens, tokens, in_graph)
+        else:
+            layout = layout_from_cu_seqlens(cu_seqlens, tokens.shape[1], device=tokens.device)
         return _Side(layout, repad(tokens.squeeze(0), layout), True, layout.total_tokens)
     rows, columns = tokens.shape[:2]
     if mask is not None:
-        layout = _layout_from_mask(f"{prefix}attention_mask", mask, name, tokens, state)
+        mask_name = f"{prefix}attention_mask"
+        layout = _layout_from_mask(mask_name, mask, name, tokens, state, in_graph)
     elif labels is not None:
-        layout = _layout_from_labels(labels, name, (rows, columns))
+        layout = _layout_from_labels(labels, name, (rows, columns), in_graph)
+    elif in_graph is not None and in_graph.encoder is not None:
+        full = torch.ones((rows, columns), dtype=torch.bool, device=tokens.device)
+        layout = layout_in_graph(full, f"{prefix}attention_mask", in_graph)
+    elif in_graph is not None:
+        layout = full_layout_in_graph(tokens, in_graph)
     else:
         layout = layout_from_lengths([columns] * rows, device=tokens.device)
     return _Side(layout, tokens, False, rows * columns)
 
 
 def _layout_from_mask(
-    mask_name: str, mask: Any, name: str, tokens: Tensor, state: PatchState
+    mask_name: str,
+    mask: Any,
+    name: str,
+    tokens: Tensor,
+    state: PatchState,
+    in_graph: GraphSide | None,
 ) -> PackedLayout:
     if not isinstance(mask, Tensor):
         raise CannotPackError(f"{mask_name} is a {type(mask).__name__}")
@@ -263,10 +311,13 @@ def _layout_from_mask(
             f"{mask_name} must have the shape of {name}, {tuple(tokens.shape[:2])}, "
             f"got {tuple(mask.shape)}"
         )
-    layout = layout_from_mask(mask.to(tokens.device))
+    mask = mask.to(tokens.device)
+    if in_graph is not None:
+        return layout_in_graph(mask, mask_name, in_graph)
+    layout = layout_from_mask(mask)
     if layout.total_tokens == 0:
         raise ValueError(f"{mask_name} must mark at least one real token, got none")
-    if state.counts_columns and _has_holes(layout):
+    if state.counts_columns and has_holes(layout):
         raise CannotPackError(
             f"{mask_name} has holes, and this model's attention depends on the number of columns "
             "between tokens"
@@ -274,7 +325,9 @@ def _layout_from_mask(
     return layout
 
 
-def _layout_from_labels(labels: Tensor, name: str, shape: tuple[int, int]) -> PackedLayout:
+def _layout_from_labels(
+    labels: Tensor, name: str, shape: tuple[int, int], in_graph: GraphSide | None
+) -> PackedLayout:
     """Treat the slots after a row's last label as padding. A causal decoder's loss ignores them."""
     if labels.shape != shape:
         raise ValueError(
@@ -282,17 +335,12 @@ def _layout_from_labels(labels: Tensor, name: str, shape: tuple[int, int]) -> Pa
         )
     column = torch.arange(1, shape[1] + 1, device=labels.device)
     last = ((labels != IGNORE_INDEX) * column).amax(dim=1, keepdim=True)
+    if in_graph is not None:
+        return layout_in_graph(column <= last, "labels", in_graph)
     layout = layout_from_mask(column <= last)
     if layout.total_tokens == 0:
         raise CannotPackError("all labels are -100")
     return layout
-
-
-def _has_holes(layout: PackedLayout) -> bool:
-    if layout.total_tokens < 2:
-        return False
-    gap = layout.columns.diff() - layout.position_ids.diff()
-    return bool((gap[layout.position_ids[1:] > 0] != 0).any())
 
 
 def _to_padded(name: str, values: Tensor | None, side: _Side) -> Tensor | None:
@@ -309,13 +357,16 @@ def _to_padded(name: str, values: Tensor | None, side: _Side) -> Tensor | None:
     return values.expand(expected)
 
 
-def _padded_labels(labels: Tensor, cu_seqlens: Any) -> tuple[Tensor, PackedLayout | None]:
-    """Labels in padded rows, and their layout if they were packed."""
+def _padded_labels(
+    labels: Tensor, cu_seqlens: Any, layout: PackedLayout | None = None
+) -> tuple[Tensor, PackedLayout | None]:
+    """Labels in padded rows, and their layout if they were packed, which may be known."""
     if labels.dim() != 2:
         raise ValueError(f"labels must be (rows, columns), got shape {tuple(labels.shape)}")
     if cu_seqlens is None:
         return labels, None
-    layout = layout_from_cu_seqlens(cu_seqlens, labels.shape[1], device=labels.device)
+    if layout is None:
+        layout = layout_from_cu_seqlens(cu_seqlens, labels.shape[1], device=labels.device)
     return repad(labels[0], layout, fill=IGNORE_INDEX), layout
 
 
@@ -329,17 +380,21 @@ def _positions(stack: Any, state: PatchState, side: _Side) -> Tensor:
     return unpad(rule(stack, side.padded), side.layout)
 
 
-def _targets(labels: Tensor, side: _Side) -> Targets:
-    """The labels of the real tokens. Labels at padded positions must be -100."""
+def _targets(labels: Tensor, side: _Side, counted: Counted | None) -> Targets:
+    """The labels of the real tokens. Labels at padded positions must be -100.
+
+    ``counted`` is what the call counts, if it is traced.
+    """
     if labels.shape != side.layout.padded_shape:
         raise ValueError(
             f"labels must have the shape of their inputs, {side.layout.padded_shape}, "
             f"got {tuple(labels.shape)}"
         )
     labels = labels.to(side.layout.device)
+    if counted is not None:
+        return Targets(*targets_in_graph(labels, side.layout, counted))
     targets = unpad(labels, side.layout)
-    counts = [(values != IGNORE_INDEX).sum() for values in (labels, targets)]
-    num_labels, num_valid = torch.stack(counts).tolist()
+    num_labels, num_valid = count_labels(labels, targets)
     if num_labels != num_valid:
         raise CannotPackError(
             "labels at padded positions must be -100 (and, for a causal model, the label of the "

@@ -21,7 +21,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import layout_attention
-from .call import KEYWORD, MARKER_SHAPE, ROLE, WATCHED, PackedCall, PatchState, runs_padded
+from ..attention.graph import Layer, attention_in_graph
+from .call import (
+    KEYWORD,
+    MARKER_SHAPE,
+    ROLE,
+    WATCHED,
+    PackedCall,
+    PatchState,
+    runs_padded,
+    state_of,
+)
+from .graph import note_attention
 
 # Keywords of attention layers that do not affect attention over packed sequences.
 _IGNORED = frozenset(
@@ -55,8 +66,13 @@ class PatchedConfig:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        # A config that was copied from a patched model already has the registered name.
-        self.base = _BASES.get(config._attn_implementation, config._attn_implementation)
+        self.base = self.below()
+
+    def below(self) -> str:
+        """The implementation below tokenpack's, or the one that was set in its place."""
+        current = self.config._attn_implementation
+        # A config that was copied from a patched model has the registered name too.
+        return _BASES.get(current, current)
 
     def replace(self) -> None:
         """Put tokenpack's attention over the implementation of the config."""
@@ -65,11 +81,6 @@ class PatchedConfig:
             weakref.finalize(self.config, _USERS.pop, key, None)
         _USERS[key] = _USERS.get(key, 0) + 1
         self.config._attn_implementation = register_over(self.base)
-
-    @property
-    def is_replaced(self) -> bool:
-        """Whether the config still has tokenpack's attention."""
-        return is_registered(self.config._attn_implementation)
 
     def restore(self) -> None:
         """Put the previous implementation back, unless another patched model has the config too."""
@@ -84,6 +95,47 @@ class PatchedConfig:
         register_over(self.base)  # a new process has not registered the name
 
 
+def read_bases(configs: list[PatchedConfig]) -> None:
+    """Let the implementation that each config has now be the one to restore."""
+    for each in configs:
+        each.base = each.below()
+
+
+# torch.compile runs the next two once, while it traces. It does so again if an implementation
+# changes, because the attention layers read its name.
+
+
+@torch.compiler.assume_constant_result
+def follow(key: str) -> None:
+    """Put tokenpack's attention over implementations that were set after `patch_model`, too.
+
+    ``key`` is the one of the model's `PatchState`.
+    """
+    state = state_of(key)
+    configs: list[PatchedConfig] = [] if state is None else state.configs
+    if all(is_registered(each.config._attn_implementation) for each in configs):
+        return
+    read_bases(configs)
+    for each in configs:
+        each.config._attn_implementation = register_over(each.base)
+
+
+@torch.compiler.assume_constant_result
+def custom_attention(key: str) -> str | None:
+    """The first implementation that may compute something else than attention does elsewhere.
+
+    Those of transformers compute the same, and so do the flash attentions of other packages.
+    """
+    state = state_of(key)
+    for each in [] if state is None else state.configs:
+        base = each.below()
+        function: Any = ALL_ATTENTION_FUNCTIONS.get(base)  # None for a model's own "eager"
+        module = getattr(getattr(function, "func", function), "__module__", "")
+        if function is not None and "flash" not in base and not module.startswith("transformers."):
+            return base
+    return None
+
+
 class _Name(str):
     """A registered name that is equal to the name of the implementation below it, too.
 
@@ -93,13 +145,27 @@ class _Name(str):
     """
 
     def __eq__(self, other: object) -> bool:
-        below = str(self).removeprefix(_PREFIX)
-        return str.__eq__(self, other) or (below in ("eager", "sdpa") and below == other)
+        return _equal(self, other)
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        return not _equal(self, other)
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:
+        return _hash(self)
+
+
+# torch.compile traces no method of str.
+
+
+@torch.compiler.assume_constant_result
+def _hash(name: _Name) -> int:
+    return str.__hash__(name)
+
+
+@torch.compiler.assume_constant_result
+def _equal(name: _Name, other: object) -> bool:
+    below = str(name).removeprefix(_PREFIX)
+    return str.__eq__(name, other) is True or (below in ("eager", "sdpa") and below == other)
 
 
 def is_registered(implementation: Any) -> bool:
@@ -157,7 +223,8 @@ def _attention_forward(
                 "packed forward: this model cannot be patched"
             )
         return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
-    return _packed_attention_forward(call, module, query, key, value, **kwargs), None
+    run = _packed_attention if call.traced else _packed_attention_outside_graph
+    return run(call, module, query, key, value, **kwargs), None
 
 
 def _count_unseen(state: PatchState, module: nn.Module) -> None:
@@ -185,9 +252,7 @@ def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
-# The choice of backend and the counters are host work for every backend, so they are not compiled.
-@torch.compiler.disable
-def _packed_attention_forward(
+def _packed_attention(
     call: PackedCall,
     module: nn.Module,
     query: Tensor,
@@ -208,9 +273,7 @@ def _packed_attention_forward(
             f"{type(module).__name__} computed a position bias of shape {tuple(bias.shape)} "
             "in a packed forward: this model cannot be patched"
         )
-    unsupported = [
-        name for name, value in kwargs.items() if value is not None and name not in _IGNORED
-    ]
+    unsupported = [name for name in kwargs if kwargs[name] is not None and name not in _IGNORED]
     if unsupported:
         raise RuntimeError(
             f"{type(module).__name__} passes {unsupported} to attention, which packed attention "
@@ -222,24 +285,23 @@ def _packed_attention_forward(
             f"{type(module).__name__} was added after patch_model: call unpatch_model before the "
             "change and patch_model after it"
         )
+    causal = _is_causal(role, module, kwargs)
+    layer = Layer(causal, scaling, sliding_window, softcap, bias, dropout)
+    if call.traced:
+        out, choice = attention_in_graph(query, key, value, call.layouts, role, layer, call.backend)
+        note_attention(call.state.key, role, f"{choice.backend} ({choice.reason})")
+        return out
+    options: dict[str, Any] = layer._asdict()
     out, choice = layout_attention(
-        query,
-        key,
-        value,
-        call.layouts,
-        role,
-        causal=_is_causal(role, module, kwargs),
-        scale=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        relative_bias=bias,
-        dropout_p=dropout,
-        backend=call.backend,
-        memo=call.memo,
+        query, key, value, call.layouts, role, **options, backend=call.backend, memo=call.memo
     )
     call.attention_calls += 1
     call.choices[role] = choice
     return out
+
+
+# The choice of backend and the counters are host work for every backend, so they are not compiled.
+_packed_attention_outside_graph = torch.compiler.disable(_packed_attention)
 
 
 def _is_causal(role: str, module: nn.Module, kwargs: dict[str, Any]) -> bool:

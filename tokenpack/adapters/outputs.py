@@ -1,7 +1,8 @@
-"""Outputs without logits, in which position 1 is not silently something else.
+"""Outputs that leave out fields, and in which no other field takes their position.
 
 A `ModelOutput` leaves out fields that are None when it is read by position. Without logits,
-``outputs[1]`` of an encoder-decoder would be ``encoder_last_hidden_state``.
+``outputs[1]`` of an encoder-decoder would be ``encoder_last_hidden_state``. Without a cache,
+``outputs[2]`` would be.
 """
 
 from __future__ import annotations
@@ -9,26 +10,43 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
+
+_HOW_TO_GET = {
+    "logits": "call patch_model(model, logits='always')",
+    "past_key_values": "call the model with use_cache=True, which runs it padded",
+}
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot make a class
+def leaving_out(output: Any, names: tuple[str, ...]) -> Any:
+    """A subclass of ``output`` that keeps the positions of the fields ``names``.
+
+    ``to_tuple`` and slices have None there. Reading such a position raises ValueError.
+    """
+    return _leaving_out(output, names)
+
 
 @functools.cache
-def without_logits(output: Any) -> Any:
-    """A subclass of ``output`` that keeps the position of ``logits``.
+def _leaving_out(output: Any, names: tuple[str, ...]) -> Any:
+    kept = [field for field in output.__dataclass_fields__ if field in names]
+    if not kept:
+        return output
 
-    ``to_tuple`` and slices have None there. Reading the position raises an error.
-    """
+    def present(self: Any) -> list[str]:
+        return [name for name in self.__dataclass_fields__ if name in kept or name in self]
 
     def to_tuple(self: Any) -> tuple[Any, ...]:
-        names = [name for name in self.__dataclass_fields__ if name == "logits" or name in self]
-        return tuple(self.get(name) for name in names)
+        return tuple(self.get(name) for name in present(self))
 
     def __getitem__(self: Any, key: Any) -> Any:
         if not isinstance(key, int):
             return self.to_tuple()[key] if isinstance(key, slice) else output.__getitem__(self, key)
-        value = self.to_tuple()[key]
+        value, name = self.to_tuple()[key], present(self)[key]
         if value is None:
             raise ValueError(
-                "logits must be computed to be read, got a training forward that returns only the "
-                "loss: call patch_model(model, logits='always')"
+                f"{name} must be computed to be read, got the outputs of a packed forward that "
+                f"did not compute them: {_HOW_TO_GET[name]}"
             )
         return value
 
@@ -41,10 +59,10 @@ def without_logits(output: Any) -> Any:
             "__doc__": output.__doc__,
             "to_tuple": to_tuple,
             "__getitem__": __getitem__,
-            "__reduce__": lambda self: (_rebuild, (output, dict(self.items()))),
+            "__reduce__": lambda self: (_rebuild, (output, names, dict(self.items()))),
         },
     )
 
 
-def _rebuild(output: Any, fields: dict[str, Any]) -> Any:
-    return without_logits(output)(**fields)
+def _rebuild(output: Any, names: tuple[str, ...], fields: dict[str, Any]) -> Any:
+    return leaving_out(output, names)(**fields)

@@ -14,6 +14,7 @@ from .entries import (
     entry_of,
     is_entry,
     is_wrapper,
+    parameters_of,
     parts_of,
     reads_rows,
     tag_attention,
@@ -23,7 +24,7 @@ from .entries import (
 from .families import find_family
 from .forward import packed_forward
 from .head import swap_head
-from .interface import PatchedConfig
+from .interface import PatchedConfig, read_bases
 from .row_head import row_head_forward
 from .swap import is_swapped, restore_forwards, swap_forward
 
@@ -69,7 +70,7 @@ def patch_model(
     if family is None or reason is not None:
         # Its parts too, so that calls of a part are counted and never ignore cu_seqlens.
         for _, part in parts_of(inner):
-            setattr(part, ENTRY, Entry(state, (), unpackable=reason))
+            setattr(part, ENTRY, Entry(state, parameters_of(part), (), unpackable=reason))
             if not is_wrapper(part):
                 swap_forward(part, packed_forward)
         return model
@@ -116,6 +117,7 @@ def unpatch_model(model: Model) -> Model:
     for module in model.modules():
         for attribute in (ENTRY, ROLE, SIDE, WATCHED):
             module.__dict__.pop(attribute, None)
+    read_bases(state.configs)
     for config in state.configs:
         config.restore()
     return model
@@ -176,7 +178,7 @@ def _check_modules(model: PreTrainedModel) -> None:
         if "forward" in vars(module):
             raise ValueError(
                 f"{name or 'model'} has a forward set on the instance, which would hide the "
-                "patched one (accelerate sets one): call patch_model before accelerator.prepare"
+                "patched one (accelerate and PEFT's X-LoRA set one): call patch_model before that"
             )
         if is_swapped(module):
             raise ValueError(

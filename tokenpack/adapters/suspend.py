@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .call import ENTRY, ROLE, SIDE, WATCHED, Entry, PackingStats, PatchState
-from .interface import is_registered
+from .interface import is_registered, read_bases
 from .patching import transformers_model
 from .swap import is_swapped, restore_forwards
 
@@ -45,6 +45,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
     ]  # fmt: skip
     implementations = [config.config._attn_implementation for config in state.configs]
     restore_forwards(modules)
+    read_bases(state.configs)
     try:
         for module, marked in marks:
             for name in marked:

@@ -127,7 +127,7 @@ class Prepared:
         self._options = options
         self._offsets = layouts[0].cu_seqlens, layouts[1].cu_seqlens
         self._longest = layouts[0].max_seqlen, layouts[1].max_seqlen
-        self._run = _find_backend(choice.backend).run
+        self._run = find_backend(choice.backend).run
         self._plan = plan  # of the reference
         self._table: tuple[Tensor, int, Lines] | None = None
 
@@ -176,18 +176,10 @@ def _prepare(layouts: Mapping[str, PackedLayout], kind: _Kind) -> Prepared:
     """Choose the backend of a kind of layer, and plan what depends on the lengths."""
     side_q, side_k = ("dec", "enc") if kind.role == "cross" else (kind.role,) * 2
     layout_q, layout_k = layouts[side_q].to(kind.device), layouts[side_k].to(kind.device)
-    window = None
-    if kind.sliding_window is not None:  # it counts the query's own position
-        left = kind.sliding_window - 1
-        window = (left, -1 if kind.causal else left)
-    options: Options = {
-        "causal": kind.causal,
-        "scale": kind.head_dim**-0.5 if kind.scale is None else kind.scale,
-        "window": normal_window(window),
-        "softcap": kind.softcap,
-        "relative_bias": None,
-        "dropout_p": kind.dropout_p,
-    }
+    options = layer_options(
+        *(kind.head_dim, kind.causal, kind.scale),
+        *(kind.sliding_window, kind.softcap, kind.dropout_p),
+    )
     call = _describe(
         (layout_q.total_tokens, kind.heads, kind.head_dim),
         kind.kv_heads,
@@ -204,6 +196,29 @@ def _prepare(layouts: Mapping[str, PackedLayout], kind: _Kind) -> Prepared:
         offsets = layout_q.cu_seqlens, layout_k.cu_seqlens
         plan = plan_reference(*offsets, *sizes, kind.device, kind.has_bias, options)
     return Prepared(choice, options, (layout_q, layout_k), plan)
+
+
+def layer_options(
+    head_dim: int,
+    causal: bool,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> Options:
+    """The options of a layer, without its bias, in the terms of `varlen_attention`."""
+    window = None
+    if sliding_window is not None:  # it counts the query's own position
+        left = sliding_window - 1
+        window = (left, -1 if causal else left)
+    return {
+        "causal": causal,
+        "scale": head_dim**-0.5 if scale is None else scale,
+        "window": normal_window(window),
+        "softcap": softcap,
+        "relative_bias": None,
+        "dropout_p": dropout_p,
+    }
 
 
 def packed_attention(
@@ -255,7 +270,7 @@ def packed_attention(
     )
     choice = choose_backend(call, backend)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    out = _find_backend(choice.backend).run(tensors, (max_seqlen_q, max_seqlen_k), options)
+    out = find_backend(choice.backend).run(tensors, (max_seqlen_q, max_seqlen_k), options)
     return out, choice
 
 
@@ -301,7 +316,7 @@ def choose_backend(call: AttentionCall, prefer: str = "auto") -> Choice:
     """
     if prefer != "auto":
         require_known_backend(prefer)
-        lack = _find_backend(prefer).lacks(call)
+        lack = find_backend(prefer).lacks(call)
         if lack is not None:
             raise ValueError(f"attention={prefer!r} cannot run this call: {lack}")
         return Choice(prefer, "selected by name")
@@ -348,5 +363,6 @@ def backend_report(device: torch.device | None = None) -> list[BackendStatus]:
 
 
 @cache
-def _find_backend(name: str) -> Backend:
+def find_backend(name: str) -> Backend:
+    """The backend of this name in `TABLE`."""
     return next(backend for backend in TABLE if backend.name == name)

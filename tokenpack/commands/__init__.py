@@ -4,6 +4,7 @@
     doctor.py    prints what is installed and which attention backends run
     inspect.py   prints lengths and padding of a file, and how full each strategy packs it
     pack.py      packs files into rows
+    preview.py   shows what is learned of conversations
 
 Shared modules:
 

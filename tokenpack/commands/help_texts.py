@@ -8,6 +8,7 @@ Padding-free training of Hugging Face models: the same results, computed from th
   tokenpack doctor    what is installed here, and which attention backends can run
   tokenpack inspect   how much of your data's batches is padding, and what removing it saves
   tokenpack pack      pack your sequences into full rows, and write them as a dataset
+  tokenpack preview   show what is learned of your conversations, and check them
 """
 
 CHECK = """\
@@ -142,7 +143,7 @@ dataset, and print how full they are.
 
 PACK_EPILOG = """\
 IN is a file, a folder or a glob (in quotes) of
-  .parquet .arrow .feather .jsonl .csv .tsv .txt    text formats also as .gz and .zst
+  .parquet .arrow .feather .jsonl .csv .tsv .txt    text formats also as .gz .bz2 .xz .zst
 with a column of token lists, or with --tokenizer a column of text (.txt: one text per line); or
   .npy                                              only lengths: integers, one per sequence
 
@@ -186,4 +187,30 @@ examples:
   tokenpack pack lengths.npy planned --capacity 8192 --window 100000
 
 exit code: 0 on success; 2 for bad input, which leaves OUT empty.
+"""
+
+PREVIEW = """\
+Render and tokenize conversations as tokenpack.data.chat_dataset does, and show which tokens are
+learned: the exact text with its targets marked, the token ids where context and targets meet, their
+shares, and what the checks found. The checks cover the first 100 rows.
+"""
+
+PREVIEW_EPILOG = """\
+FILE is .json, .jsonl (also .gz and .zst) or .parquet, or a name on the hub. Its rows have
+  messages                      lists of role and content
+  conversations                 lists of from and value
+  prompt, response              texts or lists of messages; also prompt, completion
+  instruction, input, output    texts
+Rows of several kinds may be mixed.
+
+If the folder of the tokenizer has a generation_config.json, the checks compare its EOS with the
+tokens that end an answer.
+
+examples:
+  tokenpack preview --data my.jsonl --tokenizer checkpoints/run1
+  tokenpack preview --data my.jsonl --tokenizer tokenizer.json --template chatml --html preview.html
+  tokenpack preview --data my.parquet --tokenizer Qwen/Qwen3-0.6B --max-length 2048 --keep last
+  tokenpack preview --data my.jsonl --tokenizer my --n 1 --style plain > text.txt
+
+exit code: 0 on success; 1 if a check found a problem; 2 for bad input.
 """

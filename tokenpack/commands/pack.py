@@ -146,7 +146,7 @@ def _plan_lengths(arguments: argparse.Namespace, packer: Packer) -> tuple[PackRe
     _check_lengths(lengths, "lengths", arguments)
     folder = arguments.out / "plan"
     with tqdm(total=len(lengths), desc="planning", unit=" lengths", unit_scale=True) as bar:
-        plan = pack_shards(_ProgressArray(lengths, bar.update), packer, folder)  # type: ignore[arg-type]
+        plan = pack_shards(_ProgressArray(lengths, bar.update), packer, folder)
         bar.update(len(lengths) - bar.n)
     return plan, f'tokenpack.packing.PackResult.load("{folder}")'
 

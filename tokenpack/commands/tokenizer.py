@@ -6,10 +6,11 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -27,6 +28,34 @@ def load_tokenizer(name_or_path: str) -> Encode:
     path = Path(name_or_path)
     if path.is_file():
         return _load_file(path)
+    tokenizer = _load_named(name_or_path)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
+
+    return encode
+
+
+def load_pretrained(name_or_path: str) -> Any:
+    """A tokenizer of transformers, with its special tokens and its chat template.
+
+    Args:
+        name_or_path: as for `load_tokenizer`. The special tokens of a ``tokenizer.json`` are those
+            of the ``tokenizer_config.json`` beside it, if there is one.
+
+    Raises:
+        ValueError: if there is no such tokenizer, or it cannot be read or downloaded.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        return _load_named(name_or_path)
+    if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
+        return _load_pretrained(str(path.parent), local=True)
+    return PreTrainedTokenizerFast(tokenizer_object=_read_file(path))
+
+
+def _load_named(name_or_path: str) -> Any:
+    path = Path(name_or_path)
     if path.is_dir():
         return _load_pretrained(str(path), local=True)
     if path.suffix == ".json" or path.is_absolute() or name_or_path.count("/") > 1:
@@ -39,29 +68,28 @@ def load_tokenizer(name_or_path: str) -> Encode:
 
 
 def _load_file(path: Path) -> Encode:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
-        message = f"--tokenizer must be a valid tokenizer.json, got {path}: {error}"
-        raise ValueError(message) from None
+    tokenizer = _read_file(path)
     # A file may have truncation and padding enabled.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
-def _load_pretrained(name: str, local: bool) -> Encode:
+def _read_file(path: Path) -> Tokenizer:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        message = f"--tokenizer must be a valid tokenizer.json, got {path}: {error}"
+        raise ValueError(message) from None
+
+
+def _load_pretrained(name: str, local: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError, ImportError) as error:
         kind = "folder" if Path(name).is_dir() else "name"
         message = f"--tokenizer must be the {kind} of a tokenizer, got {name}: {error}"
         raise ValueError(message) from None
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
-
-    return encode
 
 
 def _require_hub(name: str) -> None:

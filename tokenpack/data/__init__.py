@@ -1,4 +1,4 @@
-"""Data for training: file readers, packed batches, datasets and streams, and collators."""
+"""Data for training: readers, chats, packed batches, datasets and streams, and collators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat.checks import ChatReport
+    from .chat.dataset import chat_dataset
+    from .chat.marked import Preview
+    from .chat.preview import preview
+    from .chat.split import (
+        SFTDataConfig,
+        from_sft_files,
+        from_sft_hf,
+        from_sft_json,
+        from_sft_strings,
+    )
+    from .chat.templates import ChatTemplate
     from .collators.denoisers import Denoiser
     from .collators.seq2seq import CappedSeq2SeqCollator
     from .collators.span_corruption import T5SpanCorruptionCollatorFast
@@ -16,18 +28,29 @@ if TYPE_CHECKING:
     from .packed.rows import concatenate_and_pack, pack_sequences
     from .packed.stream import PackedStream, PackedStreamLoader, pack_stream
     from .reader import streaming_dataset_reader
+    from .tokenizers import byte_tokenizer, train_tokenizer
 
 # Imported on first use, because some of these modules need torch or datasets and others do not.
 _HOMES = {
     "CappedSeq2SeqCollator": ".collators.seq2seq",
+    "ChatReport": ".chat.checks",
+    "ChatTemplate": ".chat.templates",
     "Denoiser": ".collators.denoisers",
     "PackedBatch": ".packed.batch",
     "PackedPairs": ".packed.pairs",
     "PackedStream": ".packed.stream",
     "PackedStreamLoader": ".packed.stream",
+    "Preview": ".chat.marked",
+    "SFTDataConfig": ".chat.split",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
+    "byte_tokenizer": ".tokenizers",
+    "chat_dataset": ".chat.dataset",
     "collate_packed_rows": ".packed.collate",
     "concatenate_and_pack": ".packed.rows",
+    "from_sft_files": ".chat.split",
+    "from_sft_hf": ".chat.split",
+    "from_sft_json": ".chat.split",
+    "from_sft_strings": ".chat.split",
     "pack_dataset": ".packed.dataset",
     "pack_dataset_from_result": ".packed.dataset",
     "pack_pairs_to_tensors": ".packed.pairs",
@@ -35,20 +58,32 @@ _HOMES = {
     "pack_sequences": ".packed.rows",
     "pack_stream": ".packed.stream",
     "packed_collate_fn": ".packed.collate",
+    "preview": ".chat.preview",
     "streaming_dataset_reader": ".reader",
+    "train_tokenizer": ".tokenizers",
 }
 
 # A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
 __all__ = [
     "CappedSeq2SeqCollator",
+    "ChatReport",
+    "ChatTemplate",
     "Denoiser",
     "PackedBatch",
     "PackedPairs",
     "PackedStream",
     "PackedStreamLoader",
+    "Preview",
+    "SFTDataConfig",
     "T5SpanCorruptionCollatorFast",
+    "byte_tokenizer",
+    "chat_dataset",
     "collate_packed_rows",
     "concatenate_and_pack",
+    "from_sft_files",
+    "from_sft_hf",
+    "from_sft_json",
+    "from_sft_strings",
     "pack_dataset",
     "pack_dataset_from_result",
     "pack_pairs_to_tensors",
@@ -56,7 +91,9 @@ __all__ = [
     "pack_sequences",
     "pack_stream",
     "packed_collate_fn",
+    "preview",
     "streaming_dataset_reader",
+    "train_tokenizer",
 ]
 
 

@@ -8,8 +8,8 @@
     tsv      .tsv                      the same with tabs
     text     .txt                      one row per line
 
-The last four may be compressed, as .gz or .zst. The modules of `tokenpack.data.readers` read one
-kind of format each and yield tables; this module checks the arguments and cuts batches.
+The last four may be compressed, as .gz, .bz2, .xz or .zst. The modules of `tokenpack.data.readers`
+read one kind of format each and yield tables; this module checks the arguments and cuts batches.
 """
 
 from __future__ import annotations

@@ -144,22 +144,27 @@ def _as_list(sequences: Any, name: str) -> Sequence[Any]:
 def _from_sequence(sequences: Sequence[Any], name: str, bools: bool) -> Tokens:
     kinds = set(map(type, sequences))
     if kinds <= {list, tuple}:
-        return _from_lists(sequences, name)
+        return _from_lists(sequences, name, bools)
     torch = sys.modules.get("torch")  # imported already if there are tensors
     if torch is not None and all(issubclass(kind, torch.Tensor) for kind in kinds):
         return _from_tensors(torch, sequences, name, bools)
     if kinds != {np.ndarray}:
-        sequences = [_as_array(each, name, at) for at, each in enumerate(sequences)]
+        sequences = [_as_array(each, name, at, bools) for at, each in enumerate(sequences)]
     return _from_arrays(sequences, name, bools)
 
 
-def _from_lists(sequences: Sequence[Any], name: str, first: int = 0) -> Tokens:
+def _from_lists(sequences: Sequence[Any], name: str, bools: bool, first: int = 0) -> Tokens:
     """Concatenate lists and tuples. Errors call the first one ``name[first]``.
+
+    `array` takes booleans for integers, so a list of them is recognized by its first value.
 
     `array` reads unsigned integers three times as fast as signed ones. So unsigned is tried first,
     and a negative integer (-100 in labels) causes a second, signed pass.
     """
     lists = [each if type(each) is list else list(each) for each in sequences]
+    for at, each in enumerate(lists, first):
+        if each and type(each[0]) is bool and not bools:
+            raise TypeError(f"{name}[{at}] must be integers, got bool")
     try:
         flat = _array_of("Q", lists)
         if len(flat) and flat.min() < 0:  # 2**63 or more
@@ -231,10 +236,10 @@ def _from_arrays(arrays: Sequence[NDArray[Any]], name: str, bools: bool) -> Toke
     return Tokens(_integers(values, name), offsets_of(lengths))
 
 
-def _as_array(values: Any, name: str, at: int) -> NDArray[Any]:
+def _as_array(values: Any, name: str, at: int, bools: bool) -> NDArray[Any]:
     """One sequence of a list that mixes lists, arrays and tensors."""
     if isinstance(values, (list, tuple)):
-        return _from_lists([values], name, at).values
+        return _from_lists([values], name, bools, at).values
     values = getattr(values, "values", values) if hasattr(values, "as_py") else values
     if holds_arrow(values):
         return arrow_to_numpy(as_arrow(values, name), f"{name}[{at}]")

@@ -50,11 +50,23 @@ def as_lengths(values: Lengths, name: str = "lengths") -> NDArray[np.integer]:
         TypeError: if the values are not integers. The message names the first that is not.
         ValueError: if there are no values, or they are not one-dimensional.
     """
-    array = _as_array(values, name)
+    array = as_integers(values, name)
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
     if array.size == 0:
         raise ValueError(f"{name} must contain at least one sequence, got none")
+    return array
+
+
+def as_integers(values: Any, name: str) -> NDArray[np.integer]:
+    """Return ``values`` as an integer array of any shape. Like `as_lengths`, but it may be empty.
+
+    Raises:
+        TypeError, ValueError: as `as_lengths`.
+    """
+    array = _as_array(values, name)
+    if array.size == 0 and array.dtype == np.float64:  # NumPy's dtype for an empty list
+        return array.astype(np.int64)
     if array.dtype.kind not in "iu":
         raise TypeError(_not_integers(array, name))
     if array.dtype == np.uint64 and (beyond := array >= 2**63).any():
@@ -118,7 +130,7 @@ def _as_array(values: Any, name: str) -> NDArray[Any]:
     if isinstance(column, np.ndarray):
         return column
     if is_arrow(column):
-        return arrow_to_numpy(column, name)
+        return _from_arrow(column, name)
     device = getattr(column, "device", None)
     if getattr(device, "type", "cpu") != "cpu":
         raise TypeError(f"{name} must be on the CPU, got a tensor on {device}")
@@ -126,6 +138,18 @@ def _as_array(values: Any, name: str) -> NDArray[Any]:
         return np.asarray(column)
     except ValueError as error:  # lists of different lengths
         raise ValueError(f"{name} must be one-dimensional, got a ragged sequence") from error
+
+
+def _from_arrow(column: Any, name: str) -> NDArray[Any]:
+    """A flat column, or a column of lists of equal length as the rows of an array."""
+    if not hasattr(column.type, "value_type"):
+        return arrow_to_numpy(column, name)
+    import pyarrow.compute
+
+    if len(pyarrow.compute.list_value_length(column).unique()) > 1:
+        raise ValueError(f"{name} must be one-dimensional, got a column of lists")
+    flat = arrow_to_numpy(pyarrow.compute.list_flatten(column), name)
+    return flat.reshape(len(column), -1)
 
 
 def _not_integers(array: NDArray[Any], name: str) -> str:
@@ -138,6 +162,6 @@ def _not_integers(array: NDArray[Any], name: str) -> str:
 
 
 def _first(where: NDArray[np.bool_], values: NDArray[Any], name: str) -> str:
-    index, count = int(where.argmax()), int(where.sum())
+    index, count = np.unravel_index(where.argmax(), where.shape), int(where.sum())
     more = f" and {count - 1} more" if count > 1 else ""
-    return f"{name}[{index}] = {values[index]}{more}"
+    return f"{name}[{', '.join(map(str, index))}] = {values[index]}{more}"

@@ -103,8 +103,10 @@ def pack_lengths(
     """Plan which sequences share a bin.
 
     Args:
-        lengths: ``(n,)``, tokens of each sequence: any integer array or sequence, a torch CPU
-            tensor, an Arrow or datasets column.
+        lengths: ``(n,)`` integers, tokens of each sequence: a list or tuple, a NumPy array or
+            memory map of any integer type and byte order, a torch CPU tensor of any integer type,
+            an Arrow array or chunked array, a column of `datasets` in any format or with a
+            transform, a pandas or polars series (docs/inputs.md).
         capacity: tokens that fit in a bin, at least 1.
         strategy: a short or textbook name (see `Packer.strategies`), or "auto". "auto" uses
             ``obfd`` if there are few sequences or their lengths repeat, and ``obfdp`` otherwise. If
@@ -203,7 +205,7 @@ class Packer:
         return result
 
     def pack_some(self, lengths: Lengths) -> PackResult:
-        """Like `pack`, but return a plan without bins if all sequences are dropped."""
+        """Like `pack`, but return a plan without bins if all are dropped; see `pack_lengths`."""
         begin = time.perf_counter()
         _keep_freed_memory()
         given = as_lengths(lengths)
@@ -226,14 +228,15 @@ class Packer:
         )
 
     def pack_flat(self, lengths: Lengths) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Like `pack`, but return only ``items`` and ``offsets`` (see `PackResult`)."""
+        """Like `pack`, but return only ``items`` and ``offsets``; see `pack_lengths`."""
         result = self.pack(lengths)
         return result.items, result.offsets
 
-    def drops(self, lengths: NDArray[np.integer]) -> NDArray[np.bool_]:
-        """``(n,)`` bool, True for the sequences that the packer drops."""
-        dropped = (lengths > self.capacity) & (self.overlong == "drop")
-        return dropped | ((lengths == 0) & self._drop_empty)
+    def drops(self, lengths: Lengths) -> NDArray[np.bool_]:
+        """``(n,)`` bool, True for sequences that are dropped; ``lengths`` as in `pack_lengths`."""
+        given = as_lengths(lengths)
+        dropped = (given > self.capacity) & (self.overlong == "drop")
+        return dropped | ((given == 0) & self._drop_empty)
 
     def _plan(
         self, lengths: NDArray[np.integer]

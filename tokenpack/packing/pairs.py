@@ -81,8 +81,8 @@ def pack_pairs(
     decreasing runs too, which takes half a minute for a million pairs.
 
     Args:
-        source_lengths: ``(n,)`` integers, as in `pack_lengths`.
-        target_lengths: ``(n,)`` integers.
+        source_lengths: ``(n,)`` integers in any form, as in `pack_lengths`.
+        target_lengths: the same for the targets.
         source_capacity: source tokens that fit in a bin.
         target_capacity: target tokens that fit in a bin.
         max_sequences: the largest number of pairs in a bin, or None for no limit.

@@ -10,16 +10,17 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..checks import at_least_one
+from .columns import column_of
+from .lengths import Lengths
 from .packer import Packer
 from .result import PackResult, common_strategy, merged_arrays, renumbered
 from .saving import PlanWriter, read_facts
 
 
 def pack_shards(
-    lengths: NDArray[np.integer],
+    lengths: Lengths,
     packer: Packer,
     folder: str | PathLike[str],
     *,
@@ -30,7 +31,7 @@ def pack_shards(
     Memory is about 60 bytes per sequence of one shard, for any number of shards.
 
     Args:
-        lengths: ``(n,)`` integers, read one shard at a time.
+        lengths: ``(n,)`` integers in any form, as for `pack_lengths`, read one shard at a time.
         packer: plans each shard.
         folder: the folder to write the plan to.
         shard_size: the number of sequences in a shard. The last shard may have fewer.
@@ -43,16 +44,17 @@ def pack_shards(
         ValueError: as for `pack_lengths`. The message names the shard and the index in it.
     """
     size = at_least_one("shard_size", shard_size)
-    if not len(lengths):
+    column = column_of(lengths, "lengths", "integers, one per sequence")
+    if not len(column):
         raise ValueError("lengths must contain at least one sequence, got none")
 
     def plan(first: int) -> PackResult:
         try:
-            return packer.pack_some(lengths[first : first + size])
+            return packer.pack_some(column[first : first + size])
         except ValueError as error:
             raise ValueError(f"in the shard that begins at {first}: {error}") from error
 
-    plans = map(plan, range(0, len(lengths), size))
+    plans = map(plan, range(0, len(column), size))
     return _write(plans, folder, packer.overlong == "split")
 
 

@@ -113,7 +113,8 @@ class StreamPacker:
     def extend(self, lengths: Lengths) -> list[StreamBin]:
         """Add sequences in order; return the bins that are final now.
 
-        If one of the lengths is invalid, none is added.
+        The lengths may be in any form, as for `pack_lengths`, and may be empty. If one of them is
+        invalid, none is added.
         """
         is_empty = hasattr(lengths, "__len__") and len(lengths) == 0
         checked = np.empty(0, np.int64) if is_empty else as_lengths(lengths)

@@ -9,6 +9,7 @@ A file is UTF-8 in one of two formats:
     .jsonl  one JSON object per line, with "text", or with "source" and "target"
 
 A line that cannot be read raises an error that names the file and the line. No line is skipped.
+`require_texts` checks the texts of a dataset.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Tests have few docstrings and some invalid files. The others are not the standard library.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -204,6 +206,28 @@ def _text_of_record(record: dict, where: str) -> Text:
                 f"{surrogate[0]!a}, in {where}"
             )
     return Text(record[keys[0]], record[keys[1]] if len(keys) == 2 else None)
+
+
+def require_texts(rows: Any, column: str) -> None:
+    """Check, for a script, that a column of a `datasets.Dataset` holds a text in every row.
+
+    Raises:
+        SystemExit: if there is no such column, or it holds something else. Its one line names the
+            column and the first row without a text.
+    """
+    if column not in rows.column_names:
+        names = ", ".join(rows.column_names)
+        raise SystemExit(f"dataset must have a column {column!r} of texts, got {names}")
+    values = rows.with_format("arrow")[column][:]
+    kind = str(values.type)
+    if kind not in ("string", "large_string", "null"):
+        raise SystemExit(f"column {column!r} must hold texts, got {kind}")
+    if values.null_count:
+        row = values.is_null().index(True).as_py()
+        raise SystemExit(
+            f"column {column!r} must hold a text in every row, got null in row {row} "
+            f"(counting from 0; {values.null_count} in all)"
+        )
 
 
 # ------------------------------------------------------------------------------------------- pairs

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+
+from ..data.tokenizers import train_byte_level_bpe
 
 PAD, EOS, BOS = "<pad>", "</s>", "<s>"
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # T5: one per masked span
 SOURCE_LANGUAGE, TARGET_LANGUAGE = "__body__", "__summary__"  # NLLB: one before each side
 SPECIAL_TOKENS = (PAD, EOS, BOS, SOURCE_LANGUAGE, TARGET_LANGUAGE, *SENTINELS)
-
-_BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -33,22 +33,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: if ``vocab_size`` is too small for the special tokens and the bytes.
     """
-    least = len(SPECIAL_TOKENS) + _BYTES
-    if vocab_size < least:
-        raise ValueError(
-            f"vocab_size must be at least {least}, for {_BYTES} bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens, got {vocab_size}"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = train_byte_level_bpe(texts, vocab_size, SPECIAL_TOKENS)
     tokenizer.encode_special_tokens = True
     return tokenizer
 

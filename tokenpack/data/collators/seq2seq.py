@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checks import IGNORE_INDEX, as_integer, optional_at_least_one
+from ...packing.lengths import as_integers
 from ...segments import offsets_of
 from ..packed.base import pad_rows
 from ..packed.collate import flatten_samples
@@ -31,9 +32,8 @@ class CappedSeq2SeqCollator:
     """A ``collate_fn`` for sources and targets, with a limit on the length of each.
 
     It takes a list of samples: mappings with ``input_ids`` and, in all samples or in none,
-    ``labels``. These are lists of ints, one-dimensional NumPy arrays or CPU tensors. Padding is
-    removed: tokens where ``attention_mask`` is 0, and labels of -100 at the end. Other columns are
-    ignored.
+    ``labels``, integers in any form, as in `packed_collate_fn`. Padding is removed: tokens where
+    ``attention_mask`` is 0, and labels of -100 at the end. Other columns are ignored.
 
     A sequence that is too long loses tokens at the end of its text. The special tokens after the
     text are kept: EOS, or the ``</s> lang`` of mBART and of NLLB's legacy behavior. So are the
@@ -110,16 +110,16 @@ class CappedSeq2SeqCollator:
         """Return the lengths that pairs will have in a batch, to plan batches.
 
         Args:
-            raw_lengths: ``(n, 2)`` integers: the tokens of each source (1 or more) and of its
-                target (0 or more), including EOS and without padding. Or ``(n,)``, for sources
-                without targets.
+            raw_lengths: ``(n, 2)`` integers in any form, as in `pack_lengths`: the tokens of each
+                source (1 or more) and of its target (0 or more), including EOS and without padding.
+                Or ``(n,)``, for sources without targets.
 
         Returns:
             ``(n, 2)``, exact: the given lengths, limited if ``overlong`` is "truncate".
 
         Raises:
             TypeError: if the lengths are not integers.
-            ValueError: if a length is too small.
+            ValueError: if a length is too small, or the shape is another.
         """
         given = raw_lengths_of(raw_lengths)
         if self.overlong != "truncate":
@@ -259,11 +259,13 @@ def raw_lengths_of(given: Any) -> NDArray[np.int64]:
 
     Raises:
         TypeError: if the lengths are not integers.
-        ValueError: if a source is below 1 or a target below 0.
+        ValueError: if a source is below 1 or a target below 0, or the shape is another.
     """
-    lengths = np.asarray(given, dtype=None if len(given) else np.int64)
-    if lengths.dtype.kind not in "iu" or lengths.shape[1:] not in ((), (2,)):
-        raise TypeError(f"raw_lengths must be (n,) or (n, 2) integers, got {given!r:.80}")
+    lengths = as_integers(given, "raw_lengths")
+    if not lengths.size:
+        return np.zeros((0, 2), np.int64)
+    if lengths.ndim == 0 or lengths.shape[1:] not in ((), (2,)):
+        raise ValueError(f"raw_lengths must be (n,) or (n, 2), got shape {lengths.shape}")
     pairs = np.zeros((len(lengths), 2), np.int64)
     pairs[:, : lengths.ndim] = lengths if lengths.ndim == 2 else lengths[:, None]
     for side, least in enumerate((1, 0)):

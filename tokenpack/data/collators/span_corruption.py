@@ -83,11 +83,11 @@ class _Places(NamedTuple):
 class T5SpanCorruptionCollatorFast:
     """A ``collate_fn`` that corrupts texts differently in every epoch, as in T5 or UL2 pretraining.
 
-    It takes a list of samples: mappings with ``input_ids``, which are lists of ints,
-    one-dimensional NumPy arrays or CPU tensors, with or without EOS at the end. Tokens where
-    ``attention_mask`` is 0 are removed. The collator makes the ``labels``. Samples may have labels
-    equal to ``input_ids``, as for language models. Other labels raise an error, because they would
-    be lost. Other columns are ignored.
+    It takes a list of samples: mappings with ``input_ids``, integers in any form, as in
+    `packed_collate_fn`, with or without EOS at the end. Tokens where ``attention_mask`` is 0 are
+    removed. The collator makes the ``labels``. Samples may have labels equal to ``input_ids``, as
+    for language models. Other labels raise an error, because they would be lost. Other columns are
+    ignored.
 
     A batch is that of `tokenpack.data.CappedSeq2SeqCollator`: padded rows and a field of lengths
     or, with ``packed=True``, a `tokenpack.data.PackedPairs`.
@@ -192,8 +192,9 @@ class T5SpanCorruptionCollatorFast:
         """Return the lengths that texts will have as sources and targets, to plan batches.
 
         Args:
-            raw_lengths: ``(n,)`` integers of 1 or more, the tokens of the texts. Or ``(n, 2)``,
-                whose second column is ignored, because the collator makes the targets.
+            raw_lengths: ``(n,)`` integers of 1 or more in any form, as in `pack_lengths`, the
+                tokens of the texts. Or ``(n, 2)``, whose second column is ignored, because the
+                collator makes the targets.
             with_eos: whether the lengths include a final EOS, as in ids from a tokenizer. False is
                 exact for texts without EOS, and an upper bound if only some texts have one. A
                 length of 1 always means a text of one token, because EOS is not a text.

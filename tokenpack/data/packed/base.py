@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checks import at_least_one
+from ...packing.lengths import as_lengths
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,6 +83,24 @@ class PackedFields(dict[str, Any]):
         batch = type(self)(mapped(self))
         vars(batch).update(mapped(vars(self)))
         return batch
+
+
+def selected(sequences: Any, count: int) -> NDArray[np.int64]:
+    """Return the numbers of the sequences of a batch that `select` gets, as an array.
+
+    Raises:
+        TypeError: if they are not integers.
+        ValueError: if there is none.
+        IndexError: if one is not below ``count``.
+    """
+    chosen = as_lengths(sequences, "sequences")
+    if (wrong := (chosen < 0) | (chosen >= count)).any():
+        at = int(wrong.argmax())
+        raise IndexError(
+            f"sequences[{at}] must be from 0 to {count - 1}, because the batch has {count} "
+            f"sequences, got {chosen[at]}"
+        )
+    return chosen.astype(np.int64)
 
 
 def pad_rows(

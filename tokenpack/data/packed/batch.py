@@ -26,7 +26,7 @@ from ...checks import IGNORE_INDEX, as_integer
 from ...packing import Packer, PackResult
 from ..row_layout import RowLayout
 from ..tokens import Tokens, flatten_tokens, require_same_lengths
-from .base import CUT_BY_ROWS, PackedFields, pad_rows
+from .base import CUT_BY_ROWS, PackedFields, pad_rows, selected
 
 _BY_TOKEN = ("input_ids", "labels", "position_ids")
 
@@ -119,9 +119,16 @@ class PackedBatch(PackedFields):
         """Return some of the sequences, in the given order, as a `stream`.
 
         Args:
-            sequences: ``(k,)`` integers, at least one; 0 is the first sequence of ``cu_seqlens``.
+            sequences: ``(k,)`` integers from 0 to ``num_seqs - 1``, at least one, in any form, as
+                in `pack_lengths`. A sequence may occur more than once.
+
+        Raises:
+            TypeError: if ``sequences`` are not integers.
+            ValueError: if ``sequences`` is empty.
+            IndexError: if an index is out of range.
         """
-        chosen = torch.as_tensor(sequences, dtype=torch.int64).to(self.cu_seqlens.device)
+        numbers = torch.from_numpy(selected(sequences, len(self.cu_seqlens) - 1))
+        chosen = numbers.to(self.cu_seqlens.device, non_blocking=True)
         lengths = self.cu_seqlens.diff().long()[chosen]
         ends = lengths.cumsum(0)
         steps = torch.arange(int(ends[-1]), device=ends.device)
@@ -203,9 +210,8 @@ def pack_result_to_tensors(
 
     Args:
         result: the plan, made for the lengths of ``token_ids``.
-        token_ids: the sequences: lists or tuples of ints, one-dimensional NumPy arrays or CPU
-            tensors, or an Arrow or datasets column of lists.
-        labels: labels of the same lengths, not shifted. By default, ``token_ids``.
+        token_ids: the sequences, as in `pack_dataset`.
+        labels: labels of the same lengths, not shifted, in any form too. By default, ``token_ids``.
         padding_value: the value of ``input_ids`` at padding.
         label_padding_value: the value of ``labels`` where the loss ignores them. Hugging Face
             losses ignore only -100, so use another value only with a loss of your own.

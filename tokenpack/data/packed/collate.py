@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ...checks import IGNORE_INDEX, as_integer
 from ...packing import Packer, PackResult
@@ -34,12 +35,13 @@ def packed_collate_fn(
 ) -> PackedCollator:
     """Return a ``collate_fn`` that packs the samples of a batch into rows.
 
-    The function takes a list of samples. A sample is a list of ints, a one-dimensional NumPy array
-    or CPU tensor, or a mapping with such ``input_ids``. A mapping may also have ``labels`` (not
-    shifted; by default the ids) and an ``attention_mask`` (tokens with a 0 are padding and are
-    removed). Other fields are ignored: positions and masks follow from the packing. The function
-    can be pickled, so workers of a ``DataLoader`` can run it, and it can be the ``data_collator``
-    of a ``Trainer``.
+    The function takes a list of samples. A sample is a list or tuple of ints, a one-dimensional
+    NumPy array or memory map of any integer type, a torch CPU tensor of any integer type, an Arrow
+    array, a column of `datasets`, a pandas or polars series (docs/inputs.md), or a mapping with
+    such ``input_ids``. A mapping may also have ``labels`` (not shifted; by default the ids) and an
+    ``attention_mask`` (tokens with a 0 are padding and are removed). Other fields are ignored:
+    positions and masks follow from the packing. The function can be pickled, so workers of a
+    ``DataLoader`` can run it, and it can be the ``data_collator`` of a ``Trainer``.
 
     Args:
         capacity: tokens per row.
@@ -109,37 +111,45 @@ def collate_packed_rows(rows: Sequence[Mapping[str, Any]]) -> PackedBatch:
 
     Args:
         rows: mappings with ``input_ids``, ``seq_lengths`` and, in all of them or in none,
-            ``labels``.
+            ``labels``: integers in any form, as in `packed_collate_fn`.
 
     Returns:
         A batch with the same rows.
 
     Raises:
+        TypeError: if a field is not a list of integers.
         ValueError: if there are no rows, a row lacks a field that another has, rows differ in
             their number of slots, or the lengths do not fit into a row.
     """
     if not isinstance(rows, Sequence) or not rows:
         raise ValueError(f"rows must be a list of at least one row, got {rows!r:.80}")
-    lengths, capacity = _check_rows(rows)
-    item_lengths = np.concatenate(lengths)
+    fields = _fields_of_rows(rows)
+    lengths = fields.pop("seq_lengths")
+    slots = {int(slots) for tokens in fields.values() for slots in tokens.lengths}
+    if len(slots) != 1:
+        raise ValueError(f"rows must all have the same number of slots, got {sorted(slots)}")
+    capacity = slots.pop()
+    item_lengths = lengths.values.astype(np.int64)
+    fills = _fills_of_rows(Tokens(item_lengths, lengths.offsets), capacity)
     plan = PackResult(
         items=np.arange(len(item_lengths)),
-        offsets=offsets_of([len(each) for each in lengths]),
+        offsets=lengths.offsets,
         item_lengths=item_lengths,
         capacity=capacity,
         strategy="rows",
         num_sequences=len(item_lengths),
     )
-    parts = [np.asarray(row["input_ids"])[: int(each.sum())] for row, each in zip(rows, lengths)]
-    batch = pack_result_to_tensors(plan, Tokens(np.concatenate(parts), offsets_of(item_lengths)))
-    for name in ("input_ids", "labels"):  # copied whole, to keep the rows' own padding values
-        if name in rows[0]:
-            batch[name] = torch.from_numpy(np.stack([np.asarray(row[name]) for row in rows])).long()
+    ids = fields["input_ids"].values.reshape(len(rows), capacity)
+    in_sequences = np.arange(capacity) < fills[:, None]
+    batch = pack_result_to_tensors(plan, Tokens(ids[in_sequences], offsets_of(item_lengths)))
+    for name, tokens in fields.items():  # copied whole, to keep the rows' own padding values
+        copy = tokens.values.astype(np.int64)
+        batch[name] = torch.from_numpy(copy.reshape(len(rows), capacity))
     return batch
 
 
-def _check_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[np.ndarray], int]:
-    """Return the sequence lengths of each row, and the slots per row."""
+def _fields_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tokens]:
+    """Concatenate each field of the rows."""
     names = ["input_ids", "seq_lengths", *(["labels"] if "labels" in rows[0] else [])]
     for at, row in enumerate(rows):
         missing = [name for name in names if name not in row]
@@ -150,18 +160,25 @@ def _check_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[np.ndarray], in
             )
         if "labels" in row and "labels" not in names:
             raise ValueError(f"rows[0] must have 'labels', because rows[{at}] has them")
-    slots = {len(row[name]) for row in rows for name in names if name != "seq_lengths"}
-    if len(slots) != 1:
-        raise ValueError(f"rows must all have the same number of slots, got {sorted(slots)}")
-    capacity = slots.pop()
-    lengths = [np.asarray(row["seq_lengths"]) for row in rows]
-    for at, each in enumerate(lengths):
-        if not len(each) or each.min() < 1 or each.sum() > capacity:
-            raise ValueError(
-                f"rows[{at}]['seq_lengths'] must be 1 or more each and at most {capacity} in "
-                f"total, got {each.tolist()}"
-            )
-    return lengths, capacity
+    return {
+        name: flatten_tokens([row[name] for row in rows], f"{name} of rows", empty=True)
+        for name in names
+    }
+
+
+def _fills_of_rows(lengths: Tokens, capacity: int) -> NDArray[np.int64]:
+    """``(num_rows,)``, the tokens of each row. Checks the lengths of its sequences."""
+    ends = offsets_of(lengths.values)[lengths.offsets]
+    fills = np.diff(ends)
+    too_short = np.diff(offsets_of(lengths.values < 1)[lengths.offsets]) > 0
+    if (wrong := too_short | (lengths.lengths == 0) | (fills > capacity)).any():
+        at = int(wrong.argmax())
+        got = lengths.values[lengths.offsets[at] : lengths.offsets[at + 1]].tolist()
+        raise ValueError(
+            f"rows[{at}]['seq_lengths'] must be 1 or more each and at most {capacity} in total, "
+            f"got {got}"
+        )
+    return fills
 
 
 def flatten_samples(

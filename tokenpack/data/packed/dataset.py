@@ -59,8 +59,11 @@ def pack_dataset(
     """Pack token sequences into the rows of a dataset.
 
     Args:
-        token_ids: the sequences: lists, NumPy arrays or tensors of integers, an Arrow column of
-            lists, or a column of a `datasets.Dataset`, ``ds["input_ids"]``.
+        token_ids: the sequences: a list of lists, tuples, NumPy arrays or memory maps of any
+            integer type and byte order, torch CPU tensors of any integer type, or series. Or one
+            column of lists: an Arrow array (list, large list or list view, also chunked), a column
+            of `datasets` in any format or with a transform, as ``ds["input_ids"]``, a pandas or
+            polars series (docs/inputs.md).
         capacity: slots per row.
         strategy, seed, max_sequences, window, overlong, drop_empty: as for `pack_lengths`.
         padding_value, label_padding_value, labels, columns, cache_dir, num_proc, progress: as for
@@ -115,7 +118,8 @@ def pack_dataset_from_result(
         token_ids: the sequences of the plan, as in `pack_dataset`.
         padding_value: the value of ``input_ids`` at padding.
         label_padding_value: the value of ``labels`` where the loss ignores them.
-        labels: labels of the same lengths as the sequences. By default, the tokens.
+        labels: labels of the same lengths as the sequences, in any form too. By default, the
+            tokens.
         columns: the columns to make, from `COLUMNS`.
         cache_dir: a folder for the rows. The rows are written to a file and memory-mapped, and the
             next call with the same plan, tokens and values reuses the file. By default, the rows

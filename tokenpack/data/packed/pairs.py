@@ -23,7 +23,7 @@ from torch import Tensor
 from ...checks import IGNORE_INDEX, as_integer
 from ...segments import offsets_of, ranges
 from ..tokens import Tokens, flatten_tokens
-from .base import CUT_BY_ROWS, PackedFields, pad_rows
+from .base import CUT_BY_ROWS, PackedFields, pad_rows, selected
 
 # The per-token fields of each side, by the prefix of its boundaries.
 _SIDES = {"": ("input_ids",), "decoder_": ("labels", "decoder_input_ids")}
@@ -82,8 +82,8 @@ class PackedPairs(PackedFields):
         """Return some of the pairs, in the given order, for example as a micro-batch.
 
         Args:
-            sequences: ``(k,)`` integers from 0 to ``num_pairs - 1``, as a list, array or CPU
-                tensor. A pair may occur more than once.
+            sequences: ``(k,)`` integers from 0 to ``num_pairs - 1``, in any form, as in
+                `pack_lengths`. A pair may occur more than once.
 
         Returns:
             A batch of those pairs. It has only the fields that the class documents.
@@ -93,7 +93,7 @@ class PackedPairs(PackedFields):
             ValueError: if ``sequences`` is empty.
             IndexError: if an index is out of range.
         """
-        chosen = _as_indices(sequences, len(self.cu_seqlens) - 1)
+        chosen = selected(sequences, len(self.cu_seqlens) - 1)
         fields: dict[str, Any] = {}
         for prefix, names in self._sides().items():
             offsets = self[f"{prefix}cu_seqlens"].cpu().numpy().astype(np.int64)
@@ -146,11 +146,10 @@ def pack_pairs_to_tensors(sources: Any, targets: Any = None) -> PackedPairs:
     """Concatenate pairs into a batch without padding.
 
     Args:
-        sources: token ids of each source, at least one token each: lists or tuples of ints,
-            one-dimensional NumPy arrays or CPU tensors, an Arrow or datasets column of lists, or
+        sources: token ids of each source, at least one token each, as in `pack_dataset`, or
             `tokenpack.data.tokens.Tokens`.
-        targets: labels of each target, -100 where the loss ignores them. A target may be empty. By
-            default, the batch has only sources.
+        targets: labels of each target, in any form too, -100 where the loss ignores them. A target
+            may be empty. By default, the batch has only sources.
 
     Returns:
         The batch, in the given order, in newly allocated memory.
@@ -186,20 +185,3 @@ def _boundaries(prefix: str, lengths: NDArray[np.int64]) -> dict[str, Any]:
         f"{prefix}cu_seqlens": torch.from_numpy(offsets_of(lengths).astype(np.int32)),
         f"{prefix}max_seqlen": int(lengths.max()),
     }
-
-
-def _as_indices(sequences: Any, count: int) -> NDArray[np.int64]:
-    chosen = np.asarray(sequences)
-    if chosen.ndim == 1 and not len(chosen):
-        raise ValueError("sequences must name at least one pair, got none")
-    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
-        raise TypeError(
-            f"sequences must be a list, array or CPU tensor of integers, got {sequences!r:.80}"
-        )
-    if (wrong := (chosen < 0) | (chosen >= count)).any():
-        at = int(wrong.argmax())
-        raise IndexError(
-            f"sequences[{at}] must be from 0 to {count - 1}, because the batch has {count} pairs, "
-            f"got {chosen[at]}"
-        )
-    return chosen.astype(np.int64)

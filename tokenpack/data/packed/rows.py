@@ -49,8 +49,7 @@ def pack_sequences(
     """Concatenate sequences into rows of ``max_length``.
 
     Args:
-        sequences: lists or tuples of ints, one-dimensional NumPy arrays or CPU tensors, or an Arrow
-            or datasets column of lists.
+        sequences: token ids, as in `pack_dataset`.
         max_length: tokens per row.
         pad_token_id: the value after the last sequence of a row.
         return_boundaries: also return the position of each sequence.
@@ -93,9 +92,9 @@ def concatenate_and_pack(
     for you.
 
     Args:
-        input_sequences: token ids: lists, arrays, tensors or a column, as in `pack_sequences`.
-        label_sequences: labels of the same lengths.
-        attention_masks: masks of the same lengths, integers or booleans.
+        input_sequences: token ids, as in `pack_dataset`.
+        label_sequences: labels of the same lengths, in any form too.
+        attention_masks: masks of the same lengths, in any form too, integers or booleans.
         max_length: tokens per row.
         pad_token_id: the value after the last sequence of a row of ids.
         label_pad_id: the value after the last sequence of a row of labels. Masks have 0 there.

@@ -51,12 +51,11 @@ def pack_stream(
     """Pack a stream of samples.
 
     Args:
-        iterable: the samples, as in `packed_collate_fn`: lists, NumPy arrays or tensors of
-            integers, or mappings with such ``input_ids`` and, if present, ``labels`` and
-            ``attention_mask``. Or a column of lists: an Arrow array, a column of a
-            `datasets.Dataset` or `datasets.IterableDataset`, a pandas or polars series. It must
-            give the same samples each time it is iterated. Samples of a sequence are read by index.
-            A `datasets.IterableDataset` resumes from its own state, without reading earlier samples
+        iterable: the samples, as in `packed_collate_fn`: sequences of integers, or mappings with
+            such ``input_ids`` and, if present, ``labels`` and ``attention_mask``. Or a column of
+            lists, as in `pack_dataset`, or of a `datasets.IterableDataset`. It must give the same
+            samples each time it is iterated. Samples of a sequence are read by index. A
+            `datasets.IterableDataset` resumes from its own state, without reading earlier samples
             again. Other iterables, and a `datasets.IterableDataset` with a shuffle buffer (give it
             a seed), are read again from the start up to the position.
         capacity: slots per row.

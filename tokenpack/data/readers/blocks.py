@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -36,6 +37,11 @@ class Block:
     content: bytes
     first_line: int
 
+    @cached_property
+    def line_feeds(self) -> int:
+        """The number of LFs."""
+        return self.content.count(b"\n")
+
     def json_lines(self) -> Iterator[tuple[int, bytes]]:
         """The lines that are not blank, with their numbers."""
         for number, line in enumerate(self.content.split(b"\n")[:-1], start=self.first_line):
@@ -44,6 +50,9 @@ class Block:
 
     def count_json_lines(self) -> tuple[int, bool]:
         """The number of lines that are not blank, and whether each begins and ends with a brace."""
+        ends_are_braces = self.content.startswith(b"{") and self.content.endswith(b"}\n")
+        if ends_are_braces and self.content.count(b"}\n{") == self.line_feeds - 1:
+            return self.line_feeds, True  # no blank line, and no white space at either end
         dense = np.frombuffer(self.content.translate(None, JSON_SPACE), np.uint8)
         ends = np.flatnonzero(dense == _LF)
         starts = np.concatenate([np.zeros(1, np.intp), ends[:-1] + 1])
@@ -80,7 +89,7 @@ def line_blocks(file: DataFile, *, cr_ends_line: bool) -> Iterator[Block]:
         if cut:
             block = make_block([*unfinished, chunk[:cut]], next_line, file)
             yield block
-            next_line += block.content.count(b"\n")
+            next_line += block.line_feeds
             unfinished = []
         unfinished.append(chunk[cut:])
     if any(unfinished):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
+from .compression import COMPRESSIONS, compression_of, open_compressed
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -24,21 +24,13 @@ SUFFIXES = {
     ".tsv": "tsv",
     ".txt": "text",
 }
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 _BINARY = {"parquet", "arrow"}
 
 # Files that datasets.save_to_disk and the Hub put next to the data.
 _METADATA_NAMES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
-_SKIPPABLE_ZSTD = b"\x2a\x4d\x18"  # after a byte from 0x50 to 0x5f; such a frame may come first
-_MAGIC = {
-    b"PAR1": "parquet",
-    b"ARROW1": "arrow",
-    b"\xff\xff\xff\xff": "arrow",
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
+_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -58,7 +50,7 @@ class DataFile:
         """Open the file for reading bytes, decompressed."""
         if self.compression is None:
             return open(self.path, "rb")
-        return pa.CompressedInputStream(pa.OSFile(self.path), self.compression)
+        return open_compressed(self.path, self.compression)
 
 
 def count_line_ends(content: bytes) -> int:
@@ -138,7 +130,7 @@ def _files_in_folder(folder: str, format: str | None) -> list[str]:
 def _by_suffix(name: str) -> tuple[str | None, str | None]:
     """``(format, compression)`` according to the file's name; None if unknown."""
     stem, suffix = os.path.splitext(name.lower())
-    compression = _COMPRESSIONS.get(suffix)
+    compression = COMPRESSIONS.get(suffix)
     if compression is not None:
         suffix = os.path.splitext(stem)[1]
     return SUFFIXES.get(suffix), compression
@@ -170,8 +162,7 @@ def check_content(file: DataFile) -> None:
     with open(file.path, "rb") as raw:
         head = raw.read(8)
     found = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
-    if head[1:4] == _SKIPPABLE_ZSTD and head[0] >> 4 == 5:
-        found = "zstd"
+    found = found or compression_of(head)
     expected = file.compression or (file.format if file.format in _BINARY else None)
     if found != expected:
         raise ValueError(

@@ -24,7 +24,7 @@ def read_text(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
     """The lines of a text file, one row each."""
     reading.declare(file, [reading.text_column])
     for block in line_blocks(file, cr_ends_line=True):
-        if reading.skips(block.content.count(b"\n")):
+        if reading.skips(block.line_feeds):
             continue
         text = pa.array([block.content[:-1]], pa.large_string())
         lines = pc.split_pattern(text, "\n").flatten().cast(pa.string())
@@ -78,16 +78,16 @@ def _parse_fast(block: Block, rows: int, reading: Reading) -> pa.Table | None:
 
 
 def _is_valid(table: pa.Table, known: list[pa.Field]) -> bool:
-    """Whether the columns whose type pyarrow inferred have valid offsets.
+    """Whether the columns whose type pyarrow inferred, at least in part, have valid offsets.
 
     Lists that begin with null may get wrong ones (apache/arrow#51305). Lists of a known type do
     not.
     """
-    names = {one.name for one in known}
+    types = {one.name: one.type for one in known}
     try:
-        for name in table.column_names:
-            if name not in names:
-                table.column(name).validate(full=True)
+        for name, column in zip(table.column_names, table.columns):
+            if column.type != types.get(name):
+                column.validate(full=True)
     except pa.ArrowInvalid:
         return False
     return True

@@ -1,0 +1,117 @@
+"""Compile a patched model and an unpatched one, and count graphs.
+
+`python -m tests.adapters.one_graph` prints the table of docs/torch-compile.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch._dynamo.utils import counters
+
+from tokenpack import patch_model
+
+from .models import CASES, Case, gradient_distance
+
+Batch = dict[str, torch.Tensor]
+
+# The families of the table, by class.
+FAMILIES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "T5ForConditionalGeneration",
+    "MT5ForConditionalGeneration",
+    "M2M100ForConditionalGeneration",
+    "BartForConditionalGeneration",
+    "BertForMaskedLM",
+    "ModernBertForMaskedLM",
+)
+
+
+class Counts(NamedTuple):
+    """What torch.compile did with a model, and how far its results are from the padded model's.
+
+    Attributes:
+        graphs: graphs that were compiled.
+        breaks: graph breaks.
+        loss: the largest difference of losses.
+        gradient: the largest difference of gradients, relative to the largest gradient.
+    """
+
+    graphs: int
+    breaks: int
+    loss: float
+    gradient: float
+
+
+def compile_and_compare(
+    reference: torch.nn.Module,
+    batches: Iterable[Batch],
+    backend: str = "eager",
+    change: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
+    **options: Any,
+) -> Counts:
+    """Train a compiled patched copy of ``reference`` and ``reference`` itself on the same batches.
+
+    ``change`` is applied to both models, and ``options`` are those of `torch.compile`.
+    """
+    torch.compiler.reset()
+    counters.clear()
+    model = change(patch_model(copy.deepcopy(reference)))
+    reference = change(reference)
+    compiled = torch.compile(model, backend=backend, **options)
+    loss = gradient = 0.0
+    for batch in batches:
+        model.zero_grad()
+        reference.zero_grad()
+        ours, theirs = compiled(**batch).loss, reference(**batch).loss
+        ours.backward()
+        theirs.backward()
+        loss = max(loss, abs(ours.item() - theirs.item()) / max(1.0, abs(theirs.item())))
+        gradient = max(gradient, gradient_distance(model, reference))
+    graphs = counters["stats"]["unique_graphs"]
+    return Counts(graphs, sum(counters["graph_break"].values()), loss, gradient)
+
+
+def case_of(name: str, layers: int | None = None) -> Case:
+    """The case of a model class. A decoder may have another number of layers."""
+    case = next(case for case in CASES if case.model == name)
+    if layers is None or "num_hidden_layers" not in case.options:
+        return case
+    return replace(case, options={**case.options, "num_hidden_layers": layers})
+
+
+def batches_of(case: Case, count: int) -> Iterable[Batch]:
+    """Batches of other lengths each. Padding, numbers of rows and of columns vary."""
+    for seed in range(count):
+        batch = case.batch("left" if seed % 2 else "right", seed)
+        yield {name: values[: 2 + seed % 4] for name, values in batch.items()}
+
+
+def table(count: int = 100) -> str:
+    """The table in Markdown, over ``count`` batches."""
+    lines = [
+        "| model | graphs | breaks | recompilations | loss | gradient |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in FAMILIES:
+        case = case_of(name)
+        counts = compile_and_compare(case.build(), batches_of(case, count), dynamic=True)
+        lines.append(
+            f"| {name} | {counts.graphs} | {counts.breaks} | {counts.graphs - 1} "
+            f"| {counts.loss:.0e} | {counts.gradient:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(table())

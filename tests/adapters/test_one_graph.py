@@ -1,0 +1,331 @@
+"""torch.compile makes one graph of a patched model, and it computes what the padded model does."""
+
+import copy
+import re
+
+import pytest
+import torch
+import transformers as hf
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tokenpack import packing_stats, patch_model
+
+from .models import BERT, NLLB, T5, Case, gradient_distance
+from .one_graph import FAMILIES, batches_of, case_of, compile_and_compare
+
+ROUNDING = 1e-5
+LLAMA = case_of("LlamaForCausalLM", layers=1)
+CLASSIFIER = case_of("LlamaForSequenceClassification", layers=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(case: Case, options=None, **more):
+    model = patch_model(case.build(), **(options or {}))
+    return torch.compile(model, backend="eager", fullgraph=True, dynamic=True, **more), model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_graph_for_all_shapes(name):
+    case = case_of(name, layers=2)
+    counts = compile_and_compare(case.build(), batches_of(case, 3), fullgraph=True, dynamic=True)
+    assert (counts.graphs, counts.breaks) == (1, 0)
+    assert counts.loss <= ROUNDING
+    assert counts.gradient <= ROUNDING
+
+
+def test_no_recompilation_after_the_second_shape():
+    """The first graph of torch.compile has constant shapes, unless ``dynamic=True`` is given."""
+    counts = compile_and_compare(LLAMA.build(), batches_of(LLAMA, 40), fullgraph=True)
+    assert (counts.graphs, counts.breaks) == (2, 0)
+    assert max(counts.loss, counts.gradient) <= ROUNDING
+
+
+def test_gradient_checkpointing():
+    def checkpointed(model):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    counts = compile_and_compare(
+        LLAMA.build(),
+        batches_of(LLAMA, 2),
+        "aot_eager",
+        checkpointed,
+        fullgraph=True,
+        dynamic=True,
+    )
+    assert (counts.graphs, counts.breaks) == (1, 0)
+    assert max(counts.loss, counts.gradient) <= ROUNDING
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+
+    def with_lora(model):
+        torch.manual_seed(5)
+        config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        return peft.get_peft_model(model, config)
+
+    counts = compile_and_compare(
+        LLAMA.build(), batches_of(LLAMA, 3), change=with_lora, fullgraph=True, dynamic=True
+    )
+    assert (counts.graphs, counts.breaks) == (1, 0)
+    assert max(counts.loss, counts.gradient) <= ROUNDING
+
+
+def test_autocast():
+    run, _ = compiled(LLAMA)
+    batch = LLAMA.batch("left")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = run(**batch).loss
+        theirs = patch_model(LLAMA.build())(**batch).loss
+    assert ours.dtype == torch.float32
+    assert abs(ours - theirs).item() <= 1e-3
+
+
+def collate(features):
+    columns = max(len(feature["input_ids"]) for feature in features)
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([f[name] + [fill] * (columns - len(f[name])) for f in features])
+        for name, fill in fills.items()
+    }
+
+
+def test_torch_compile_of_a_trainer(tmp_path):
+    rows = []
+    for seed in range(4):
+        batch = LLAMA.batch("right", seed)
+        real = batch["attention_mask"].bool()
+        rows += [{k: v[row][real[row]].tolist() for k, v in batch.items()} for row in (0, 2)]
+    losses = []
+    for is_compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        model = patch_model(LLAMA.build())
+        arguments = hf.TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            num_train_epochs=1,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            torch_compile=is_compiled,
+            torch_compile_backend="eager" if is_compiled else None,
+        )
+        trainer = hf.Trainer(model, arguments, data_collator=collate, train_dataset=rows)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        assert packing_stats(model).packed_calls == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_calls_are_counted_in_a_copy_too():
+    run, model = compiled(NLLB)
+    twin = copy.deepcopy(model)
+    twin_run = torch.compile(twin, backend="eager", fullgraph=True, dynamic=True)
+    eager = patch_model(NLLB.build())
+    for seed in (0, 1):
+        run(**NLLB.batch("right", seed))
+        eager(**NLLB.batch("right", seed))
+    twin_run(**NLLB.batch("right", 2))
+    assert packing_stats(model) == packing_stats(eager)
+    assert packing_stats(twin).packed_calls == 1
+
+
+@pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.model)
+def test_a_packed_stream_is_one_graph(case):
+    run, model = compiled(case)
+    eager = patch_model(case.build())
+    for seed in range(2):
+        batch = case.batch("right", seed)
+        real = batch["attention_mask"].bool()
+        labels, kept = batch["labels"], case.real_positions(batch)
+        stream = {
+            "input_ids": batch["input_ids"][real][None],
+            "cu_seqlens": boundaries(real),
+            "labels": labels[kept][None],
+        }
+        if case is T5:
+            stream["decoder_cu_seqlens"] = boundaries(kept)
+        ours, theirs = run(**stream).loss, eager(**stream).loss
+        for one, loss in ((model, ours), (eager, theirs)):
+            one.zero_grad()
+            loss.backward()
+        assert abs(ours - theirs).item() <= ROUNDING
+        assert gradient_distance(model, eager) <= ROUNDING
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert packing_stats(model) == packing_stats(eager)
+
+
+def boundaries(real):
+    return torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+
+
+def test_evaluation_returns_the_outputs_of_the_eager_model():
+    run, model = compiled(BERT)
+    eager = patch_model(BERT.build()).eval()
+    model.eval()
+    for seed in (0, 1):
+        batch = BERT.batch("right", seed)
+        with torch.no_grad():
+            ours, theirs = run(**batch), eager(**batch)
+        assert ours.keys() == theirs.keys()
+        assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
+        assert torch.allclose(ours.loss, theirs.loss)
+
+
+@pytest.mark.parametrize("case", [LLAMA, CLASSIFIER], ids=lambda case: case.model)
+def test_a_cache_left_out_and_attention_set_after_the_patch(case, monkeypatch):
+    run, model = compiled(case)
+    eager = patch_model(case.build())
+    batch = {**case.batch("right"), "return_dict": False}
+    for graphs, implementation in enumerate(("sdpa", "eager"), 1):
+        model.set_attn_implementation(implementation)
+        ours, theirs = run(**batch), eager(**batch)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert abs(ours[0] - theirs[0]).item() <= ROUNDING
+        assert [type(each) for each in ours] == [type(each) for each in theirs]
+        assert ours[2] is None
+    assert packing_stats(model).packed_calls == 2
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "custom", lambda *args: None)
+    model.set_attn_implementation("custom")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="tokenpack runs this call padded"):
+        run(**batch)
+
+
+# -------------------------------------------- values that a graph cannot pack: errors when it runs
+
+
+def without(batch, *tokens):
+    mask = batch["attention_mask"].clone()
+    mask[tokens] = 0
+    return {"attention_mask": mask}
+
+
+ERRORS = [
+    (T5, {"attention_mask must have no holes": lambda b: without(b, 0, slice(2, 4))}),
+    (
+        NLLB,
+        {
+            "labels must have no decoder tokens in a row": lambda b: without(b, 1),
+            "attention_mask must mark at least one real token": lambda b: without(b, slice(None)),
+        },
+    ),
+    (
+        LLAMA,
+        {
+            "attention_mask must hold only 0 and 1": lambda b: {
+                "attention_mask": b["attention_mask"] * 2
+            },
+            "labels must be -100 at padded positions": lambda b: {"labels": b["input_ids"]},
+        },
+    ),
+    (
+        case_of("BertForSequenceClassification"),
+        {
+            "attention_mask must be 1 in the slots that the model's head reads": lambda b: {
+                "attention_mask": b["attention_mask"].flip(1)
+            }
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("case, errors", ERRORS, ids=[case.model for case, _ in ERRORS])
+def test_values_that_cannot_be_packed_are_errors(case, errors):
+    run, model = compiled(case)
+    batch = case.batch("right")
+    run(**batch).loss.backward()
+    for message, change in errors.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run(**{**batch, **change(batch)})
+    run(**batch).loss.backward()
+    assert packing_stats(model).packed_calls == 2
+
+
+# ------------------------------------------------------- calls that are not traced as one graph
+
+
+def test_a_named_reason_if_layers_are_dropped():
+    options = {**NLLB.options, "encoder_layerdrop": 0.2}
+    case = Case(NLLB.family, NLLB.config, NLLB.model, options, NLLB.labels)
+    run, _ = compiled(case)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="LayerDrop draws which layers run"):
+        run(**case.batch("right"))
+
+
+def packed_rows(count):
+    """Two sequences of 5 and 7 tokens, in one row or in two."""
+    ids = torch.arange(3, 15)[None]
+    batch = {"input_ids": ids, "labels": ids, "cu_seqlens": torch.tensor([0, 5, 12]).int()}
+    if count == 1:
+        return batch
+    rows = torch.nn.functional.pad(ids, (0, 2)).view(2, 7)
+    starts = torch.tensor([0, 7, 14]).int()
+    return {**batch, "input_ids": rows, "labels": rows, "cu_seqlens_padded": starts}
+
+
+def test_a_named_reason_for_boundaries():
+    run, _ = compiled(LLAMA)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="several packed rows are given"):
+        run(**packed_rows(2))
+    ids = torch.arange(3, 15)[None]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="position_ids without a mask"):
+        run(input_ids=ids, labels=ids, position_ids=torch.arange(12)[None])
+    run, _ = compiled(NLLB)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="derives positions from ids"):
+        run(**packed_rows(1), decoder_cu_seqlens=torch.tensor([0, 5, 12]).int())
+
+
+@pytest.mark.parametrize("reason", ["packed rows", "a cache is in use"])
+def test_without_fullgraph_such_calls_run_as_before(reason):
+    model = patch_model(LLAMA.build())
+    eager = patch_model(LLAMA.build())
+    run = torch.compile(model, backend="eager")
+    batch = packed_rows(2)
+    if reason == "a cache is in use":
+        batch = {**LLAMA.batch("right"), "use_cache": True}
+    ours, theirs = run(**batch).loss, eager(**batch).loss
+    ours.backward()
+    theirs.backward()
+    assert abs(ours - theirs).item() <= ROUNDING
+    stats, expected = packing_stats(model), packing_stats(eager)
+    assert (stats.packed_calls, stats.fallbacks) == (expected.packed_calls, expected.fallbacks)
+
+
+def test_logits_that_change_after_the_head_are_an_error():
+    run, model = compiled(BERT)
+
+    class Scaled(type(model.cls.predictions)):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) * 2.0
+
+    model.cls.predictions.__class__ = Scaled
+    with pytest.raises(RuntimeError, match="changes its logits after the head"):
+        run(**BERT.batch("right"))
+
+
+def test_ops_that_read_values_follow_the_rules_of_torch():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    labels = torch.tensor([[4, -100, -100], [5, -100, -100]])
+    indices = torch.tensor([0, 1, 3], dtype=torch.int32)
+    ops = torch.ops.tokenpack
+    for op, arguments in (
+        (ops.pack_rows, (mask, "attention_mask", "", 0, 0, True, True, None)),
+        (ops.full_rows, (mask, "", 0, 0)),
+        (ops.pack_boundaries, (torch.tensor([0, 2, 3]), mask[:1], "", 0, 0, True, None)),
+        (ops.take_targets, (labels, indices, "", 0, 0)),
+        (ops.require_real_slots, (mask, torch.zeros(2, dtype=torch.long))),
+    ):
+        torch.library.opcheck(op.default, arguments)

@@ -1,0 +1,181 @@
+"""Files that were once misread, refused or slow to read, one test for each kind."""
+
+import subprocess
+import sys
+
+import pytest
+
+pa = pytest.importorskip("pyarrow")
+
+from tokenpack.data.reader import streaming_dataset_reader  # noqa: E402
+from tokenpack.data.readers import blocks  # noqa: E402
+from tokenpack.data.readers import csv as csv_reader  # noqa: E402
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def columns(path, **options):
+    """The columns of all rows."""
+    whole = {}
+    for batch in streaming_dataset_reader(path, **options):
+        for name, values in batch.items():
+            whole.setdefault(name, []).extend(values)
+    return whole
+
+
+# ---------------------------------------------------------------------------------- what a row is
+
+
+@pytest.mark.parametrize(
+    "text, a",
+    [
+        ("a,b\r1,2\r3,4\n5,6\n", [1, 3, 5]),
+        ("a,b\n1,2\r3,4\n5,6\n", [1, 3, 5]),
+        ("a,b\r1,2\r3,4\r", [1, 3]),
+        ("\ra,b\r\r1,2", [1]),
+        ('a,b\r"1\r2",3\r4,5\n', ["1\r2", "4"]),
+    ],
+)
+def test_cr_ends_a_row_of_csv(write, text, a):
+    path = write("a.csv", text)
+    assert columns(path)["a"] == a
+    assert columns(path, skip_rows=len(a) - 1)["a"] == a[-1:]
+
+
+def test_cr_ends_a_line_of_text(write):
+    assert columns(write("a.txt", "a\rb\r\nc\n\rd"))["text"] == ["a", "b", "c", "", "d"]
+
+
+@pytest.mark.parametrize("blank", ["\x0c", "\x0b", "\u2028", "\x85", "\u00a0"])
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_white_space_is_a_row_where_reading_resumes(write, monkeypatch, name, blank):
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 4)
+    monkeypatch.setattr(csv_reader, "_CSV_BLOCK_BYTES", 4)
+    path = write(name, f"text\nfirst\n{blank}\nlast\n")
+    rows = columns(path)["text"]
+    assert rows[-2:] == [blank, "last"]
+    for skip in range(len(rows)):
+        assert columns(path, skip_rows=skip)["text"] == rows[skip:]
+
+
+def test_white_space_that_json_does_not_know_is_no_blank_line(write):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
+        columns(write("a.jsonl", '{"a": 1}\n\x0c\n{"a": 2}\n'), skip_rows=1)
+
+
+def test_objects_that_are_not_one_per_line(write):
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        columns(write("a.jsonl", '{"a": 1} {"a": 2}\n{"a":\n3}\n'))
+
+
+# ----------------------------------------------------------------------------- valid files refused
+
+
+@pytest.mark.parametrize(
+    "text, rows",
+    [
+        ('{"a": [null, 1]}\n{"a": [5, 6]}\n', {"a": [[None, 1], [5, 6]]}),
+        ('{"a": [null, null]}\n{"a": [1]}\n', {"a": [[None, None], [1]]}),
+        ('{"m": {"a": [null, 1]}}\n', {"m": [{"a": [None, 1]}]}),
+    ],
+)
+def test_lists_that_begin_with_null(write, text, rows):
+    assert columns(write("a.jsonl", text)) == rows
+
+
+def test_lists_that_are_null_in_the_first_block(write, monkeypatch):
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 16)
+    text = '{"a": [null]}\n' * 4 + '{"a": [7]}\n{"a": null}\n'
+    assert columns(write("a.jsonl", text)) == {"a": [[None]] * 4 + [[7], None]}
+
+
+def test_lists_of_null_in_objects_whose_keys_are_not_all_known(write, monkeypatch):
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 4)
+    path = write("a.jsonl", '{"a": [{}]}\n{"a": [{"z": [null, null]}]}\n')
+    assert columns(path) == {"a": [[{"z": None}], [{"z": [None, None]}]]}
+
+
+def test_zstd_with_a_leading_skippable_frame(write):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(b"one\n")
+    skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    path = write("a.txt.zst", skippable + sink.getvalue().to_pybytes())
+    assert columns(path) == {"text": ["one"]}
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+def test_csv_does_not_round_integers_among_decimals(write):
+    large = "9007199254740993"
+    assert columns(write("a.csv", f"a\n{large}\n0.5\n")) == {"a": [large, "0.5"]}
+    assert columns(write("b.csv", f"a\n{large}\n")) == {"a": [int(large)]}
+    assert columns(write("c.csv", "a\n1e400\n")) == {"a": ["1e400"]}
+
+
+def test_csv_refuses_a_large_integer_in_a_column_of_decimals(write, monkeypatch):
+    monkeypatch.setattr(csv_reader, "_CSV_BLOCK_BYTES", 8)
+    with pytest.raises(ValueError, match=r"line 4: column 'a' is '9007199254740993', .* double"):
+        columns(write("a.csv", "a\n0.5\n1.5\n9007199254740993\n"))
+
+
+def test_a_wrong_cell_of_csv_is_found_in_few_casts(write, monkeypatch):
+    casts = []
+
+    def counted(text, type, cast=csv_reader._cast):
+        casts.append(len(text))
+        return cast(text, type)
+
+    monkeypatch.setattr(csv_reader, "_cast", counted)
+    monkeypatch.setattr(csv_reader, "_CSV_BLOCK_BYTES", 60_000)
+    with pytest.raises(ValueError, match=r"line 50001: column 'a' is 'x', .* int64"):
+        columns(write("a.csv", "a\n" + "1\n" * 49_999 + "x\n"))
+    assert len(casts) < 100
+
+
+# ------------------------------------------------------------------- errors that name file and line
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"a": "\\ud83d"}', "surrogate"),
+        ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested"),
+        ('{"a": ' + "9" * 5000 + "}", "too many digits"),
+        ("null", "must be a JSON object"),
+    ],
+)
+def test_json_that_cannot_be_read(write, line, message):
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: .*{message}"):
+        columns(write("a.jsonl", f'{{"b": 1}}\n{line}\n'))
+
+
+def test_brackets_in_strings_do_not_hide_a_depth_that_would_crash(write):
+    path = write(
+        "a.jsonl", '{"s": "' + "]" * 200_000 + '", "a": ' + "[" * 150_000 + "]" * 150_000 + "}"
+    )
+    code = (
+        "import sys; from tokenpack.data.reader import streaming_dataset_reader as read\n"
+        "try: list(read(sys.argv[1]))\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.returncode == 0  # not SIGSEGV
+    assert "a.jsonl, line 1: JSON nested too deep" in done.stdout
+
+
+def test_the_fields_of_objects_keep_their_order(write):
+    names = [f"name{number}" for number in range(8)]
+    objects = ", ".join(f'{{"{name}": "2020-01-01"}}' for name in names)
+    (table,) = streaming_dataset_reader(write("a.jsonl", f'{{"m": [{objects}]}}\n'), output="arrow")
+    kind = table.schema.field("m").type.value_type
+    assert [kind.field(index).name for index in range(kind.num_fields)] == names

@@ -1,0 +1,171 @@
+"""Where rows of chat data come from: a list, files, a `datasets` object, or a name on the hub.
+
+The rows of a list and of JSON files pass through `datasets` as JSON, one text per row. As Arrow
+structs they would all get the same keys, so that rows of several schemas, or tools with different
+arguments, would come back with other values than they had.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+try:
+    import datasets
+except ImportError as error:
+    raise ImportError("chat_dataset needs datasets: pip install 'tokenpack[data]'") from error
+
+from ..readers.files import DataFile, resolve_files
+
+JSON_COLUMN = "tokenpack_json_row"  # the only column of rows that are JSON
+_BUILDERS = {"parquet": "parquet", "arrow": "arrow"}
+
+
+def open_source(source: Any, split: str, streaming: bool) -> tuple[Any, str | None]:
+    """Open a source of rows.
+
+    Args:
+        source: see `chat_dataset`.
+        split: of a name on the hub.
+        streaming: open files and names as an iterable dataset.
+
+    Returns:
+        The dataset, and the column that holds each row as JSON, or None.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: if there is no such source.
+    """
+    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        custom = getattr(source, "format", {"type": None})["type"] == "custom"
+        plain = custom or isinstance(source, datasets.IterableDataset)
+        return (source if plain else source.with_format(None)), None
+    if isinstance(source, (str, os.PathLike)) or _are_paths(source):
+        return _open_named(source, split, streaming)
+    if isinstance(source, Mapping):
+        raise TypeError(
+            f"source must be rows or one split, got a {type(source).__name__} of "
+            f"{', '.join(map(str, source))}; pass one of them"
+        )
+    if not isinstance(source, Sequence) or isinstance(source, bytes):
+        raise TypeError(
+            "source must be a list of rows, a path or a list of paths, a datasets object, or a "
+            f"name on the hub, got {type(source).__name__}"
+        )
+    if not source:
+        raise ValueError("source must hold at least one row, got none")
+    texts = [_as_json(row, number) for number, row in enumerate(source)]
+    dataset = datasets.Dataset.from_dict({JSON_COLUMN: texts})
+    return (dataset.to_iterable_dataset() if streaming else dataset), JSON_COLUMN
+
+
+def rows_of(batch: Mapping[str, Sequence[Any]], json_column: str | None) -> Iterator[Any]:
+    """The rows of a batch of columns; None for an empty line of a JSON file."""
+    if json_column is None:
+        return (dict(zip(batch, values)) for values in zip(*batch.values()))
+    return map(_parse, batch[json_column])
+
+
+def first_rows(dataset: Any, json_column: str | None, count: int) -> list[Any]:
+    """The first rows of a dataset, or fewer if it has fewer."""
+    rows = islice(iter(dataset), count)
+    return [row if json_column is None else _parse(row[json_column]) for row in rows]
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """The column names of a dataset. A stream that does not know them is read to its first row."""
+    names = dataset.column_names
+    return list(next(iter(dataset), {}) if names is None else names)
+
+
+def _are_paths(source: Any) -> bool:
+    is_list = isinstance(source, (list, tuple)) and len(source) > 0
+    return is_list and all(isinstance(each, (str, os.PathLike)) for each in source)
+
+
+def _open_named(source: Any, split: str, streaming: bool) -> tuple[Any, str | None]:
+    names_hub = isinstance(source, str) and _is_hub_name(source)
+    if names_hub:
+        return datasets.load_dataset(source, split=split, streaming=streaming), None
+    files = resolve_files(source, None)
+    kind = files[0].format
+    if kind == "jsonl":
+        return _open_json(files, streaming), JSON_COLUMN
+    if kind not in _BUILDERS:
+        raise ValueError(
+            f"source must be .json, .jsonl, .parquet or .arrow files, got {files[0].path}"
+        )
+    return _load(_BUILDERS[kind], files, streaming), None
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a text can only be a name on the hub: it names no path and has no known suffix."""
+    if os.path.exists(name) or any(char in name for char in "*?[\\") or name.count("/") > 1:
+        return False
+    suffixes = (".json", ".jsonl", ".ndjson", ".parquet", ".pq", ".arrow", ".gz", ".zst")
+    return not name.startswith(("/", ".", "~")) and not name.lower().endswith(suffixes)
+
+
+def _load(builder: str, files: list[DataFile], streaming: bool, **options: Any) -> Any:
+    paths = [os.path.abspath(file.path) for file in files]
+    return datasets.load_dataset(
+        builder, data_files=paths, split="train", streaming=streaming, **options
+    )
+
+
+def _open_json(files: list[DataFile], streaming: bool) -> Any:
+    if any(_begins_with_array(file) for file in files):
+        rows = [row for file in files for row in _read_array(file)]
+        texts = [_as_json(row, number) for number, row in enumerate(rows)]
+        dataset = datasets.Dataset.from_dict({JSON_COLUMN: texts})
+        return dataset.to_iterable_dataset() if streaming else dataset
+    lines = _load("text", files, streaming)
+    return lines.rename_column("text", JSON_COLUMN)
+
+
+def _begins_with_array(file: DataFile) -> bool:
+    with file.open() as content:
+        head = content.read(1 << 12)
+    return bytes(head).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _read_array(file: DataFile) -> list[Any]:
+    with file.open() as content:
+        text = bytes(content.read()).decode("utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file.path} must be one JSON array of rows: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{file.path} must be a JSON array of rows, as the other files are")
+    return rows
+
+
+def _parse(text: str) -> Any:
+    if not text.strip("\ufeff \t\r\n"):
+        return None
+    try:
+        return json.loads(text.removeprefix("\ufeff"))
+    except ValueError as error:
+        raise ValueError(
+            f"source must have one JSON object per line, got {text!r:.80}: {error}"
+        ) from None
+
+
+def _as_json(row: Any, number: int) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"row {number} must hold values of JSON: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"got a {type(value).__name__}")

@@ -32,7 +32,7 @@ from .results import parts
 
 HERE = Path(__file__).parent
 CEILINGS = "ceilings.json"
-LONG_ON_A_CPU = ("profile.test_base", "training_step.test_base")
+LONG_ON_A_CPU = ("compile.test_base", "profile.test_base", "training_step.test_base")
 _PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "fast-axolotl", "accelerate")
 
 

@@ -245,7 +245,7 @@ TORCH = {"2.10": torch_2_10, "2.11": torch_2_11, "2.13": torch_2_13, "both": tor
 
 def forget_probes():
     choose_backend.cache_clear()
-    dispatch._find_backend.cache_clear()
+    dispatch.find_backend.cache_clear()
     backends._flash_attn.cache_clear()
     backends._torch_varlen.cache_clear()
 

@@ -33,7 +33,7 @@ def compiled(case: Case, options=None, **more):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_graph_for_all_shapes(name):
-    case = case_of(name, layers=2)
+    case = case_of(name, layers=1)
     counts = compile_and_compare(case.build(), batches_of(case, 3), fullgraph=True, dynamic=True)
     assert (counts.graphs, counts.breaks) == (1, 0)
     assert counts.loss <= ROUNDING
@@ -262,6 +262,14 @@ def test_a_named_reason_if_layers_are_dropped():
     case = Case(NLLB.family, NLLB.config, NLLB.model, options, NLLB.labels)
     run, _ = compiled(case)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="LayerDrop draws which layers run"):
+        run(**case.batch("right"))
+
+
+def test_a_named_reason_for_a_single_key_head():
+    options = {**LLAMA.options, "num_key_value_heads": 1}
+    case = Case(LLAMA.family, LLAMA.config, LLAMA.model, options, LLAMA.labels)
+    run, _ = compiled(case)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a single head or key head"):
         run(**case.batch("right"))
 
 

@@ -430,16 +430,28 @@ GROUPS = {
 
 # The other public names, and what they take.
 WITHOUT_VALUES = {
+    "ChatReport": "counts; `chat_dataset` makes it",
+    "ChatTemplate": "the name of a format",
     "Denoiser": "numbers and a prefix",
     "PackMetrics": "the figures of a plan; `PackResult.metrics` makes it",
     "PackResult": "the arrays of a plan; planners make it",
     "PackedStream": "`pack_stream` makes it",
     "PackedStreamLoader": "a stream",
     "PairPackResult": "the arrays of a plan; `pack_pairs` makes it",
+    "Preview": "texts and marks; `preview` makes it",
+    "SFTDataConfig": "options of chats",
     "StreamBin": "the arrays of a bin; `StreamPacker` makes it",
     "balance_ranks": "a plan",
     "bin_costs": "a plan",
+    "byte_tokenizer": "options",
+    "chat_dataset": "conversations: [chats](chat.md)",
+    "from_sft_files": "paths of files of conversations",
+    "from_sft_hf": "the name of a dataset of conversations",
+    "from_sft_json": "the path of a file of conversations",
+    "from_sft_strings": "conversations as texts",
     "merge_results": "plans",
     "merge_saved": "folders of plans",
+    "preview": "a conversation, or a batch of tokenpack: [chats](chat.md)",
     "streaming_dataset_reader": "paths of files",
+    "train_tokenizer": "texts",
 }

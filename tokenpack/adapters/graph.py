@@ -22,14 +22,22 @@ _BOUNDARIES = (
 )
 _FIRST_BATCH = "a function waits for the first batch (patch_model with check=True)"
 _LAYERDROP = "LayerDrop draws which layers run (set encoder_layerdrop and decoder_layerdrop to 0)"
+_SINGLE_HEAD = "attention has a single head or key head, whose stride is not a constant"
+_HEADS = (
+    *("num_attention_heads", "num_key_value_heads", "num_heads"),
+    *("encoder_attention_heads", "decoder_attention_heads"),
+)
 
-UNTRACEABLE = (_ROWS, _BOUNDARIES, _POSITIONS, _FIRST_BATCH, _LAYERDROP)
+UNTRACEABLE = (_SINGLE_HEAD, _ROWS, _BOUNDARIES, _POSITIONS, _FIRST_BATCH, _LAYERDROP)
 """Why a call is not traced as one graph. ``fullgraph=True`` is then an error with this reason."""
 
 
 def untraceable(model: Any, entry: Entry, inputs: dict[str, Any]) -> str | None:
     """Why this call must be packed outside a graph: one of `UNTRACEABLE`, or None."""
     state = entry.state
+    # Inductor (torch 2.13) compares strides to keep their order, and fails at one that is a symbol.
+    if any(getattr(model.config, name, None) == 1 for name in _HEADS):
+        return _SINGLE_HEAD
     if "cu_seqlens_padded" in inputs:
         return _ROWS
     for prefix in ("", "decoder_"):

@@ -32,7 +32,7 @@ def make_step(by, name, size, batch):
     """A training step that has been compiled and run once."""
     step = TrainingStep(*CONTENDERS[CONTENDER_OF[by]](name, size, batch))
     if by.endswith("compiled"):
-        step.model = torch.compile(step.model, fullgraph=True)
+        step.model = torch.compile(step.model)
     step()
     step.reset()
     return step

@@ -179,3 +179,14 @@ def test_the_fields_of_objects_keep_their_order(write):
     (table,) = streaming_dataset_reader(write("a.jsonl", f'{{"m": [{objects}]}}\n'), output="arrow")
     kind = table.schema.field("m").type.value_type
     assert [kind.field(index).name for index in range(kind.num_fields)] == names
+
+
+@pytest.mark.parametrize("value", [2**60, -(2**60)])
+def test_a_time_that_python_cannot_hold(tmp_path, value):
+    table = pa.table({"a": pa.array([value], pa.timestamp("us")), "b": [1]})
+    path = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    with pytest.raises(ValueError, match=r"a\.parquet.*: column 'a' has a date .*output='arrow'"):
+        columns(path)
+    (read,) = streaming_dataset_reader(path, output="arrow")
+    assert read.equals(table)

@@ -137,7 +137,21 @@ def _batches(
     reading: Reading, batch_size: int, drop_last: bool, output: str
 ) -> Iterator[dict[str, list[Any]] | pa.Table]:
     for table in _regroup(reading, batch_size, drop_last):
-        yield table if output == "arrow" else table.to_pydict()
+        yield table if output == "arrow" else _as_lists(table, reading)
+
+
+def _as_lists(table: pa.Table, reading: Reading) -> dict[str, list[Any]]:
+    """The columns as lists of Python objects, which hold fewer times than Arrow does."""
+    lists = {}
+    for name, column in zip(table.column_names, table.columns):
+        try:
+            lists[name] = column.to_pylist()
+        except OverflowError as error:
+            raise ValueError(
+                f"{reading.where}: column {name!r} has a date or a duration that Python's datetime "
+                "cannot hold, which ends with the year 9999: pass output='arrow', or correct it"
+            ) from error
+    return lists
 
 
 def _regroup(reading: Reading, size: int, drop_last: bool) -> Iterator[pa.Table]:

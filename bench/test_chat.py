@@ -90,8 +90,8 @@ def test_encode(benchmark, by, conversations, tokenizer, tmp_path):
             assert prepared[name][:] == ours[name][:]
         benchmark.pedantic(lambda: prepare(conversations), rounds=1)
     elif by == "tokenpack":
-        run = lambda: chat_dataset(conversations, tokenizer, checks="ignore")  # noqa: E731
-        benchmark.pedantic(run, rounds=3)
+        options = {"checks": "ignore"}
+        benchmark.pedantic(chat_dataset, (conversations, tokenizer), options, rounds=3)
     else:
         chats = conversations["messages"][:]
         texts = tokenizer.apply_chat_template(chats, tokenize=False)

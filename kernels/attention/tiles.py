@@ -50,8 +50,8 @@ def _tiles(plain: Tile, dropout: Tile | None = None) -> Tiles:
 #   rows. Below 64 rows, Triton uses the instruction of older GPUs, at half of the rate.
 # - Where fewer registers suffice, two or three programs share a multiprocessor, and one multiplies
 #   while another computes exponentials.
-# - Some calls spill registers outside of the loops, once for each program. This costs less than a
-#   smaller tile.
+# - Some calls spill registers, nearly all outside of the loops, once for each program. This costs
+#   less than a smaller tile.
 #
 # float32 products are three tf32 products each, so above a head_dim of 64 they are computed in
 # chunks of columns (`chunk_for`). With a bias, a "dq" tile must not have more queries than keys:

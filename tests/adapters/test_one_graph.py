@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -257,19 +258,18 @@ def test_values_that_cannot_be_packed_are_errors(case, errors):
 # ------------------------------------------------------- calls that are not traced as one graph
 
 
-def test_a_named_reason_if_layers_are_dropped():
-    options = {**NLLB.options, "encoder_layerdrop": 0.2}
-    case = Case(NLLB.family, NLLB.config, NLLB.model, options, NLLB.labels)
+@pytest.mark.parametrize(
+    "case, option, reason",
+    [
+        (NLLB, {"encoder_layerdrop": 0.2}, "LayerDrop draws which layers run"),
+        (LLAMA, {"num_key_value_heads": 1}, "a single head or key head"),
+    ],
+    ids=["LayerDrop", "single key head"],
+)
+def test_a_named_reason_for_a_config(case, option, reason):
+    case = replace(case, options={**case.options, **option})
     run, _ = compiled(case)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="LayerDrop draws which layers run"):
-        run(**case.batch("right"))
-
-
-def test_a_named_reason_for_a_single_key_head():
-    options = {**LLAMA.options, "num_key_value_heads": 1}
-    case = Case(LLAMA.family, LLAMA.config, LLAMA.model, options, LLAMA.labels)
-    run, _ = compiled(case)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="a single head or key head"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=reason):
         run(**case.batch("right"))
 
 

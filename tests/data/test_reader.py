@@ -76,16 +76,6 @@ def to_bytes(suffix, rows):
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
-
-
-@pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few lines, so that small files have many."""
     monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 64)

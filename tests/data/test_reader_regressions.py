@@ -12,16 +12,6 @@ from tokenpack.data.readers import blocks  # noqa: E402
 from tokenpack.data.readers import csv as csv_reader  # noqa: E402
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
-
-
 def columns(path, **options):
     """The columns of all rows."""
     whole = {}

@@ -77,10 +77,9 @@ def check_pooling(model: Any, entry: Entry, layout: PackedLayout, traced: bool) 
         CannotPackError: if a row has padding in its first column.
         RuntimeError: if the pooler is not the one that `patch_model` changed.
     """
-    if not has_pooler(model, entry):
+    if entry.pooler is None or (pooler := getattr(model, entry.pooler)) is None:
         return
-    pooler = getattr(model, entry.pooler or "")
-    _require_swapped(model, entry.pooler or "", pooler)
+    _require_swapped(model, entry.pooler, pooler)
     if not traced and pads_first_column(layout):  # a graph checks it where it lays out the batch
         raise CannotPackError("a pooler reads the first column, where a row has padding")
 

@@ -542,13 +542,14 @@ def compare_with_pyarrow(folder, data, table, name):
         assume(False)
     content = data.draw(damaged(whole, st.integers(0, 255)))
     path = written(folder, (name, content))
-    # pyarrow 26 cannot read some of its own files, with pages of version 2.0 of a few bytes.
+    # pyarrow 26 rejects some of its own files, or loses rows of them: lists of booleans in pages of
+    # version 2.0 of a few bytes.
     by_pyarrow = read_by_pyarrow(path)
     columns = data.draw(st.none() | st.permutations(table.column_names).map(lambda all: all[:2]))
     want = table.to_pylist() if content == whole else by_pyarrow
     if want is None and columns is not None and len(columns) < len(table.column_names):
         want = table.to_pylist()  # the damage is in a column that is not read
     check_table(
-        *(path, want, content != whole or by_pyarrow is None, columns),
+        *(path, want, content != whole or repr(by_pyarrow) != repr(want), columns),
         *(data.draw(st.integers(1, 5)), data.draw(st.integers(0, 12))),
     )

@@ -7,6 +7,8 @@ import pytest
 
 pa = pytest.importorskip("pyarrow")
 
+import pyarrow.parquet  # noqa: E402
+
 from tokenpack.data.reader import streaming_dataset_reader  # noqa: E402
 from tokenpack.data.readers import blocks  # noqa: E402
 from tokenpack.data.readers import csv as csv_reader  # noqa: E402
@@ -180,3 +182,20 @@ def test_a_time_that_python_cannot_hold(tmp_path, value):
         columns(path)
     (read,) = streaming_dataset_reader(path, output="arrow")
     assert read.equals(table)
+
+
+def test_rows_that_pyarrow_loses_are_an_error(tmp_path):
+    """pyarrow 26 writes this file whole and reads none of its rows."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pa.table({"a": pa.array([[]], pa.list_(pa.bool_()))}),
+        *(path, 1),
+        data_page_version="2.0",
+        data_page_size=8,
+        write_batch_size=2,
+    )
+    if pyarrow.parquet.read_table(path).num_rows:
+        assert columns(path) == {"a": [[]]}
+    else:
+        with pytest.raises(ValueError, match="row group 0 must have 1 rows, pyarrow reads 0"):
+            columns(path)

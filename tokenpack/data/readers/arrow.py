@@ -41,7 +41,9 @@ def read_parquet(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
                 yield reading.fit(_checked_table(batch, reading), file.path)
             if rows != declared:
                 raise ValueError(
-                    f"{file.path}: damaged: row group {group} must have {declared} rows, got {rows}"
+                    f"{file.path}: row group {group} must have {declared} rows, pyarrow reads "
+                    f"{rows}: the file is damaged, or pyarrow {pa.__version__} loses rows of its "
+                    "pages; write it with data_page_version='1.0'"
                 )
 
 

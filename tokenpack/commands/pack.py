@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.tokens import Tokens, flatten_tokens, require_same_lengths
+from ..data.tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
 from ..packing import Packer, PackResult, pack_shards
 from ..segments import offsets_of
 from ..table import format_table
@@ -200,7 +200,7 @@ def _pack_rows(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResul
     _check_lengths(tokens.lengths, names[0], arguments)
     for each in labels:
         require_same_lengths(tokens, names[0], each, names[1])
-    plan = packer.pack(tokens.lengths)
+    plan = plan_of(packer, tokens, names[0])
     rows = pack_dataset_from_result(
         plan,
         tokens,

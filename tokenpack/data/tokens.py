@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..packing import Packer, PackResult
 from ..packing.columns import (
     arrow_to_numpy,
     as_arrow,
@@ -108,23 +109,36 @@ def require_same_lengths(tokens: Tokens, name: str, other: Tokens, other_name: s
         )
 
 
-def require_fits(tokens: Tokens, name: str, capacity: int, limit: str, instead: str = "") -> None:
-    """Check that no sequence is longer than ``capacity``.
+def plan_of(
+    packer: Packer,
+    tokens: Tokens,
+    name: str,
+    limit: str = "capacity",
+    instead: str = "; pass overlong='truncate', 'split' or 'drop'",
+) -> PackResult:
+    """Plan which sequences share a bin.
 
     Args:
-        limit: the name of the capacity, for the error message.
-        instead: the end of the error message, with the alternatives.
+        name: what error messages call the sequences.
+        limit: what they call the capacity.
+        instead: the end of the message about a sequence that is too long, with the alternatives.
 
     Raises:
-        ValueError: if a sequence is longer; names the first.
+        ValueError: if a sequence is too long, or all are dropped.
     """
     lengths = tokens.lengths
-    if (over := lengths > capacity).any():
+    if packer.overlong == "error" and (over := lengths > packer.capacity).any():
         at = int(over.argmax())
         raise ValueError(
-            f"{name}[{at}] must be at most {limit} = {capacity} tokens, "
-            f"got {lengths[at]}{more_like_it(over)}{instead}"
+            f"{name}[{at}] must be at most {limit} = {packer.capacity} tokens, got {lengths[at]}"
+            f"{more_like_it(over)}{instead}"
         )
+    if packer.drops(lengths).all():
+        raise ValueError(
+            f"{name} must hold a sequence of 1 to {limit} = {packer.capacity} tokens, got lengths "
+            f"from {lengths.min()} to {lengths.max()}, all dropped"
+        )
+    return packer.pack(lengths)
 
 
 def _as_list(sequences: Any, name: str) -> Sequence[Any]:

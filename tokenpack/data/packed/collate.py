@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...checks import IGNORE_INDEX, as_integer
 from ...packing import Packer, PackResult
 from ...segments import offsets_of
-from ..tokens import Tokens, flatten_tokens, require_fits, require_same_lengths
+from ..tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
 from .batch import PackedBatch, build_batch, pack_result_to_tensors
 
 
@@ -91,11 +91,8 @@ class PackedCollator:
                 different lengths.
         """
         ids, labels, name = flatten_samples(samples)
-        if self.packer.overlong == "error":
-            instead = "; pass overlong='truncate', 'split' or 'drop'"
-            require_fits(ids, name, self.packer.capacity, "capacity", instead)
         return build_batch(
-            self.packer.pack(ids.lengths),
+            plan_of(self.packer, ids, name),
             ids,
             labels,
             self.padding_value,

@@ -32,7 +32,7 @@ from ...checks import IGNORE_INDEX, as_integer, at_least_one
 from ...files import written_whole
 from ...packing import Packer, PackResult
 from ..row_layout import RowLayout
-from ..tokens import Tokens, flatten_tokens, require_same_lengths
+from ..tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "seq_lengths")
 _BLOCK_TOKENS = 1 << 22  # slots per block and column
@@ -87,7 +87,7 @@ def pack_dataset(
     )
     tokens = flatten_tokens(token_ids, empty=drop_empty)
     return pack_dataset_from_result(
-        packer.pack(tokens.lengths),
+        plan_of(packer, tokens, "token_ids"),
         tokens,
         padding_value,
         label_padding_value,

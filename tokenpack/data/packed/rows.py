@@ -14,7 +14,7 @@ from torch import Tensor
 from ...checks import IGNORE_INDEX, as_integer, at_least_one
 from ...packing import Packer
 from ..row_layout import RowLayout
-from ..tokens import Tokens, flatten_tokens, require_fits, require_same_lengths
+from ..tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
 
 
 @overload
@@ -126,9 +126,6 @@ def concatenate_and_pack(
 
 
 def _plan(tokens: Tokens, name: str, max_length: int, strategy: str, overlong: str) -> RowLayout:
-    capacity = at_least_one("max_length", max_length)
-    packer = Packer(capacity, strategy, overlong=overlong)
-    if overlong == "error":
-        instead = "; pass overlong='truncate', 'split' or 'drop'" if name == "sequences" else ""
-        require_fits(tokens, name, capacity, "max_length", instead)
-    return RowLayout(packer.pack(tokens.lengths), tokens.offsets, name)
+    packer = Packer(at_least_one("max_length", max_length), strategy, overlong=overlong)
+    options = {} if name == "sequences" else {"instead": ""}  # only pack_sequences takes overlong
+    return RowLayout(plan_of(packer, tokens, name, "max_length", **options), tokens.offsets, name)

@@ -416,6 +416,9 @@ def test_overlong_samples(overlong):
     counted = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
     assert getattr(made.plan, counted).tolist() == [2]
     assert made.labels[:, 0].tolist() == [-100] * len(rows)
+    stream = packed_collate_fn(3, "nf", overlong=overlong, stream=True)(FOUR)
+    assert stream.input_ids[0].tolist() == [token for row in rows for token in row if token]
+    assert stream.labels.equal(made.stream.labels)
 
 
 def test_dropped_sequences_may_be_empty():

@@ -102,7 +102,9 @@ class RowLayout:
         # piece of a split sequence and not its last.
         goes_on = np.isin(self.sequences, result.truncated)
         if len(result.split):
-            goes_on |= (self.lengths == self.capacity) & np.isin(self.sequences, result.split)
+            # A piece fills a bin, unless one bin holds all tokens (`build_batch` of a stream).
+            piece = self.capacity if len(result) > 1 else result.item_lengths.max()
+            goes_on |= (self.lengths == piece) & np.isin(self.sequences, result.split)
         if (wrong := np.where(goes_on, lengths < ends, lengths != ends)).any():
             at = int(wrong.argmax())
             raise ValueError(

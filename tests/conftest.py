@@ -76,7 +76,39 @@ def find_each_numpy_dtype_once():
     interpreter._get_np_dtype = get_np_dtype_once
 
 
+def build_each_shape_once():
+    """Share shapes among tensors and types.
+
+    Triton builds a shape anew for each tensor and each type of one, out of objects that themselves
+    have a type. Nothing changes a shape after that.
+    """
+    from triton.language import core
+
+    init_block_type, init_tensor = core.block_type.__init__, core.tensor.__init__
+    of_types, of_tensors = {}, {}
+
+    def init_block_type_once(self, element_ty, shape):
+        sizes = tuple([getattr(size, "value", size) for size in shape])
+        if sizes not in of_types:
+            init_block_type(self, element_ty, shape)
+            of_types[sizes] = self.shape, self.numel
+        self.element_ty = element_ty
+        self.shape, self.numel = of_types[sizes]
+        self.name = f"<{sizes}, {element_ty}>"
+
+    def init_tensor_once(self, handle, type):
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        if sizes not in of_tensors:
+            init_tensor(self, handle, type)
+            of_tensors[sizes] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_tensors[sizes]
+
+    core.block_type.__init__, core.tensor.__init__ = init_block_type_once, init_tensor_once
+
+
 if INTERPRETED:
+    build_each_shape_once()
     search_each_module_once_per_launch()
     skip_overflow_checks()
     find_each_numpy_dtype_once()

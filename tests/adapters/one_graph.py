@@ -66,13 +66,22 @@ def compile_and_compare(
     torch.compiler.reset()
     counters.clear()
     model = change(patch_model(copy.deepcopy(reference)))
-    reference = change(reference)
-    compiled = torch.compile(model, backend=backend, **options)
+    run = torch.compile(model, backend=backend, **options)
+    return compare(run, model, change(reference), batches)
+
+
+def compare(
+    run: Callable[..., Any],
+    model: torch.nn.Module,
+    reference: torch.nn.Module,
+    batches: Iterable[Batch],
+) -> Counts:
+    """Train ``model``, compiled as ``run``, and ``reference`` on the same batches."""
     loss = gradient = 0.0
     for batch in batches:
         model.zero_grad()
         reference.zero_grad()
-        ours, theirs = compiled(**batch).loss, reference(**batch).loss
+        ours, theirs = run(**batch).loss, reference(**batch).loss
         ours.backward()
         theirs.backward()
         loss = max(loss, abs(ours.item() - theirs.item()) / max(1.0, abs(theirs.item())))
@@ -81,19 +90,40 @@ def compile_and_compare(
     return Counts(graphs, sum(counters["graph_break"].values()), loss, gradient)
 
 
-def case_of(name: str, layers: int | None = None) -> Case:
-    """The case of a model class. A decoder may have another number of layers."""
-    case = next(case for case in CASES if case.model == name)
-    if layers is None or "num_hidden_layers" not in case.options:
-        return case
-    return replace(case, options={**case.options, "num_hidden_layers": layers})
+# The fewest layers that have one of each kind. In T5, the second layer reads the first one's table
+# of the bias. The layers of mT5 are the same.
+_ONE_LAYER = {"num_hidden_layers": 1}
+_ONE_EACH = {"encoder_layers": 1, "decoder_layers": 1}
+_TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+_FEWEST_LAYERS: dict[str, dict[str, Any]] = {
+    "Qwen3ForCausalLM": _TWO_KINDS,
+    "Gemma2ForCausalLM": _TWO_KINDS,
+    "Gemma3ForCausalLM": _TWO_KINDS,
+    "ModernBertForMaskedLM": _TWO_KINDS,
+    "T5ForConditionalGeneration": {"num_layers": 2, "num_decoder_layers": 2},
+    "MT5ForConditionalGeneration": {"num_layers": 1, "num_decoder_layers": 1},
+    "M2M100ForConditionalGeneration": _ONE_EACH,
+    "BartForConditionalGeneration": _ONE_EACH,
+}
+
+
+def case_of(name: str) -> Case:
+    """The case of a model class."""
+    return next(case for case in CASES if case.model == name)
+
+
+def smallest_case_of(name: str) -> Case:
+    """The case of a model class with one layer of each kind. Tracing takes time for each layer."""
+    case = case_of(name)
+    return replace(case, options={**case.options, **_FEWEST_LAYERS.get(name, _ONE_LAYER)})
 
 
 def batches_of(case: Case, count: int) -> Iterable[Batch]:
     """Batches of other lengths each. Padding, numbers of rows and of columns vary."""
     for seed in range(count):
         batch = case.batch("left" if seed % 2 else "right", seed)
-        yield {name: values[: 2 + seed % 4] for name, values in batch.items()}
+        # Copies, because torch.compile distinguishes views from other tensors.
+        yield {name: values[: 2 + seed % 4].clone() for name, values in batch.items()}
 
 
 def table(count: int = 100) -> str:

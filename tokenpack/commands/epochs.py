@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,32 +22,37 @@ class TextLengths:
     decoder: np.ndarray
 
 
-def random_orders(texts: int, seed: int) -> list[np.ndarray]:
-    """Random permutations of the texts, one per epoch; more epochs for fewer texts."""
+def random_orders(texts: int, seed: int) -> np.ndarray:
+    """Random permutations of the texts, ``(epochs, texts)``; more epochs for fewer texts."""
     random = np.random.default_rng(seed)
-    return [random.permutation(texts) for _ in range(-(-_TEXTS_DRAWN // texts))]
+    return np.stack([random.permutation(texts) for _ in range(-(-_TEXTS_DRAWN // texts))])
 
 
 def sorted_order(lengths: TextLengths) -> np.ndarray:
-    """The texts in order of length; the encoder's length comes first."""
+    """The texts in order of length, ``(1, texts)``; the encoder's length comes first."""
     if lengths.encoder is None:
-        return np.argsort(lengths.decoder)
-    return np.lexsort((lengths.decoder, lengths.encoder))
+        return np.argsort(lengths.decoder)[None]
+    return np.lexsort((lengths.decoder, lengths.encoder))[None]
 
 
-def count_packed_epoch(lengths: TextLengths) -> BatchCount:
-    """Tokens and pairs of all texts without padding."""
-    return _count(lengths.encoder, lengths.decoder, np.ones_like(lengths.decoder))
+def count_packed(lengths: TextLengths, epochs: int = 1) -> BatchCount:
+    """Tokens and pairs of all texts in all epochs, without padding."""
+    return _count(lengths.encoder, lengths.decoder, np.full_like(lengths.decoder, epochs))
 
 
-def count_padded_epoch(lengths: TextLengths, order: np.ndarray, batch_size: int) -> BatchCount:
-    """Slots and pairs of padded batches of ``batch_size`` texts, taken in this order."""
-    starts = np.arange(0, len(order), batch_size)
-    rows = np.diff([*starts, len(order)])
-    encoder = None
-    if lengths.encoder is not None:
-        encoder = np.maximum.reduceat(lengths.encoder[order], starts)
-    return _count(encoder, np.maximum.reduceat(lengths.decoder[order], starts), rows)
+def count_padded(lengths: TextLengths, orders: np.ndarray, batch_size: int) -> BatchCount:
+    """Slots and pairs of padded batches of ``batch_size`` texts.
+
+    ``orders`` is ``(epochs, texts)``; an epoch takes the texts in its order.
+    """
+    texts = orders.shape[1]
+    starts = np.arange(0, texts, batch_size)
+    rows = np.diff([*starts, texts])
+    encoder, decoder = (
+        None if side is None else np.maximum.reduceat(side[orders], starts, axis=1)
+        for side in (lengths.encoder, lengths.decoder)
+    )
+    return _count(encoder, decoder, np.broadcast_to(rows, decoder.shape))
 
 
 def _count(encoder: np.ndarray | None, decoder: np.ndarray, rows: np.ndarray) -> BatchCount:
@@ -63,8 +67,3 @@ def _count(encoder: np.ndarray | None, decoder: np.ndarray, rows: np.ndarray) ->
         cross_pairs=int((rows * encoder * decoder).sum()),
         sequences=int(rows.sum()),
     )
-
-
-def sum_counts(counts: Sequence[BatchCount]) -> BatchCount:
-    """The sum of several counts."""
-    return BatchCount(*map(sum, zip(*map(astuple, counts))))

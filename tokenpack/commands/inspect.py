@@ -26,11 +26,10 @@ from . import figures, machine, prediction, strategies
 from .epochs import (
     BATCH_SIZES,
     TextLengths,
-    count_packed_epoch,
-    count_padded_epoch,
+    count_packed,
+    count_padded,
     random_orders,
     sorted_order,
-    sum_counts,
 )
 from .models import SHAPES, build_config, build_shape
 from .output import make_folder, write_json
@@ -147,9 +146,9 @@ def packing_gain(
         cost: of the model's forward.
         seed: for the shuffling; ``None`` sorts the texts by length instead, the encoder's first.
     """
-    orders = [sorted_order(lengths)] if seed is None else random_orders(len(lengths.decoder), seed)
-    padded = sum_counts([count_padded_epoch(lengths, order, batch_size) for order in orders])
-    packed = sum_counts([count_packed_epoch(lengths)] * len(orders))
+    orders = sorted_order(lengths) if seed is None else random_orders(len(lengths.decoder), seed)
+    padded = count_padded(lengths, orders, batch_size)
+    packed = count_packed(lengths, len(orders))
     before, after = training_operations(cost, padded), training_operations(cost, packed)
     return PackingGain(
         padding_share=1 - packed.tokens / padded.tokens,

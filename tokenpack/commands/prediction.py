@@ -21,10 +21,9 @@ from ..trainer.sampler import TokenBudgetBatchSampler
 from .epochs import (
     BATCH_SIZES,
     TextLengths,
-    count_packed_epoch,
-    count_padded_epoch,
+    count_packed,
+    count_padded,
     random_orders,
-    sum_counts,
 )
 
 RANKS = (8, 64, 1024)
@@ -145,7 +144,7 @@ def predict(
         sum(parameter.numel() for parameter in model.parameters()),
         len(list(model.parameters())),
     )
-    tokens = count_packed_epoch(lengths)
+    tokens = count_packed(lengths)
     decoder_share = tokens.decoder_tokens / tokens.tokens
 
     def budget(step: StepMemory, devices: int = 1) -> int:
@@ -179,11 +178,11 @@ def predict(
 
 
 def _predict_batches(
-    rows: int, lengths: TextLengths, orders: list[np.ndarray], model: CountedModel, device: Ceilings
+    rows: int, lengths: TextLengths, orders: np.ndarray, model: CountedModel, device: Ceilings
 ) -> BatchPrediction:
     batches = len(orders) * -(-len(lengths.decoder) // rows)
-    padded = _mean_count([count_padded_epoch(lengths, order, rows) for order in orders], batches)
-    packed = _mean_count([count_packed_epoch(lengths)] * len(orders), batches)
+    padded = _mean_count(count_padded(lengths, orders, rows), batches)
+    packed = _mean_count(count_packed(lengths, len(orders)), batches)
 
     def seconds(count: BatchCount, packed: bool) -> StepSeconds:
         return _step_seconds(model, count, device, packed)
@@ -215,8 +214,8 @@ def _step_seconds(
     )
 
 
-def _mean_count(counts: list[BatchCount], batches: int) -> BatchCount:
-    return BatchCount(*(round(each / batches) for each in astuple(sum_counts(counts))))
+def _mean_count(count: BatchCount, batches: int) -> BatchCount:
+    return BatchCount(*(round(each / batches) for each in astuple(count)))
 
 
 def _largest_bytes(
@@ -266,7 +265,7 @@ def _predict_ranks(
         [sampler.ranks_of(each) for each in members], members, drawn, model.cost, ranks
     )
     share = budget / mean / len(table)
-    step = BatchCount(*(round(share * each) for each in astuple(count_packed_epoch(lengths))))
+    step = BatchCount(*(round(share * each) for each in astuple(count_packed(lengths))))
     sent = cost.exchange_bytes(model.parameters, ranks)
     return RankPrediction(
         ranks,

@@ -6,6 +6,7 @@ belongs.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ class Signature:
     part: hf.PreTrainedModel
     entry: str
 
-    @property
+    @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         # A wrapper hands everything to the decoder inside.
         part = self.part.decoder if type(self.part).__name__.endswith("Wrapper") else self.part
@@ -260,7 +261,7 @@ def _by_position(call: Call, signature: Signature) -> Call:
 
 
 def calls(signature: Signature, dtype: torch.dtype, labels: bool) -> Iterator[tuple[str, Call]]:
-    """Each variant that the entry takes, by name."""
+    """Each variant that the entry takes, by name. The first is "right"."""
     for name, call in _all_calls(signature, dtype, labels):
         if signature.entry == "top" or name in INNER:
             yield name, call

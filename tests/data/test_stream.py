@@ -97,7 +97,7 @@ def test_ranks_and_workers_share_the_samples_without_loss_or_repetition(
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_a_loader_resumes_from_any_batch(source, num_workers):
     def loader():
         stream = pack_stream(SOURCES[source](), CAPACITY, "obfd", lookahead=16)
@@ -113,7 +113,7 @@ def test_a_loader_resumes_from_any_batch(source, num_workers):
     whole = as_lists(whole)
     assert first.state_dict() == states[0]  # the epoch is over; the next one starts anew
     # Workers start slowly, so with workers only some batches are tested.
-    stops = range(len(states)) if num_workers == 0 else (0, 1, 2, 5, len(whole) - 1, len(whole))
+    stops = range(len(states)) if num_workers == 0 else (1, 5, len(whole) - 1, len(whole))
     for stop in stops:
         again = loader()
         again.load_state_dict(states[stop])

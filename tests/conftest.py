@@ -1,12 +1,23 @@
-"""Saves time in all tests: in garbage collections, and in Triton's interpreter."""
+"""Settings of all tests: no time limits for Hypothesis, and less time for the rest.
+
+Garbage collections and Triton's interpreter take most of the time that is saved here.
+"""
 
 import dataclasses
 import functools
 import gc
+from importlib.util import find_spec
 
 import pytest
 
 from tokenpack.kernels._triton import INTERPRETED
+
+if find_spec("hypothesis"):  # not on every machine that runs the tests for GPUs
+    from hypothesis import settings
+
+    # A busy machine is no fault of the code.
+    settings.register_profile("tokenpack", deadline=None)
+    settings.load_profile("tokenpack")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,7 +28,6 @@ EOS, PAD, IGNORED = 1, 0, -100
 SENTINELS = [99, 98, 97, 96, 95]
 fuzz = settings(
     max_examples=int(os.environ.get("FUZZ_CASES", "150")) // 3,
-    deadline=None,
     database=None,
     derandomize="FUZZ_CASES" not in os.environ,  # the same cases in every run of CI
     suppress_health_check=list(HealthCheck),

@@ -40,7 +40,6 @@ from .reader_oracles import (  # noqa: E402
 BOM = b"\xef\xbb\xbf"
 fuzz = settings(
     max_examples=int(os.environ.get("FUZZ_CASES", "500")) // 5,
-    deadline=None,
     database=None,
     derandomize="FUZZ_CASES" not in os.environ,  # the same cases in every run of CI
     suppress_health_check=list(HealthCheck),

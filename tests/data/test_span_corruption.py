@@ -140,7 +140,7 @@ def test_the_shortest_texts():
     ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=8),
     st.floats(0.01, 0.99),

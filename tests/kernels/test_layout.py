@@ -90,7 +90,7 @@ def test_mask_of_any_dtype(dtype):
     assert (layout.total_tokens, layout.max_seqlen, layout.num_seqs) == (13, 5, 5)
 
 
-@settings(deadline=None, max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(masks(), st.sampled_from(MASK_DTYPES))
 def test_mask_counted_slot_by_slot(mask, dtype):
     layout = layout_from_mask(torch.tensor(mask).to(dtype))
@@ -103,7 +103,7 @@ def test_mask_counted_slot_by_slot(mask, dtype):
     assert layout.padded_shape == (len(mask), len(mask[0]))
 
 
-@settings(deadline=None, max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(masks())
 def test_all_builders_agree_on_the_boundaries(mask):
     from_mask = layout_from_mask(torch.tensor(mask))
@@ -118,7 +118,7 @@ def test_all_builders_agree_on_the_boundaries(mask):
         assert_same(from_positions, layout_from_lengths(lengths[lengths > 0]))
 
 
-@settings(deadline=None, max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
 def test_lengths_give_the_layout_of_their_right_padded_mask(lengths):
     right_padded = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

@@ -53,7 +53,7 @@ def oracle_unpad(padded, mask):
 # ---------------------------------------------------------------------------------- exact values
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     mask=masks(),
     tensors=st.lists(
@@ -73,7 +73,7 @@ def test_unpad_then_repad(mask, tensors, fill):
         assert after[~mask].equal(torch.full_like(after[~mask], fill))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=5), dtype=st.sampled_from(DTYPES))
 def test_repad_then_unpad(lengths, dtype):
     layout = layout_from_lengths(lengths)

@@ -22,7 +22,7 @@ def check(plan, source, target, limit=None):
         assert np.diff(plan.offsets).max() <= limit
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     pairs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=120),
     limit=st.none() | st.integers(1, 9),

@@ -89,7 +89,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=cases(), seed=st.integers(0, 9))
 def test_plans_are_valid(name, case, seed):
     lengths, capacity = case
@@ -97,7 +97,7 @@ def test_plans_are_valid(name, case, seed):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mffd"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases(), limit=st.integers(1, 20), window=st.integers(1, 100))
 def test_plans_keep_limits_and_windows(name, case, limit, window):
     lengths, capacity = case
@@ -109,7 +109,7 @@ def test_plans_keep_limits_and_windows(name, case, limit, window):
 
 
 @pytest.mark.parametrize("name", ["ffd", "bfd", "obfd", "mffd"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases())
 def test_decreasing_strategies_keep_their_bounds(name, case):
     lengths, capacity = case

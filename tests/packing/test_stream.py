@@ -32,7 +32,7 @@ def check(bins, lengths, capacity):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 50), max_size=300),
     lookahead=st.integers(1, 40),

@@ -57,7 +57,7 @@ def cases(draw):
     return lengths * draw(st.sampled_from([1, 1, 3])), capacity
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=cases(), seeds=st.lists(st.integers(0, 10**6), min_size=2, max_size=2))
 def test_any_lengths_in_any_order_with_any_seed(case, seeds):
     lengths, capacity = case
@@ -284,7 +284,7 @@ def pairs(count, seed=0):
     return np.stack([source, np.clip(target.astype(np.int64), 0, 700)], axis=1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=150),
     max_slots=st.integers(100, 900),

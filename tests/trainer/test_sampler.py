@@ -49,7 +49,7 @@ def cases(draw):
     return lengths, max_tokens
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     case=cases(),
     num_ranks=st.integers(1, 6),

@@ -48,7 +48,7 @@ lengths_of_batches = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(lengths_of_batches, st.sampled_from([1, 4, 16]), st.booleans())
 def test_every_token_is_in_exactly_one_group(lengths, heads, one_offset):
     lengths_q, lengths_k = zip(*lengths)
@@ -67,7 +67,7 @@ def test_every_token_is_in_exactly_one_group(lengths, heads, one_offset):
     assert found == expected
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(lengths_of_batches, st.sampled_from([1, 4, 16]), st.booleans())
 def test_waste_is_bounded(lengths, heads, one_offset):
     for group in plan(*zip(*lengths), heads=heads, one_offset=one_offset):
@@ -82,7 +82,7 @@ def test_waste_is_bounded(lengths, heads, one_offset):
             assert len({keys - rows for rows, keys in real}) == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(lengths_of_batches)
 def test_put_writes_back_what_take_read(lengths):
     lengths_q, lengths_k = zip(*lengths)
@@ -154,7 +154,7 @@ def test_a_batch_without_scores_has_no_groups(lengths):
     assert plan(*lengths) == ()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 12) | st.integers(0, 400), min_size=1, max_size=12))
 def test_slots_index_the_concatenated_groups(lengths):
     groups, slots, *_ = plan_groups(starts(lengths), starts(lengths), 4, False, CPU)

@@ -28,10 +28,16 @@ if TYPE_CHECKING:
     from .packed.rows import concatenate_and_pack, pack_sequences
     from .packed.stream import PackedStream, PackedStreamLoader, pack_stream
     from .reader import streaming_dataset_reader
+    from .shards.blend import BlendedSamples, blend_shards
+    from .shards.loader import ShardLoader
+    from .shards.samples import ShardSamples
+    from .shards.shards import TokenShards
+    from .shards.windows import shard_windows
     from .tokenizers import byte_tokenizer, train_tokenizer
 
 # Imported on first use, because some of these modules need torch or datasets and others do not.
 _HOMES = {
+    "BlendedSamples": ".shards.blend",
     "CappedSeq2SeqCollator": ".collators.seq2seq",
     "ChatReport": ".chat.checks",
     "ChatTemplate": ".chat.templates",
@@ -42,7 +48,11 @@ _HOMES = {
     "PackedStreamLoader": ".packed.stream",
     "Preview": ".chat.marked",
     "SFTDataConfig": ".chat.split",
+    "ShardLoader": ".shards.loader",
+    "ShardSamples": ".shards.samples",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
+    "TokenShards": ".shards.shards",
+    "blend_shards": ".shards.blend",
     "byte_tokenizer": ".tokenizers",
     "chat_dataset": ".chat.dataset",
     "collate_packed_rows": ".packed.collate",
@@ -59,12 +69,14 @@ _HOMES = {
     "pack_stream": ".packed.stream",
     "packed_collate_fn": ".packed.collate",
     "preview": ".chat.preview",
+    "shard_windows": ".shards.windows",
     "streaming_dataset_reader": ".reader",
     "train_tokenizer": ".tokenizers",
 }
 
 # A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
 __all__ = [
+    "BlendedSamples",
     "CappedSeq2SeqCollator",
     "ChatReport",
     "ChatTemplate",
@@ -75,7 +87,11 @@ __all__ = [
     "PackedStreamLoader",
     "Preview",
     "SFTDataConfig",
+    "ShardLoader",
+    "ShardSamples",
     "T5SpanCorruptionCollatorFast",
+    "TokenShards",
+    "blend_shards",
     "byte_tokenizer",
     "chat_dataset",
     "collate_packed_rows",
@@ -92,6 +108,7 @@ __all__ = [
     "pack_stream",
     "packed_collate_fn",
     "preview",
+    "shard_windows",
     "streaming_dataset_reader",
     "train_tokenizer",
 ]

@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .commands import help_texts
+from .commands import help_texts, shard_options
+from .commands.arguments import (
+    add_command,
+    add_seed,
+    add_tokenizer,
+    positive,
+    positive_number,
+    token,
+)
 from .commands.interrupts import Interrupted, signals_raise
 
 _COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", "seq_lengths")
@@ -59,12 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_pack(commands)
     _add_preview(commands)
+    shard_options.add_shards(commands)
     return parser
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
     summary = "run your data through your model padded and packed, and compare"
-    check = _add_command(commands, "check", summary, help_texts.CHECK, help_texts.CHECK_EPILOG)
+    check = add_command(commands, "check", summary, help_texts.CHECK, help_texts.CHECK_EPILOG)
     check.add_argument(
         "--model",
         required=True,
@@ -83,14 +92,14 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     )
     check.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         default=8,
         metavar="N",
         help="rows of the batch (default: 8)",
     )
     check.add_argument(
         "--max-length",
-        type=_positive,
+        type=positive,
         default=512,
         metavar="N",
         help="cut each text, or each side of a pair, to N tokens (default: 512)",
@@ -113,7 +122,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
-    demo = _add_command(
+    demo = add_command(
         commands,
         "demo",
         "train padded and patched models side by side",
@@ -128,7 +137,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     demo.add_argument(
         "--steps",
-        type=_positive,
+        type=positive,
         default=20,
         metavar="N",
         help="optimizer steps of each model, one batch per step (default: 20)",
@@ -137,7 +146,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--data", type=Path, metavar="FILE", help=".txt or .jsonl (default: Python's docstrings)"
     )
     _add_out(demo, "demo")
-    _add_seed(demo, "of the weights, the masked spans and the order of the texts")
+    add_seed(demo, "of the weights, the masked spans and the order of the texts")
     demo.add_argument(
         "--size",
         choices=("auto", "tiny", "small", "large"),
@@ -154,16 +163,16 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     summary = "what is installed here, and which attention backends can run"
-    _add_command(commands, "doctor", summary, help_texts.DOCTOR, help_texts.DOCTOR_EPILOG)
+    add_command(commands, "doctor", summary, help_texts.DOCTOR, help_texts.DOCTOR_EPILOG)
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     summary = "how much of your data is padding"
-    inspect = _add_command(
+    inspect = add_command(
         commands, "inspect", summary, help_texts.INSPECT, help_texts.INSPECT_EPILOG
     )
     inspect.add_argument("--data", type=Path, required=True, metavar="FILE", help=".txt or .jsonl")
-    _add_tokenizer(inspect, required=True)
+    add_tokenizer(inspect, required=True)
     inspect.add_argument(
         "--shape",
         metavar="NAME",
@@ -177,26 +186,26 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     _add_prediction(inspect)
     inspect.add_argument(
         "--max-length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="cut each text, or each side of a pair, to N tokens, as training would (default: no "
         "cut)",
     )
     inspect.add_argument(
         "--capacity",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of a packed row; for an encoder-decoder, of each side (default: the smallest "
         "power of two, 512 or more, that holds the longest text or side)",
     )
     _add_out(inspect, "inspect")
-    _add_seed(inspect, "of the shuffling")
+    add_seed(inspect, "of the shuffling")
 
 
 def _add_prediction(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument(
         "--gpus",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="predict step time, memory and token budget on N devices",
     )
@@ -208,7 +217,7 @@ def _add_prediction(inspect: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument(
         "--link",
-        type=_positive_number,
+        type=positive_number,
         metavar="GB/S",
         default=25.0,
         help="with --gpus: gigabytes per second between ranks, in each direction (default: 25, "
@@ -218,7 +227,7 @@ def _add_prediction(inspect: argparse.ArgumentParser) -> None:
 
 def _add_pack(commands: argparse._SubParsersAction) -> None:
     summary = "pack sequences into full rows"
-    pack = _add_command(commands, "pack", summary, help_texts.PACK, help_texts.PACK_EPILOG)
+    pack = add_command(commands, "pack", summary, help_texts.PACK, help_texts.PACK_EPILOG)
     pack.add_argument("input", metavar="IN", help="files to pack, see below")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder for the output")
     _add_reading(pack.add_argument_group("reading"))
@@ -238,7 +247,7 @@ def _add_reading(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="column of label lists, as long as the token lists (default: the tokens)",
     )
-    _add_tokenizer(group, required=False)
+    add_tokenizer(group, required=False)
     group.add_argument(
         "--text-column",
         default="text",
@@ -249,10 +258,10 @@ def _add_reading(group: argparse._ArgumentGroup) -> None:
 
 def _add_planning(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--capacity", type=_positive, required=True, metavar="N", help="tokens of a row"
+        "--capacity", type=positive, required=True, metavar="N", help="tokens of a row"
     )
     group.add_argument("--strategy", default="auto", metavar="S", help="see below")
-    _add_seed(group, "of the shuffling of ffs")
+    add_seed(group, "of the shuffling of ffs")
     group.add_argument(
         "--overlong",
         choices=("error", "truncate", "split", "drop"),
@@ -265,11 +274,11 @@ def _add_planning(group: argparse._ArgumentGroup) -> None:
         help="drop sequences without tokens; without this option they are an error",
     )
     group.add_argument(
-        "--max-sequences", type=_positive, metavar="N", help="at most N sequences in a row"
+        "--max-sequences", type=positive, metavar="N", help="at most N sequences in a row"
     )
     group.add_argument(
         "--window",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="only sequences of the same window of N share a row; keeps a shuffle or a curriculum",
     )
@@ -278,14 +287,14 @@ def _add_planning(group: argparse._ArgumentGroup) -> None:
 def _add_rows(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--padding-value",
-        type=_token,
+        type=token,
         default=0,
         metavar="V",
         help="value of input_ids at padding (default: 0)",
     )
     group.add_argument(
         "--label-padding-value",
-        type=_token,
+        type=token,
         default=-100,
         metavar="V",
         help="value of labels at positions without a target (default: -100)",
@@ -299,7 +308,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--num-proc",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="threads that make rows (default: 1)",
@@ -308,20 +317,20 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
 
 def _add_preview(commands: argparse._SubParsersAction) -> None:
     summary = "show what is learned of your conversations"
-    preview = _add_command(
+    preview = add_command(
         commands, "preview", summary, help_texts.PREVIEW, help_texts.PREVIEW_EPILOG
     )
     preview.add_argument(
         "--data", required=True, metavar="FILE", help="conversations, see below; or a hub name"
     )
-    _add_tokenizer(preview, required=True)
+    add_tokenizer(preview, required=True)
     preview.add_argument(
         "--template",
         metavar="NAME_OR_FILE",
         help="chatml, llama3, gemma, alpaca, raw, or a .jinja file (default: the tokenizer's)",
     )
     preview.add_argument(
-        "--n", type=_positive, default=3, metavar="N", help="texts to show (default: 3)"
+        "--n", type=positive, default=3, metavar="N", help="texts to show (default: 3)"
     )
     preview.add_argument(
         "--style",
@@ -336,7 +345,7 @@ def _add_preview(commands: argparse._SubParsersAction) -> None:
         metavar="WHICH",
         help="all, last, or roles separated by commas (default: all)",
     )
-    preview.add_argument("--max-length", type=_positive, metavar="N", help="tokens of a text")
+    preview.add_argument("--max-length", type=positive, metavar="N", help="tokens of a text")
     preview.add_argument(
         "--truncation",
         choices=("turn", "token", "drop", "error"),
@@ -351,7 +360,7 @@ def _add_preview(commands: argparse._SubParsersAction) -> None:
     )
 
 
-# Options that several commands have.
+# An option that several commands have.
 
 
 def _add_out(parser: argparse.ArgumentParser, command: str) -> None:
@@ -362,60 +371,3 @@ def _add_out(parser: argparse.ArgumentParser, command: str) -> None:
         metavar="DIR",
         help=f"folder for {command}.png and {command}.json (default: tokenpack-{command})",
     )
-
-
-def _add_seed(parser: argparse._ActionsContainer, of_what: str) -> None:
-    parser.add_argument(
-        "--seed", type=_not_negative, default=0, metavar="S", help=f"seed {of_what} (default: 0)"
-    )
-
-
-def _add_tokenizer(parser: argparse._ActionsContainer, required: bool) -> None:
-    parser.add_argument(
-        "--tokenizer",
-        required=required,
-        metavar="NAME_OR_PATH",
-        help="a tokenizer.json, a folder that holds a tokenizer, or a name on the Hugging Face hub",
-    )
-
-
-def _add_command(
-    commands: argparse._SubParsersAction, name: str, summary: str, description: str, epilog: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _positive(text: str) -> int:
-    return _integer(text, least=1)
-
-
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return number
-
-
-def _not_negative(text: str) -> int:
-    return _integer(text, least=0)
-
-
-def _integer(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be an integer of {least} or more, got {text!r}")
-    return int(text)
-
-
-def _token(text: str) -> int:
-    if not text.removeprefix("-").isdecimal() or not -(2**31) <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a 32-bit integer, got {text!r}")
-    return int(text)

@@ -1,7 +1,8 @@
-"""Write a file whole or not at all, and write an array that grows."""
+"""Write a file whole or not at all, write an array that grows, and lock a folder."""
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,40 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_folder(folder: Path, name: str) -> Iterator[None]:
+    """Keep other runs out of the folder. The system ends the lock even if this process is killed.
+
+    Where folders cannot be locked (Windows, some network file systems), this has no effect.
+
+    Args:
+        folder: which exists.
+        name: the argument that named it, for the error message.
+
+    Raises:
+        ValueError: if another run has locked it.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{name} must not be in use, but another run writes {folder}"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class NpyWriter:

@@ -5,10 +5,13 @@
     inspect.py   prints lengths and padding of a file, and how full each strategy packs it
     pack.py      packs files into rows
     preview.py   shows what is learned of conversations
+    shards.py    writes, inspects, merges and converts token shards
 
 Shared modules:
 
     help_texts.py       the texts of ``--help``
+    arguments.py        options that several commands have
+    shard_options.py    the options of ``tokenpack shards``
     models.py           the models to train, and the published shapes to count
     side_by_side.py     trains a model padded and packed
     epochs.py           counts the tokens of an epoch's batches

@@ -9,6 +9,7 @@ Padding-free training of Hugging Face models: the same results, computed from th
   tokenpack inspect   how much of your data's batches is padding, and what removing it saves
   tokenpack pack      pack your sequences into full rows, and write them as a dataset
   tokenpack preview   show what is learned of your conversations, and check them
+  tokenpack shards    write a corpus as token shards; inspect, merge and convert shards of any tool
 """
 
 CHECK = """\
@@ -213,4 +214,59 @@ examples:
   tokenpack preview --data my.jsonl --tokenizer my --n 1 --style plain > text.txt
 
 exit code: 0 on success; 1 if a check found a problem; 2 for bad input.
+"""
+
+SHARDS = """\
+Token shards: corpora that are token ids on disk, in the formats of Megatron, datatrove, llm.c, OLMo
+and NumPy. A file's format is recognized by its content. `tokenpack shards ACTION --help` has more.
+"""
+
+SHARDS_EPILOG = """\
+examples:
+  tokenpack shards write corpus.jsonl.zst corpus --tokenizer openai-community/gpt2 --num-proc 8
+  tokenpack shards info corpus.idx other.ds
+  tokenpack shards convert fineweb_train_000001.bin fineweb --format megatron --bos-token-id 50256
+"""
+
+SHARDS_WRITE = """\
+Tokenize the rows of IN and write them as token shards. A row is a document. Everything is written
+to OUT.unfinished first. If the run is killed, run the same command again: it goes on, and the files
+are the same bytes.
+"""
+
+SHARDS_WRITE_EPILOG = """\
+IN is files, a folder or a glob (in quotes) of one format, as for `tokenpack pack`:
+  .parquet .arrow .feather .jsonl .csv .tsv .txt    text formats also as .gz .bz2 .xz .zst
+A line of .txt is a document. Without --tokenizer, the rows hold token ids, and --dtype is needed.
+With --chat, IN is conversations as for `tokenpack preview`; they need --format datatrove, which
+stores the tokens that are targets.
+
+OUT names the files:
+  megatron     OUT.bin, OUT.idx
+  datatrove    OUT.ds, OUT.ds.index, OUT.ds.metadata, with --chat OUT.ds.loss
+  both         OUT.tokenpack.json: options, counts, a checksum
+With --world-size N, each of N machines writes OUT-RANK-of-N, and `tokenpack shards merge` joins
+them.
+
+examples:
+  tokenpack shards write 'data/*.parquet' corpus --tokenizer my/tokenizer --num-proc 8
+  tokenpack shards write c4.jsonl c4 --tokenizer my --format datatrove --bos --no-eos
+  tokenpack shards write chats.jsonl chats --tokenizer my --chat --format datatrove
+  tokenpack shards write c4.jsonl c4 --tokenizer my --rank 3 --world-size 8
+
+exit code: 0 on success; 2 for bad input, or if the files cannot be written.
+"""
+
+SHARDS_INFO = """\
+Print format, dtype, tokens and documents of token shards, from what the files say themselves. A
+file that is damaged or cut short is an error that names it.
+"""
+
+SHARDS_MERGE = """\
+Join token shards of one dtype. Parts of `shards write --world-size` are put in order, and must all
+be there, of one run, and undamaged.
+"""
+
+SHARDS_CONVERT = """\
+Write token shards of any format as Megatron's or datatrove's.
 """

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
+from ..files import locked_folder
 from ..packing import Packer, PackResult, pack_shards
 from ..segments import offsets_of
 from ..table import format_table
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_options(arguments, only_lengths)
     _check_packages("tqdm", *(() if only_lengths else ("datasets", "pyarrow")))
     make_folder(arguments.out, "OUT")
-    with _locked(arguments.out):
+    with locked_folder(arguments.out, "OUT"):
         _remove_unfinished(arguments.out)
         _check_empty(arguments.out)
         try:
@@ -91,31 +90,6 @@ def _check_empty(folder: Path) -> None:
     found = next(folder.iterdir(), None)
     if found is not None:
         raise ValueError(f"OUT must be a new or empty folder, got {folder} with {found.name}")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder. The system ends the lock even if this process is killed.
-
-    Where folders cannot be locked (Windows, some network file systems), this has no effect.
-    """
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"OUT must not be in use, but another run writes {folder}") from None
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unfinished(folder: Path) -> None:

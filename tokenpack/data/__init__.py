@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from .reader import streaming_dataset_reader
     from .shards.blend import BlendedSamples, blend_shards
     from .shards.loader import ShardLoader
+    from .shards.merge import convert_shards, merge_shards
     from .shards.samples import ShardSamples
     from .shards.shards import TokenShards
     from .shards.windows import shard_windows
+    from .shards.write import write_shards
+    from .shards.writer import ShardWriter
     from .tokenizers import byte_tokenizer, train_tokenizer
 
 # Imported on first use, because some of these modules need torch or datasets and others do not.
@@ -50,6 +53,7 @@ _HOMES = {
     "SFTDataConfig": ".chat.split",
     "ShardLoader": ".shards.loader",
     "ShardSamples": ".shards.samples",
+    "ShardWriter": ".shards.writer",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
     "TokenShards": ".shards.shards",
     "blend_shards": ".shards.blend",
@@ -57,10 +61,12 @@ _HOMES = {
     "chat_dataset": ".chat.dataset",
     "collate_packed_rows": ".packed.collate",
     "concatenate_and_pack": ".packed.rows",
+    "convert_shards": ".shards.merge",
     "from_sft_files": ".chat.split",
     "from_sft_hf": ".chat.split",
     "from_sft_json": ".chat.split",
     "from_sft_strings": ".chat.split",
+    "merge_shards": ".shards.merge",
     "pack_dataset": ".packed.dataset",
     "pack_dataset_from_result": ".packed.dataset",
     "pack_pairs_to_tensors": ".packed.pairs",
@@ -72,6 +78,7 @@ _HOMES = {
     "shard_windows": ".shards.windows",
     "streaming_dataset_reader": ".reader",
     "train_tokenizer": ".tokenizers",
+    "write_shards": ".shards.write",
 }
 
 # A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
@@ -89,6 +96,7 @@ __all__ = [
     "SFTDataConfig",
     "ShardLoader",
     "ShardSamples",
+    "ShardWriter",
     "T5SpanCorruptionCollatorFast",
     "TokenShards",
     "blend_shards",
@@ -96,10 +104,12 @@ __all__ = [
     "chat_dataset",
     "collate_packed_rows",
     "concatenate_and_pack",
+    "convert_shards",
     "from_sft_files",
     "from_sft_hf",
     "from_sft_json",
     "from_sft_strings",
+    "merge_shards",
     "pack_dataset",
     "pack_dataset_from_result",
     "pack_pairs_to_tensors",
@@ -111,6 +121,7 @@ __all__ = [
     "shard_windows",
     "streaming_dataset_reader",
     "train_tokenizer",
+    "write_shards",
 ]
 
 

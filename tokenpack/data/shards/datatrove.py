@@ -84,13 +84,14 @@ def write_index(file: BinaryIO, lengths: NDArray[np.int64]) -> None:
 
 def write_metadata(file: BinaryIO, tokenizer: str, itemsize: int, count: int) -> None:
     """Write the metadata. ``tokenizer`` is a name; datatrove reads it back."""
-    number = float(count)
-    units = iter(("", "K", "M", "B", "T"))
-    unit = next(units)
-    while number >= 1000 and unit != "T":
-        number, unit = number / 1000, next(units)
+    power = 0
+    while count >= 999.5 * 1000**power and power < 5:
+        power += 1
+    number = count / 1000**power
+    decimals = 2 if number < 9.995 else 1 if number < 99.95 else 0
+    unit = " kMGTP"[power].strip()
     name = tokenizer.replace("\n", " ") or "unknown"
-    file.write(f"{name}|{itemsize}\n{count}\n{number:.3g} {unit}T".encode())
+    file.write(f"{name}|{itemsize}\n{count}\n{number:.{decimals}f} {unit}T".encode())
 
 
 def _read_metadata(path: Path) -> tuple[int, str, int]:

@@ -81,31 +81,22 @@ def open_megatron(prefix: Path) -> ShardFile:
     )
 
 
-class MegatronIndex:
-    """Collects what ``.idx`` holds, while tokens are written.
+def write_index(file: BinaryIO, dtype: np.dtype[Any], lengths: NDArray[np.int64]) -> None:
+    """Write the index of documents of the given lengths, in tokens.
 
-    Attributes:
-        dtype: of the tokens.
+    A document has one sequence, or more if it is longer than a length can say.
     """
-
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self.dtype = dtype
-        code_of_dtype(dtype)
-
-    def write(self, file: BinaryIO, lengths: NDArray[np.int64]) -> None:
-        """Write the index of documents of the given lengths, in tokens."""
-        pieces = np.maximum(-(-lengths // MAX_SEQUENCE), 1)  # of each document
-        documents = np.concatenate([[0], np.cumsum(pieces)]).astype("<i8")
-        sequences = lengths
-        if documents[-1] != len(lengths):
-            sequences = np.full(documents[-1], MAX_SEQUENCE, np.int64)
-            sequences[documents[1:] - 1] = lengths - (pieces - 1) * MAX_SEQUENCE
-        code = code_of_dtype(self.dtype)
-        file.write(_HEADER.pack(MAGIC, 1, code, len(sequences), len(documents)))
-        file.write(bytes_of(sequences.astype("<i4")))
-        starts = (np.cumsum(sequences) - sequences) * self.dtype.itemsize
-        file.write(bytes_of(starts.astype("<i8")))
-        file.write(bytes_of(documents))
+    pieces = np.maximum(-(-lengths // MAX_SEQUENCE), 1)  # of each document
+    documents = np.concatenate([[0], np.cumsum(pieces)]).astype("<i8")
+    sequences = lengths
+    if documents[-1] != len(lengths):
+        sequences = np.full(documents[-1], MAX_SEQUENCE, np.int64)
+        sequences[documents[1:] - 1] = lengths - (pieces - 1) * MAX_SEQUENCE
+    file.write(_HEADER.pack(MAGIC, 1, code_of_dtype(dtype), len(sequences), len(documents)))
+    file.write(bytes_of(sequences.astype("<i4")))
+    starts = (np.cumsum(sequences) - sequences) * dtype.itemsize
+    file.write(bytes_of(starts.astype("<i8")))
+    file.write(bytes_of(documents))
 
 
 def code_of_dtype(dtype: np.dtype[Any]) -> int:

@@ -1,0 +1,70 @@
+"""Options that several commands have, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_seed(parser: argparse._ActionsContainer, of_what: str) -> None:
+    """Add ``--seed``; ``of_what`` completes its help."""
+    parser.add_argument(
+        "--seed", type=not_negative, default=0, metavar="S", help=f"seed {of_what} (default: 0)"
+    )
+
+
+def add_tokenizer(parser: argparse._ActionsContainer, required: bool) -> None:
+    """Add ``--tokenizer``."""
+    parser.add_argument(
+        "--tokenizer",
+        required=required,
+        metavar="NAME_OR_PATH",
+        help="a tokenizer.json, a folder that holds a tokenizer, or a name on the Hugging Face hub",
+    )
+
+
+def add_command(
+    commands: argparse._SubParsersAction, name: str, summary: str, description: str, epilog: str
+) -> argparse.ArgumentParser:
+    """Add a command with its help texts."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more."""
+    return integer(text, least=1)
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """An integer of 0 or more."""
+    return integer(text, least=0)
+
+
+def integer(text: str, least: int) -> int:
+    """An integer of ``least`` or more."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer of {least} or more, got {text!r}")
+    return int(text)
+
+
+def token(text: str) -> int:
+    """An id of a token, 32 bits."""
+    if not text.removeprefix("-").isdecimal() or not -(2**31) <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a 32-bit integer, got {text!r}")
+    return int(text)

@@ -31,8 +31,17 @@ if TYPE_CHECKING:
     from .shards.blend import BlendedSamples, blend_shards
     from .shards.loader import ShardLoader
     from .shards.merge import convert_shards, merge_shards
+    from .shards.pipeline import ShardStep
     from .shards.samples import ShardSamples
     from .shards.shards import TokenShards
+    from .shards.simple import (
+        DataConfig,
+        from_binary,
+        from_files,
+        from_hf,
+        from_npy_split,
+        save_binary,
+    )
     from .shards.windows import shard_windows
     from .shards.write import write_shards
     from .shards.writer import ShardWriter
@@ -44,6 +53,7 @@ _HOMES = {
     "CappedSeq2SeqCollator": ".collators.seq2seq",
     "ChatReport": ".chat.checks",
     "ChatTemplate": ".chat.templates",
+    "DataConfig": ".shards.simple",
     "Denoiser": ".collators.denoisers",
     "PackedBatch": ".packed.batch",
     "PackedPairs": ".packed.pairs",
@@ -53,6 +63,7 @@ _HOMES = {
     "SFTDataConfig": ".chat.split",
     "ShardLoader": ".shards.loader",
     "ShardSamples": ".shards.samples",
+    "ShardStep": ".shards.pipeline",
     "ShardWriter": ".shards.writer",
     "T5SpanCorruptionCollatorFast": ".collators.span_corruption",
     "TokenShards": ".shards.shards",
@@ -62,6 +73,10 @@ _HOMES = {
     "collate_packed_rows": ".packed.collate",
     "concatenate_and_pack": ".packed.rows",
     "convert_shards": ".shards.merge",
+    "from_binary": ".shards.simple",
+    "from_files": ".shards.simple",
+    "from_hf": ".shards.simple",
+    "from_npy_split": ".shards.simple",
     "from_sft_files": ".chat.split",
     "from_sft_hf": ".chat.split",
     "from_sft_json": ".chat.split",
@@ -75,6 +90,7 @@ _HOMES = {
     "pack_stream": ".packed.stream",
     "packed_collate_fn": ".packed.collate",
     "preview": ".chat.preview",
+    "save_binary": ".shards.simple",
     "shard_windows": ".shards.windows",
     "streaming_dataset_reader": ".reader",
     "train_tokenizer": ".tokenizers",
@@ -87,6 +103,7 @@ __all__ = [
     "CappedSeq2SeqCollator",
     "ChatReport",
     "ChatTemplate",
+    "DataConfig",
     "Denoiser",
     "PackedBatch",
     "PackedPairs",
@@ -96,6 +113,7 @@ __all__ = [
     "SFTDataConfig",
     "ShardLoader",
     "ShardSamples",
+    "ShardStep",
     "ShardWriter",
     "T5SpanCorruptionCollatorFast",
     "TokenShards",
@@ -105,6 +123,10 @@ __all__ = [
     "collate_packed_rows",
     "concatenate_and_pack",
     "convert_shards",
+    "from_binary",
+    "from_files",
+    "from_hf",
+    "from_npy_split",
     "from_sft_files",
     "from_sft_hf",
     "from_sft_json",
@@ -118,6 +140,7 @@ __all__ = [
     "pack_stream",
     "packed_collate_fn",
     "preview",
+    "save_binary",
     "shard_windows",
     "streaming_dataset_reader",
     "train_tokenizer",

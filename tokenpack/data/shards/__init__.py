@@ -15,5 +15,6 @@ loader.py      batches for ranks and workers, with one number as state
 writer.py      files that are whole or not there, and go on after a kill
 encode.py      texts and conversations to tokens
 write.py       corpora to shards
+pipeline.py    the same as a step of a datatrove pipeline
 merge.py       join, convert and verify shards
 """

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 1 << 12  # ends that are read at once
-_CHECKED = 1 << 20  # values that are checked at once
+_CHECKED = 1 << 16  # values that are checked at once, in a core's cache
 
 
 class Column:
@@ -48,6 +48,17 @@ class Column:
             else:  # an empty file cannot be mapped
                 self._map = np.empty(0, self.dtype)
         return self._map
+
+
+class ArrayColumn(Column):
+    """The same for values in memory."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        super().__init__(Path("memory"), values.dtype, 0, len(values))
+        self._map = values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
 
 
 class DocumentEnds:
@@ -112,8 +123,8 @@ def first_decrease(column: Column) -> int | None:
     before = 0
     for first in range(0, len(column), _CHECKED):
         values = column.array[first : first + _CHECKED].astype(np.int64)
-        steps = np.diff(values, prepend=before)
-        if len(steps) and steps.min() < 0:
-            return first + int((steps < 0).argmax())
+        falls = values[1:] < values[:-1]
+        if values[0] < before or falls.any():
+            return first if values[0] < before else first + 1 + int(falls.argmax())
         before = int(values[-1])
     return None

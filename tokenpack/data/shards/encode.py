@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checks import IGNORE_INDEX
+from ...checks import IGNORE_INDEX, as_integer
 from ..chat.pipeline import ChatOptions, ChatPipeline
 from ..chat.templates import set_template
 
@@ -53,7 +53,8 @@ class TextEncoder:
 
     Args:
         tokenizer: of transformers.
-        bos, eos: put the tokenizer's BOS before each document, and its EOS behind it.
+        bos, eos: put the tokenizer's BOS before each document, and its EOS behind it; or the ids of
+            other tokens.
 
     Attributes:
         identity: equal for encoders that give the same tokens.
@@ -64,9 +65,11 @@ class TextEncoder:
 
     has_targets = False
 
-    def __init__(self, tokenizer: Any, bos: bool, eos: bool) -> None:
-        self._first = [_special(tokenizer, "bos")] if bos else []
-        self._last = [_special(tokenizer, "eos")] if eos else []
+    def __init__(self, tokenizer: Any, bos: bool | int | None, eos: bool | int | None) -> None:
+        self._first, self._last = (
+            [] if given is None or given is False else [_special(tokenizer, which, given)]
+            for which, given in (("bos", bos), ("eos", eos))
+        )
         self._encode, identity = _plain_encoder(tokenizer)
         self.identity = f"{identity}:{self._first}:{self._last}"
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -173,7 +176,9 @@ class IdsEncoder:
         )
 
 
-def _special(tokenizer: Any, which: str) -> int:
+def _special(tokenizer: Any, which: str, given: Any) -> int:
+    if given is not True:
+        return as_integer(f"{which}_id", given)
     token = getattr(tokenizer, f"{which}_token_id")
     if token is None:
         raise ValueError(

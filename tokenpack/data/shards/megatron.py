@@ -33,7 +33,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = {6: "float64", 7: "float32"}
 MAX_SEQUENCE = 2**31 - 1
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 16  # sequences that are checked at once, in a core's cache
 
 
 def open_megatron(prefix: Path) -> ShardFile:

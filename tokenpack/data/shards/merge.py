@@ -247,10 +247,12 @@ def _rank_order(files: Sequence[ShardFile], abouts: Sequence[Any]) -> list[int] 
         raise ShardError(f"paths must be the parts of all {size} ranks, each once; ranks {what}")
     order = sorted(range(size), key=lambda at: ranks[at])
     for before, after in zip(order, order[1:]):
-        if abouts[before]["position"]["stop"] != abouts[after]["position"]["first"]:
+        end = abouts[before]["position"].get("stop")  # a task of datatrove has no range of rows
+        begin = abouts[after]["position"].get("first")
+        if end != begin:
             raise ShardError(
-                f"{files[after].path} must begin with row {abouts[before]['position']['stop']}, "
-                f"where {files[before].path} ends, got {abouts[after]['position']['first']}"
+                f"{files[after].path} must begin with row {end}, where {files[before].path} ends, "
+                f"got {begin}"
             )
     return order
 
@@ -264,7 +266,7 @@ def _common_key(abouts: Sequence[Any]) -> dict[str, Any]:
     common = {n: v for n, v in keys[0].items() if all(key.get(n) == v for key in keys)}
     if not shared <= set(common):
         return {}
-    return {**{name: common[name] for name in shared}, "rank": 0, "world_size": 1}
+    return {**{name: common[name] for name in sorted(shared)}, "rank": 0, "world_size": 1}
 
 
 def _require_one_tokenizer(files: Sequence[ShardFile], abouts: Sequence[Any]) -> None:

@@ -107,17 +107,20 @@ def make_row(
         sequence. All int64.
     """
     lengths = np.array([stop - start for start, stop in parts], np.int64)
-    total = int(lengths.sum())
-    ids = np.full(max(slots, total), padding_value, np.int64)
-    labels = np.full(len(ids), IGNORE_INDEX, np.int64)
+    ends = lengths.cumsum()
+    total = int(ends[-1])
+    ids = np.empty(max(slots, total), np.int64)
     at = 0
     for start, stop in _joined(parts):
-        end = at + stop - start
-        ids[at:end] = shards.tokens(start, stop)
-        targets = shards.targets(start, stop)
-        labels[at:end] = ids[at:end] if targets is None else np.where(targets, ids[at:end], -100)
-        at = end
-    labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX  # would be predicted from elsewhere
+        ids[at : at + stop - start] = shards.tokens(start, stop)
+        at += stop - start
+    ids[total:] = padding_value
+    labels = ids.copy()
+    labels[total:] = IGNORE_INDEX
+    if shards.has_mask:
+        masks = [shards.targets(start, stop) for start, stop in parts]
+        labels[:total][~np.concatenate(masks)] = IGNORE_INDEX  # type: ignore[arg-type]
+    labels[ends - lengths] = IGNORE_INDEX  # would be predicted from elsewhere
     if not shifted:
         return {"input_ids": ids, "labels": labels, "seq_lengths": lengths}
     next_labels = np.append(labels[1:], IGNORE_INDEX)[:slots]

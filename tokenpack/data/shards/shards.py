@@ -46,6 +46,7 @@ class TokenShards(Sequence[Any]):
     Attributes:
         files: the files, in order.
         num_tokens: number of tokens.
+        has_mask: whether a file has a mask of the loss.
         dtype: of all files together.
 
     Raises:
@@ -66,13 +67,25 @@ class TokenShards(Sequence[Any]):
         given = None if dtype is None else as_token_dtype("dtype", dtype)
         if bos_token_id is not None and eos_token_id is not None:
             raise ValueError("bos_token_id and eos_token_id must not be given together")
-        self.files = [open_shard(path, given) for path in resolve_paths(paths)]
-        _add_masks(self.files, label_masks)
-        for file in self.files:
+        files = [open_shard(path, given) for path in resolve_paths(paths)]
+        _add_masks(files, label_masks)
+        for file in files:
             if file.ends is None and bos_token_id is not None:
                 file.ends = _found(file, as_integer("bos_token_id", bos_token_id), True)
             elif file.ends is None and eos_token_id is not None:
                 file.ends = _found(file, as_integer("eos_token_id", eos_token_id), False)
+        self._set_files(files, bos_token_id)
+
+    @classmethod
+    def of_files(cls, files: Sequence[ShardFile]) -> TokenShards:
+        """The shards of files that are open already."""
+        shards = cls.__new__(cls)
+        shards._set_files(list(files), None)
+        return shards
+
+    def _set_files(self, files: list[ShardFile], bos_token_id: int | None) -> None:
+        self.files = files
+        self.has_mask = any(file.mask is not None for file in self.files)
         self.num_tokens = sum(file.num_tokens for file in self.files)
         self.dtype = np.result_type(*(file.tokens.dtype for file in self.files))
         self._bases = offsets_of([file.num_tokens for file in self.files])
@@ -87,11 +100,6 @@ class TokenShards(Sequence[Any]):
     def has_boundaries(self) -> bool:
         """Whether the ends of documents are known in every file."""
         return all(file.ends is not None for file in self.files)
-
-    @property
-    def has_mask(self) -> bool:
-        """Whether a file has a mask of the loss."""
-        return any(file.mask is not None for file in self.files)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -128,6 +136,8 @@ class TokenShards(Sequence[Any]):
         Raises:
             IndexError: if the positions are not in order and within the shards.
         """
+        if len(self.files) == 1 and 0 <= start <= stop <= self.num_tokens:
+            return self.files[0].tokens.array[start:stop]
         parts = [file.tokens.array[first:last] for file, first, last in self._parts(start, stop)]
         if len(parts) == 1:
             return parts[0]
@@ -164,7 +174,11 @@ class TokenShards(Sequence[Any]):
             return np.empty(0, np.int64)
         ends = found[0] if len(found) == 1 else np.concatenate(found)
         ends = ends[(ends > start) & (ends < stop)]
-        return ends[np.diff(ends, prepend=start) > 0]  # a document may be empty
+        if len(ends) > 1:
+            new = np.empty(len(ends), np.bool_)
+            new[0], new[1:] = True, ends[1:] != ends[:-1]
+            ends = ends[new]  # a document may be empty
+        return ends
 
     def _parts(self, start: int, stop: int) -> list[tuple[ShardFile, int, int]]:
         if not 0 <= start <= stop <= self.num_tokens:
@@ -212,7 +226,7 @@ class TokenShards(Sequence[Any]):
 
 
 def _is_indexed(file: ShardFile) -> bool:
-    return file.format in ("megatron", "datatrove", "olmo") and file.ends is not None
+    return file.ends is not None and file.format in ("megatron", "datatrove", "olmo", "memory")
 
 
 def _found(file: ShardFile, token_id: int, begins: bool) -> DocumentEnds:

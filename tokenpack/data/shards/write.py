@@ -125,8 +125,7 @@ def write_shards(
         encoder = IdsEncoder(_vocabulary_of(dtype)) if tokenizer is None else None
         encoder = encoder or TextEncoder(tokenizer, bos, eos)
     if dtype is None:
-        choose = megatron.dtype_for if format == "megatron" else datatrove.dtype_for
-        dtype = choose(encoder.vocab_size)
+        dtype = dtype_for(format, encoder.vocab_size)
     key = {
         **{"inputs": source.inputs, "column": column, "encoder": encoder.identity},
         **{"format": format, "dtype": np.dtype(dtype).name},
@@ -141,6 +140,12 @@ def write_shards(
         key=key,
     )
     return _run(source, encoder, writer, ranks, num_proc, progress)
+
+
+def dtype_for(format: str, vocab_size: int) -> np.dtype[Any]:
+    """The dtype that the format's own tools choose for a vocabulary."""
+    choose = megatron.dtype_for if format == "megatron" else datatrove.dtype_for
+    return choose(vocab_size)
 
 
 def part_name(name: Path, rank: int, world_size: int) -> Path:

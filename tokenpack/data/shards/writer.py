@@ -48,6 +48,7 @@ class ShardWriter:
         key: what the result depends on, as JSON. A writer with a key resumes, and refuses to go on
             with what a run with another key left. Without a key, it starts again. Entries whose
             names begin with an underscore are not written next to the tokens.
+        resume: False starts again even with a key.
         overwrite: replace files that exist.
 
     Attributes:
@@ -68,6 +69,7 @@ class ShardWriter:
         mask: bool = False,
         tokenizer: str = "unknown",
         key: Mapping[str, Any] | None = None,
+        resume: bool = True,
         overwrite: bool = False,
     ) -> None:
         self.format, self.dtype = format, as_token_dtype("dtype", dtype)
@@ -80,6 +82,7 @@ class ShardWriter:
             raise ValueError(f"format must be datatrove to store a mask of the loss, got {format}")
         self._tokenizer, self._key = tokenizer, None if key is None else json.loads(json.dumps(key))
         self._has_mask, self._overwrite = mask, overwrite
+        self._resumes = resume and key is not None
         self._folder = self.out.with_name(self.out.name + ".unfinished")
         self._limits = np.iinfo(self.dtype)
         self._files: dict[str, Any] = {}
@@ -181,7 +184,7 @@ class ShardWriter:
                 os.fsync(file.fileno())
         self.position = dict(position)
         self._write_state({})
-        self._kept = self._key is not None and self.documents > 0
+        self._kept = self._resumes and self.documents > 0
 
     # ------------------------------------------------------------------------------------- details
 
@@ -204,11 +207,11 @@ class ShardWriter:
         if not path.exists():
             return None
         state = json.loads(path.read_text(encoding="utf-8"))
-        if self._key is None or (state["key"] is None and "renames" not in state):
+        if not self._resumes or self._key is None or state["key"] is None:
             return None
         if state["key"] != self._key:
-            names = {*self._key, *(state["key"] or {})}
-            differs = [n for n in names if self._key.get(n) != (state["key"] or {}).get(n)]
+            names = {*self._key, *state["key"]}
+            differs = [n for n in names if self._key.get(n) != state["key"].get(n)]
             raise ValueError(
                 f"out must not be unfinished by a run with other options or inputs, but "
                 f"{self._folder} differs in {', '.join(sorted(differs))}; remove that folder to "
@@ -268,7 +271,7 @@ class ShardWriter:
                     file.flush()
                     os.fsync(file.fileno())
             self._write_state({"renames": True})
-            self._kept = True
+            self._kept = self._resumes
         for name, path in self._renames():
             if (self._folder / name).exists():
                 with _named(str(path)):

@@ -26,12 +26,14 @@ PUBLIC = {
         rank_efficiency read_ceilings state_memory token_budget training_operations write_ceilings
     """,
     "tokenpack.data": """
-        CappedSeq2SeqCollator ChatReport ChatTemplate Denoiser PackedBatch PackedPairs PackedStream
-        PackedStreamLoader Preview SFTDataConfig T5SpanCorruptionCollatorFast byte_tokenizer
-        chat_dataset collate_packed_rows concatenate_and_pack from_sft_files from_sft_hf
-        from_sft_json from_sft_strings pack_dataset pack_dataset_from_result pack_pairs_to_tensors
-        pack_result_to_tensors pack_sequences pack_stream packed_collate_fn preview
-        streaming_dataset_reader train_tokenizer
+        BlendedSamples CappedSeq2SeqCollator ChatReport ChatTemplate DataConfig Denoiser PackedBatch
+        PackedPairs PackedStream PackedStreamLoader Preview SFTDataConfig ShardLoader ShardSamples
+        ShardWriter T5SpanCorruptionCollatorFast TokenShards blend_shards byte_tokenizer
+        chat_dataset collate_packed_rows concatenate_and_pack convert_shards from_binary from_files
+        from_hf from_npy_split from_sft_files from_sft_hf from_sft_json from_sft_strings
+        merge_shards pack_dataset pack_dataset_from_result pack_pairs_to_tensors
+        pack_result_to_tensors pack_sequences pack_stream packed_collate_fn preview save_binary
+        shard_windows streaming_dataset_reader train_tokenizer write_shards
     """,
     "tokenpack.kernels": """
         PackedLayout TokenStats layout_from_cu_seqlens layout_from_lengths layout_from_mask

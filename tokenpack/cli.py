@@ -17,6 +17,7 @@ from . import __version__
 from .commands import help_texts, shard_options
 from .commands.arguments import (
     add_command,
+    add_ranks,
     add_seed,
     add_tokenizer,
     positive,
@@ -230,7 +231,9 @@ def _add_pack(commands: argparse._SubParsersAction) -> None:
     pack = add_command(commands, "pack", summary, help_texts.PACK, help_texts.PACK_EPILOG)
     pack.add_argument("input", metavar="IN", help="files to pack, see below")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder for the output")
-    _add_reading(pack.add_argument_group("reading"))
+    reading = pack.add_argument_group("reading")
+    _add_reading(reading)
+    add_ranks(reading)
     _add_planning(pack.add_argument_group("planning"))
     _add_rows(pack.add_argument_group("rows"))
 

@@ -382,3 +382,28 @@ def test_a_missing_extra_is_named(tokens, tmp_path, capsys, monkeypatch):
     )
     error = refused(capsys, tokens, tmp_path / "out")
     assert error == "tokenpack: error: pack needs datasets: pip install 'tokenpack[data]'"
+
+
+def test_ranks_pack_ranges_of_the_rows(tmp_path, capsys):
+    import datasets
+
+    path = tmp_path / "ids.jsonl"
+    rows = [[at] * (at % 5 + 1) for at in range(1, 24)]
+    path.write_text("".join(f'{{"input_ids": {row}}}\n' for row in rows))
+    np.save(tmp_path / "lengths.npy", [len(row) for row in rows])
+    sequences = 0
+    parts = []
+    for rank in range(3):
+        options = ["--capacity", "6", "--rank", str(rank), "--world-size", "3"]
+        assert main(["pack", str(path), str(tmp_path / "out"), *options]) == 0
+        folder = tmp_path / f"out-0000{rank}-of-00003"
+        parts.append(datasets.Dataset.from_file(str(folder / "dataset.arrow")))
+        lengths = str(tmp_path / "lengths.npy")
+        assert main(["pack", lengths, str(tmp_path / "plan"), *options]) == 0
+        sequences += PackResult.load(tmp_path / f"plan-0000{rank}-of-00003/plan").num_sequences
+    ids = [{token for row in part for token in row["input_ids"] if token} for part in parts]
+    assert ids == [set(range(1, 8)), set(range(8, 16)), set(range(16, 24))]
+    assert sequences == 23
+    options = ["--capacity", "6", "--rank", "1", "--world-size", "24"]
+    assert main(["pack", str(path), str(tmp_path / "none"), *options[:3], "0", *options[4:]]) == 2
+    assert "--world-size must be at most the number of rows" in capsys.readouterr().err

@@ -22,6 +22,16 @@ def add_tokenizer(parser: argparse._ActionsContainer, required: bool) -> None:
     )
 
 
+def add_ranks(parser: argparse._ActionsContainer) -> None:
+    """Add ``--rank`` and ``--world-size``."""
+    parser.add_argument(
+        "--rank", type=not_negative, default=0, metavar="R", help="write only part R of the rows"
+    )
+    parser.add_argument(
+        "--world-size", type=positive, default=1, metavar="N", help="number of parts (default: 1)"
+    )
+
+
 def add_command(
     commands: argparse._SubParsersAction, name: str, summary: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:

@@ -153,6 +153,8 @@ OUT is a new or an empty folder. The command writes
                   a copy
   metrics.json    the metrics, the options, and the versions of the dependencies
   plan.png        lengths and fills, if matplotlib is installed
+With --world-size N, each of N machines packs its range of the rows into OUT-RANK-of-N;
+datasets.concatenate_datasets joins them.
 Lengths without tokens make no rows. They are planned in shards, in bounded memory, and OUT holds
   plan            tokenpack.packing.PackResult.load("OUT/plan"): which sequences share a bin
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.shards.parts import check_ranks, part_name, part_of
 from ..data.tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
 from ..files import locked_folder
 from ..packing import Packer, PackResult, pack_shards
@@ -49,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
         overlong=arguments.overlong,
         drop_empty=arguments.drop_empty,
     )
+    ranks = check_ranks(arguments.rank, arguments.world_size)
+    if arguments.world_size > 1:
+        arguments.out = part_name(arguments.out, *ranks)
     only_lengths = Path(arguments.input).suffix == ".npy"
     _check_options(arguments, only_lengths)
     _check_packages("tqdm", *(() if only_lengths else ("datasets", "pyarrow")))
@@ -117,6 +121,9 @@ def _plan_lengths(arguments: argparse.Namespace, packer: Packer) -> tuple[PackRe
     from tqdm import tqdm
 
     lengths = _map_lengths(arguments.input)
+    first, stop = part_of(len(lengths), arguments.rank, arguments.world_size)
+    _require_rows(first, stop, arguments.rank, arguments.world_size)
+    lengths = lengths[first:stop]
     _check_lengths(lengths, "lengths", arguments)
     folder = arguments.out / "plan"
     with tqdm(total=len(lengths), desc="planning", unit=" lengths", unit_scale=True) as bar:
@@ -170,7 +177,8 @@ def _pack_rows(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResul
         names, make = [arguments.text_column], _encoded_by(load_tokenizer(arguments.tokenizer))
     elif arguments.labels:
         names.append(arguments.labels)
-    tokens, *labels = _read(arguments.input, names, make)
+    ranks = (arguments.rank, arguments.world_size)
+    tokens, *labels = _read(arguments.input, names, make, ranks)
     _check_lengths(tokens.lengths, names[0], arguments)
     for each in labels:
         require_same_lengths(tokens, names[0], each, names[1])
@@ -193,15 +201,20 @@ def _pack_rows(arguments: argparse.Namespace, packer: Packer) -> tuple[PackResul
 
 
 def _read(
-    path: str, names: list[str], make: Callable[[pa.ChunkedArray, str], Tokens]
+    path: str,
+    names: list[str],
+    make: Callable[[pa.ChunkedArray, str], Tokens],
+    ranks: tuple[int, int] = (0, 1),
 ) -> list[Tokens]:
-    """Read the sequences of each column."""
+    """Read the sequences of each column, in the rows of this rank."""
     from tqdm import tqdm
 
+    first, stop = _rows_of_rank(path, names, *ranks)
     columns = [_GrowingTokens() for _ in names]
-    rows = 0
+    rows = first
     with tqdm(desc="reading", unit=" rows", unit_scale=True) as bar:
-        for table in _batches(path, names):
+        for whole in _batches(path, names, first):
+            table = whole if stop is None else whole.slice(0, stop - rows)
             for name, column in zip(names, columns):
                 try:
                     column.append(make(table.column(name), name))
@@ -210,14 +223,38 @@ def _read(
                     raise ValueError(f"IN: {path}: {where}{error}") from None
             rows += table.num_rows
             bar.update(table.num_rows)
+            if rows == stop:
+                break
     return [column.tokens() for column in columns]
 
 
-def _batches(path: str, names: list[str]) -> Iterator[pa.Table]:
+def _rows_of_rank(
+    path: str, names: list[str], rank: int, world_size: int
+) -> tuple[int, int | None]:
+    """The first row, and the one after the last. One rank reads to the end, without counting."""
+    if world_size == 1:
+        return 0, None
+    total = sum(table.num_rows for table in _batches(path, names))
+    first, stop = part_of(total, rank, world_size)
+    _require_rows(first, stop, rank, world_size)
+    return first, stop
+
+
+def _require_rows(first: int, stop: int, rank: int, world_size: int) -> None:
+    if first == stop:
+        raise ValueError(
+            f"--world-size must be at most the number of rows, got {world_size}, which leaves rank "
+            f"{rank} no row"
+        )
+
+
+def _batches(path: str, names: list[str], skip_rows: int = 0) -> Iterator[pa.Table]:
     from ..data.reader import streaming_dataset_reader
 
     try:
-        yield from streaming_dataset_reader(path, columns=names, output="arrow")
+        yield from streaming_dataset_reader(
+            path, columns=names, output="arrow", skip_rows=skip_rows
+        )
     except (ValueError, OSError) as error:
         # Name the command's argument in place of the reader's.
         why = str(error).removeprefix("columns must be in every file, but ")

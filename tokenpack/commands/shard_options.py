@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import help_texts
-from .arguments import add_command, add_tokenizer, not_negative, positive
+from .arguments import add_command, add_ranks, add_tokenizer, not_negative, positive
 
 _FORMATS = ("megatron", "datatrove")
 
@@ -58,12 +58,7 @@ def _add_write(actions: argparse._SubParsersAction) -> None:
         metavar="N",
         help="threads that tokenize (default: 1)",
     )
-    write.add_argument(
-        "--rank", type=not_negative, default=0, metavar="R", help="write only part R of the rows"
-    )
-    write.add_argument(
-        "--world-size", type=positive, default=1, metavar="N", help="number of parts (default: 1)"
-    )
+    add_ranks(write)
 
 
 def _add_info(actions: argparse._SubParsersAction) -> None:

@@ -13,6 +13,7 @@ windows.py     windows of the stream; whole documents in rows
 blend.py       several sources by weight
 loader.py      batches for ranks and workers, with one number as state
 writer.py      files that are whole or not there, and go on after a kill
+parts.py       names and rows of the parts that several machines write
 encode.py      texts and conversations to tokens
 write.py       corpora to shards
 pipeline.py    the same as a step of a datatrove pipeline

@@ -26,7 +26,8 @@ from ...packing import Packer
 from ...segments import offsets_of
 from ..tokens import Tokens
 from .encode import ChatEncoder, Documents, TextEncoder
-from .write import dtype_for, part_name
+from .parts import part_name
+from .write import dtype_for
 from .writer import ShardWriter, output_name
 
 _ROWS = 64  # documents that are tokenized at once

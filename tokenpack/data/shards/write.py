@@ -21,13 +21,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ...checks import as_integer, at_least_one
+from ...checks import at_least_one
 from ..chat.sources import open_source, rows_of
 from ..readers.files import resolve_files
 from ..tokens import flatten_tokens
 from . import datatrove, megatron
 from .encode import ChatEncoder, Documents, IdsEncoder, TextEncoder
 from .file import as_token_dtype
+from .parts import check_ranks, part_name, part_of
 from .writer import ShardWriter, output_name
 
 _CHECKPOINT_SECONDS = 2.0
@@ -105,7 +106,7 @@ def write_shards(
             unfinished run had other options or inputs.
         OSError: if the disk is full, for example; the next run goes on.
     """
-    ranks = _checked_ranks(rank, world_size)
+    ranks = check_ranks(rank, world_size)
     at_least_one("num_proc", num_proc)
     name = output_name(out, format)
     if world_size > 1:
@@ -146,11 +147,6 @@ def dtype_for(format: str, vocab_size: int) -> np.dtype[Any]:
     """The dtype that the format's own tools choose for a vocabulary."""
     choose = megatron.dtype_for if format == "megatron" else datatrove.dtype_for
     return choose(vocab_size)
-
-
-def part_name(name: Path, rank: int, world_size: int) -> Path:
-    """The name of a rank's part."""
-    return name.with_name(f"{name.name}-{rank:05d}-of-{world_size:05d}")
 
 
 class _Source(Protocol):
@@ -300,15 +296,7 @@ def _range_of(source: _Source, rank: int, world_size: int) -> tuple[int, int | N
     """The rows of a rank. One rank reads to the end, without counting."""
     if world_size == 1:
         return 0, None
-    total = source.count()
-    return rank * total // world_size, (rank + 1) * total // world_size
-
-
-def _checked_ranks(rank: Any, world_size: Any) -> tuple[int, int]:
-    size = at_least_one("world_size", world_size)
-    if not 0 <= as_integer("rank", rank) < size:
-        raise ValueError(f"rank must be from 0 to world_size - 1 = {size - 1}, got {rank}")
-    return int(rank), size
+    return part_of(source.count(), rank, world_size)
 
 
 def _vocabulary_of(dtype: Any) -> int:

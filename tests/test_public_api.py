@@ -28,6 +28,7 @@ PUBLIC = {
     "tokenpack.data": """
         BlendedSamples CappedSeq2SeqCollator ChatReport ChatTemplate DataConfig Denoiser PackedBatch
         PackedPairs PackedStream PackedStreamLoader Preview SFTDataConfig ShardLoader ShardSamples
+        ShardStep
         ShardWriter T5SpanCorruptionCollatorFast TokenShards blend_shards byte_tokenizer
         chat_dataset collate_packed_rows concatenate_and_pack convert_shards from_binary from_files
         from_hf from_npy_split from_sft_files from_sft_hf from_sft_json from_sft_strings

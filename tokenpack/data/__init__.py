@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .shards.blend import BlendedSamples, blend_shards
     from .shards.loader import ShardLoader
     from .shards.merge import convert_shards, merge_shards
+    from .shards.pipeline import ShardStep
     from .shards.samples import ShardSamples
     from .shards.shards import TokenShards
     from .shards.simple import (
@@ -96,8 +97,7 @@ _HOMES = {
     "write_shards": ".shards.write",
 }
 
-# A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES). ShardStep is not in
-# it: its base class is datatrove's, which few have, and a star import must not need it.
+# A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
 __all__ = [
     "BlendedSamples",
     "CappedSeq2SeqCollator",
@@ -113,6 +113,7 @@ __all__ = [
     "SFTDataConfig",
     "ShardLoader",
     "ShardSamples",
+    "ShardStep",
     "ShardWriter",
     "T5SpanCorruptionCollatorFast",
     "TokenShards",

@@ -105,5 +105,7 @@ def test_packed_rows(shard_step, tokenizer, tmp_path):
 def test_without_datatrove_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove.pipeline.base", None)
     monkeypatch.delitem(sys.modules, "tokenpack.data.shards.pipeline", raising=False)
+    shard_step = importlib.import_module("tokenpack.data").ShardStep
     with pytest.raises(ImportError, match=r"pip install 'tokenpack\[datatrove\]'"):
-        importlib.import_module("tokenpack.data").ShardStep  # noqa: B018
+        shard_step("a", "b")
+    sys.modules.pop("tokenpack.data.shards.pipeline")

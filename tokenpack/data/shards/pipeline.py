@@ -15,11 +15,6 @@ from typing import Any
 
 import numpy as np
 
-try:
-    from datatrove.pipeline.base import PipelineStep
-except ImportError as error:
-    raise ImportError("ShardStep needs datatrove: pip install 'tokenpack[datatrove]'") from error
-
 from ...checks import optional_at_least_one
 from ...files import locked_folder
 from ...packing import Packer
@@ -29,6 +24,18 @@ from .encode import ChatEncoder, Documents, TextEncoder
 from .parts import part_name
 from .write import dtype_for
 from .writer import ShardWriter, output_name
+
+try:
+    from datatrove.pipeline.base import PipelineStep
+except ImportError:
+
+    class PipelineStep:  # type: ignore[no-redef]
+        """Stands for datatrove's class where it is not installed, so that this file imports."""
+
+        def __new__(cls, *arguments: Any, **options: Any) -> Any:
+            """Raise ImportError."""
+            raise ImportError("ShardStep needs datatrove: pip install 'tokenpack[datatrove]'")
+
 
 _ROWS = 64  # documents that are tokenized at once
 

@@ -32,7 +32,8 @@ from .parts import check_ranks, part_name, part_of
 from .writer import ShardWriter, output_name
 
 _CHECKPOINT_SECONDS = 2.0
-_ROWS = 64  # of a batch
+_ROWS = 64  # of a batch, at most
+_CHARACTERS = 1 << 18  # of a batch of several texts, at most
 _COUNTED = 1 << 14  # rows that are counted at once
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -193,7 +194,7 @@ class _Rows:
             values = rows.column(self._column)
             end = at + rows.num_rows
             if self._is_text:
-                yield at, end, values.to_pylist()
+                yield from _split(values.to_pylist(), at)
             else:
                 yield at, end, flatten_tokens(values, self._column, empty=True)
             at = end
@@ -203,6 +204,18 @@ class _Rows:
 
         options: dict[str, Any] = {"columns": [self._column], "output": "arrow"}
         yield from streaming_dataset_reader(self._path, batch_size, skip_rows=skip, **options)
+
+
+def _split(texts: list[Any], first: int) -> Iterator[tuple[int, int, Any]]:
+    """Batches of texts of about the same size, so that threads share them and checkpoints come."""
+    begin, size = 0, 0
+    for at, text in enumerate(texts):
+        length = len(text) if isinstance(text, str) else 0
+        if at > begin and size + length > _CHARACTERS:
+            yield first + begin, first + at, texts[begin:at]
+            begin, size = at, 0
+        size += length
+    yield first + begin, first + len(texts), texts[begin:]
 
 
 class _Conversations:

@@ -125,7 +125,8 @@ def main() -> None:
     if not prefix.with_name(prefix.name + ".idx").exists():
         write(prefix, arguments.tokens)
     for name in measurements:
-        subprocess.run([sys.executable, "-m", "bench.token_shards", *sys.argv[1:], "--only", name])
+        command = [sys.executable, "-m", "bench.token_shards", *sys.argv[1:], "--only", name]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class TextEncoder:
     Args:
         tokenizer: of transformers.
         bos, eos: put the tokenizer's BOS before each document, and its EOS behind it; or the ids of
-            other tokens.
+            other tokens. A text without tokens gets neither, and is skipped.
 
     Attributes:
         identity: equal for encoders that give the same tokens.
@@ -87,7 +87,9 @@ class TextEncoder:
         )
         for parts in pieces:
             encoded = [next(short)] if len(parts) == 1 else [self._encode([p])[0] for p in parts]
-            arrays = [np.asarray(each, np.int64) for each in (self._first, *encoded, self._last)]
+            if any(map(len, encoded)):
+                encoded = [self._first, *encoded, self._last]
+            arrays = [np.asarray(each, np.int64) for each in encoded]
             tokens += arrays
             lengths.append(sum(map(len, arrays)))
         found = np.array(lengths, np.int64)

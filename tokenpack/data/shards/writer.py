@@ -190,6 +190,8 @@ class ShardWriter:
 
     def _append(self, part: str, content: Any) -> None:
         # Without a buffer, so that a full disk is an error here and not when the file is closed.
+        if not len(content):
+            return
         rest = memoryview(content).cast("B")
         with _named(self._files[part].name):
             while len(rest):

@@ -80,7 +80,7 @@ def test_write_info_merge_and_convert(data, folder, tokenizer, tmp_path, capsys)
         assert cells == [
             *kind,
             f"{total:,}",
-            "302",
+            f"{len(expected)}",
             mean,
             str(longest),
             "no",

@@ -31,6 +31,7 @@ from tokenpack.data import (
     pack_sequences,
     pack_stream,
     packed_collate_fn,
+    save_binary,
 )
 from tokenpack.packing import Packer, StreamPacker, pack_lengths, pack_pairs, pack_shards
 
@@ -281,6 +282,14 @@ packs = packed_collate_fn(4)
 capped = CappedSeq2SeqCollator(TOKENIZER)
 spans = T5SpanCorruptionCollatorFast(TOKENIZER)
 
+
+def saved(ids):
+    """The ids in a file that `save_binary` wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_binary(ids, f"{folder}/ids.npy")
+        return np.load(f"{folder}/ids.npy").tolist()
+
+
 GROUPS = {
     "lengths": Group(
         "Lengths of sequences",
@@ -399,6 +408,7 @@ GROUPS = {
                 ("seq_lengths",),
                 collated(collate_packed_rows, lambda x: {"input_ids": [9] * 20, "seq_lengths": x}),
             ),
+            "save_binary": Argument(("ids",), saved),
         },
     ),
     "mask": Group(
@@ -430,8 +440,10 @@ GROUPS = {
 
 # The other public names, and what they take.
 WITHOUT_VALUES = {
+    "BlendedSamples": "`blend_shards` makes it",
     "ChatReport": "counts; `chat_dataset` makes it",
     "ChatTemplate": "the name of a format",
+    "DataConfig": "options of loaders",
     "Denoiser": "numbers and a prefix",
     "PackMetrics": "the figures of a plan; `PackResult.metrics` makes it",
     "PackResult": "the arrays of a plan; planners make it",
@@ -440,18 +452,32 @@ WITHOUT_VALUES = {
     "PairPackResult": "the arrays of a plan; `pack_pairs` makes it",
     "Preview": "texts and marks; `preview` makes it",
     "SFTDataConfig": "options of chats",
+    "ShardLoader": "what `shard_windows` made",
+    "ShardSamples": "`shard_windows` makes it",
+    "ShardStep": "options: [token shards](shards.md)",
+    "ShardWriter": "NumPy arrays of documents: [token shards](shards.md)",
     "StreamBin": "the arrays of a bin; `StreamPacker` makes it",
+    "TokenShards": "paths of [token shards](shards.md)",
     "balance_ranks": "a plan",
     "bin_costs": "a plan",
+    "blend_shards": "what `shard_windows` made",
     "byte_tokenizer": "options",
     "chat_dataset": "conversations: [chats](chat.md)",
+    "convert_shards": "paths of token shards",
+    "from_binary": "the path of a file of ids",
+    "from_files": "paths of files of text",
+    "from_hf": "the name of a dataset of texts, or the dataset",
+    "from_npy_split": "paths of files of ids",
     "from_sft_files": "paths of files of conversations",
     "from_sft_hf": "the name of a dataset of conversations",
     "from_sft_json": "the path of a file of conversations",
     "from_sft_strings": "conversations as texts",
     "merge_results": "plans",
     "merge_saved": "folders of plans",
+    "merge_shards": "paths of token shards",
     "preview": "a conversation, or a batch of tokenpack: [chats](chat.md)",
+    "shard_windows": "`TokenShards`, or their paths",
     "streaming_dataset_reader": "paths of files",
     "train_tokenizer": "texts",
+    "write_shards": "paths of files of texts, ids or conversations",
 }

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ...checks import as_integer, at_least_one, check_seed, optional_at_least_one
 from ...files import NpyWriter, written_whole
-from ..tokens import flatten_tokens
+from ...packing.lengths import as_integers
 from .columns import ArrayColumn, DocumentEnds, EndsInArray
 from .encode import Documents, TextEncoder
 from .file import ShardFile, as_token_dtype, bytes_of
@@ -74,17 +74,20 @@ def save_binary(ids: Any, path: PathLike, dtype: Any = "uint16") -> None:
     """Write token ids to a file: a true ``.npy`` if the path ends so, else raw without a header.
 
     Args:
-        ids: integers in any form.
+        ids: integers in any form, as in `pack_lengths`.
         path: the file. It is written whole or not at all.
         dtype: of the ids in the file.
 
     Raises:
-        ValueError: if an id does not fit into the dtype.
+        TypeError: if the ids are not integers.
+        ValueError: if there are no ids, or one does not fit into the dtype.
     """
     target, form = Path(path), as_token_dtype("dtype", dtype)
-    values = flatten_tokens([ids], "ids", empty=True).values
+    values = as_integers(ids, "ids")
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"ids must be one-dimensional, at least one, got shape {values.shape}")
     limits = np.iinfo(form)
-    if len(values) and not limits.min <= values.min() <= values.max() <= limits.max:
+    if not limits.min <= values.min() <= values.max() <= limits.max:
         bad = values.max() if values.max() > limits.max else values.min()
         raise ValueError(
             f"ids must be from {limits.min} to {limits.max} for {form}, got {bad}; pass another "

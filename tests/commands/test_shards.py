@@ -215,9 +215,12 @@ def test_a_text_is_not_cut_where_that_would_change_its_tokens(tokenizer, monkeyp
 def test_arguments(data, tokenizer, tmp_path):
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     for error, message, options in (
-        (ValueError, "tokenizer must have a EOS token to add", {"tokenizer": bare}),
+        (ValueError, "tokenizer must have the EOS token to add it", {"tokenizer": bare}),
         (ValueError, "rank must be from 0 to world_size - 1 = 1", {"rank": 2, "world_size": 2}),
         (ValueError, "num_proc must be from 1", {"num_proc": 0}),
+        (ValueError, "template must not be given without chat", {"template": "chatml"}),
+        (ValueError, "bos must not be given with chat", {"chat": True, "bos": True}),
+        (ValueError, "bos must not be given for token ids", {"tokenizer": None, "bos": True}),
         (TypeError, "row 0 must be text, got 1", {"column": "id"}),
         (ValueError, "no column", {"column": "nothing"}),
     ):

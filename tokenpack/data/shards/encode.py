@@ -178,14 +178,32 @@ class IdsEncoder:
         )
 
 
+def check_chat_options(
+    chat: bool, column: str | None, bos: bool, template: Any, max_length: int | None
+) -> None:
+    """Raise ValueError if an option is given that would have no effect."""
+    without_effect = (
+        {"column": column, "bos": bos or None}
+        if chat
+        else {"template": template, "max_length": max_length}
+    )
+    given = [name for name, value in without_effect.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]} must not be given {'with' if chat else 'without'} chat, where it has no "
+            "effect"
+        )
+
+
 def _special(tokenizer: Any, which: str, given: Any) -> int:
     if given is not True:
         return as_integer(f"{which}_id", given)
     token = getattr(tokenizer, f"{which}_token_id")
     if token is None:
+        instead = "leave out --bos" if which == "bos" else "use --no-eos"
         raise ValueError(
-            f"tokenizer must have a {which.upper()} token to add to each document, got none; pass "
-            f"{which}=False (--no-{which})"
+            f"tokenizer must have the {which.upper()} token to add it to each document, got none; "
+            f"pass {which}=False ({instead})"
         )
     return int(token)
 

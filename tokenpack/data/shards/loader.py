@@ -39,6 +39,9 @@ class ShardLoader(DataLoader):
             become an attribute of the batch, as in `packed_collate_fn`.
         options: further options of `DataLoader` that are valid with a batch sampler.
 
+    Attributes:
+        samples: the samples.
+
     Raises:
         TypeError: if ``samples`` is something else, or a number is not an integer.
         ValueError: if a number is out of range.
@@ -76,7 +79,7 @@ class ShardLoader(DataLoader):
             collate_fn=collate_fn or default,
             **options,
         )
-        self._samples, self._batches = samples, batches
+        self.samples, self._batches = samples, batches
 
     @property
     def position(self) -> int:
@@ -86,7 +89,7 @@ class ShardLoader(DataLoader):
     @property
     def epoch(self) -> int:
         """The epoch of the next sample."""
-        return self.position // len(self._samples)
+        return self.position // len(self.samples)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         end = self._batches.end
@@ -98,7 +101,7 @@ class ShardLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what decides which samples the numbers are."""
-        return {"sample": self.position, "options": self._samples.options}
+        return {"sample": self.position, "options": self.samples.options}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make the next iteration continue from ``state``.
@@ -106,7 +109,7 @@ class ShardLoader(DataLoader):
         Raises:
             ValueError: if ``state`` is not a state, or is of other samples.
         """
-        (position,) = require_state(state, self._samples.options, "sample")
+        (position,) = require_state(state, self.samples.options, "sample")
         if as_integer("sample", position) < 0:
             raise ValueError(f"sample must be 0 or more, got {position}")
         self._batches.position = int(position)
@@ -138,7 +141,8 @@ class _Batches:
             yield numbers
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._spans())
+        full, rest = divmod(self._left(), self._step)
+        return full + (not self._drop_last and rest > self._rank)
 
     def steps(self) -> Iterator[tuple[int, list[int]]]:
         """The position after each batch, and the batch."""
@@ -158,6 +162,15 @@ class _Batches:
             more = next_size == self._step or (next_size and not self._drop_last)
             yield (at if more else end), spans
             spans, size = following, next_size
+
+    def _left(self) -> int:
+        """How many numbers there are to the end of the epoch, without those to skip."""
+        at, left = self.position, self.end - self.position
+        for start, stop in sorted(self._skip):
+            covered = min(stop, self.end) - max(start, at)
+            if covered > 0:
+                left, at = left - covered, min(stop, self.end)
+        return left
 
     def _next(self, at: int, end: int) -> tuple[list[range], int]:
         """The next numbers that are not skipped, enough for a global batch if there are."""

@@ -20,7 +20,7 @@ from ...files import locked_folder
 from ...packing import Packer
 from ...segments import offsets_of
 from ..tokens import Tokens
-from .encode import ChatEncoder, Documents, TextEncoder
+from .encode import ChatEncoder, Documents, TextEncoder, check_chat_options
 from .parts import part_name
 from .write import dtype_for
 from .writer import ShardWriter, output_name
@@ -86,6 +86,7 @@ class ShardStep(PipelineStep):
         super().__init__()
         if chat and capacity is None and format != "datatrove":
             raise ValueError(f"format must be 'datatrove' with chat, got {format!r}")
+        check_chat_options(chat, None, bos, template, max_length)
         self.out, self.format, self.dtype = output_name(out, format), format, dtype
         self._tokenizer, self._special, self._chat = tokenizer, (bos, eos), chat
         self._rendering = (template, optional_at_least_one("max_length", max_length))

@@ -26,7 +26,7 @@ from ..chat.sources import open_source, rows_of
 from ..readers.files import resolve_files
 from ..tokens import flatten_tokens
 from . import datatrove, megatron
-from .encode import ChatEncoder, Documents, IdsEncoder, TextEncoder
+from .encode import ChatEncoder, Documents, IdsEncoder, TextEncoder, check_chat_options
 from .file import as_token_dtype
 from .parts import check_ranks, part_name, part_of
 from .writer import ShardWriter, output_name
@@ -109,6 +109,9 @@ def write_shards(
     """
     ranks = check_ranks(rank, world_size)
     at_least_one("num_proc", num_proc)
+    check_chat_options(chat, column, bos, template, max_length)
+    if bos and tokenizer is None:
+        raise ValueError("bos must not be given for token ids, which are written as they are")
     name = output_name(out, format)
     if world_size > 1:
         name = part_name(name, *ranks)

@@ -280,11 +280,8 @@ class DecoderConfig(PreTrainedConfig):
         self._validate_feed_forward()
 
     def _validate_attention(self) -> None:
-        heads, kv_heads, kind = (
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.attention_type,
-        )
+        heads, kind = self.num_attention_heads, self.attention_type or ""
+        kv_heads = self.num_key_value_heads or 0
         _at_least("num_key_value_heads", kv_heads, 1)
         if heads % kv_heads:
             raise ValueError(

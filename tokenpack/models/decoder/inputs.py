@@ -110,9 +110,15 @@ def pack_batch(
         raise ValueError("use_cache must be False for packed sequences, got a cache")
     if cu_seqlens is not None and attention_mask is not None:
         _require_ones(attention_mask)
-    if cu_seqlens is None and attention_mask is None and cache is None:
+    is_new = cache is None or cache.get_seq_length() == 0
+    if cu_seqlens is None and attention_mask is None and is_new:
         cu_seqlens = _boundaries_by_position(position_ids, rows, columns)
         if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError(
+                    "use_cache must be False if position_ids begin several sequences in a row, got "
+                    "a cache (an attention_mask says that a row is one sequence)"
+                )
             packed.rows = full_layout(rows, columns, tokens.device)
             packed.layout = stream_layout(cu_seqlens, rows * columns, tokens.device)
             return _finish(packed, tokens, position_ids, labels)

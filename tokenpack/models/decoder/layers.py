@@ -75,7 +75,22 @@ def make_norm(config: DecoderConfig, size: int | None = None) -> nn.Module:
 # --------------------------------------------------------------------------------------- positions
 
 
-class DecoderRotaryEmbedding(nn.Module):
+class Float32Buffers(nn.Module):
+    """A module whose buffers are moved with the model, but not cast to its dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is None or after is None or before.is_meta:
+                continue
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class DecoderRotaryEmbedding(Float32Buffers):
     """cos and sin of RoPE (Su et al., 2021), with the RoPE types of transformers.
 
     Both are float32, whatever the model's dtype: in bfloat16, positions past 256 would collide.
@@ -107,15 +122,6 @@ class DecoderRotaryEmbedding(nn.Module):
         rotated = int(config.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
         exponent = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
         return parameters["rope_theta"] ** -exponent, 1.0
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move the frequencies, but do not cast them."""
-        kept = self.inv_freq, self.original_inv_freq
-        super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32 and not kept[0].is_meta:
-            device = self.inv_freq.device
-            self.inv_freq, self.original_inv_freq = (part.to(device) for part in kept)
-        return self
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -328,9 +334,29 @@ def _attend(
         layouts, role = {"dec": inputs.layout, "enc": inputs.keys}, "cross"
     backend = config.attention_backend
     if torch.compiler.is_compiling():
-        return attention_in_graph(query, key, value, layouts, role, layer, backend)[0]
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if heads > 1:
+            if kv_heads == 1:  # Inductor (torch 2.13) fails at the stride of a single head
+                copies = 2 if heads % 2 == 0 else heads
+                key, value = (side.expand(-1, copies, -1, -1) for side in (key, value))
+            return attention_in_graph(query, key, value, layouts, role, layer, backend)[0]
+    return _attend_outside_graph(query, key, value, layouts, role, layer, backend, call.memo)
+
+
+# The choice of backend and its plan are host work, so they are not compiled.
+@torch.compiler.disable
+def _attend_outside_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layouts: Any,
+    role: str,
+    layer: Layer,
+    backend: str,
+    memo: dict[Any, Any],
+) -> Tensor:
     options: dict[str, Any] = layer._asdict()
     out, _ = layout_attention(
-        query, key, value, layouts, role, **options, backend=backend, memo=call.memo
+        query, key, value, layouts, role, **options, backend=backend, memo=memo
     )
     return out

@@ -122,7 +122,7 @@ class DecoderModel(DecoderPreTrainedModel):
         size, positions = config.hidden_size, config.position_embedding_type
         self.embed_tokens = DecoderTokenEmbedding(config.vocab_size, size)
         if positions == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, size)
+            self.embed_positions: nn.Module = nn.Embedding(config.max_position_embeddings, size)
         elif positions == "sinusoidal":
             self.embed_positions = SinusoidalPositions(size)
         elif positions == "rope":
@@ -201,9 +201,9 @@ class DecoderModel(DecoderPreTrainedModel):
         if unknown:
             raise TypeError(f"forward does not support the argument {unknown[0]!r}")
         if use_cache is None:
-            use_cache = self.config.use_cache and not (
-                self.training or labels is not None or cu_seqlens is not None
-            )
+            may_split = position_ids is not None and attention_mask is None
+            needs_none = labels is not None or cu_seqlens is not None or may_split
+            use_cache = self.config.use_cache and not (self.training or needs_none)
             use_cache = use_cache and not self._experts_choose()
         if use_cache and self.training and self.gradient_checkpointing:
             logger.warning_once("use_cache=True is ignored with gradient checkpointing")
@@ -270,7 +270,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.model = DecoderModel(config)
-        self.lm_head = DecoderHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = DecoderHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -314,9 +314,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             return_logits: compute logits. Default: except in training with labels.
 
         Returns:
-            ``loss`` (the cross entropy, and in training the weighted balancing loss of experts),
-            ``aux_loss`` (the balancing loss), ``logits`` in the shape of the batch and 0 at
-            padding, ``past_key_values`` and ``hidden_states``; fields that do not apply are None.
+            ``loss``: the cross entropy, and in training the weighted balancing loss of experts.
+            ``aux_loss``: the balancing loss, with labels or in training. ``logits``: in the shape
+            of the batch, 0 at padding. ``past_key_values`` and ``hidden_states``. Fields that do
+            not apply are None.
 
         Raises:
             ValueError: if arguments contradict each other, or labels are not -100 at padding.
@@ -341,7 +342,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             loss = loss + self.config.router_aux_loss_coef * share * outputs.balance
         result = MoeCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=outputs.balance,
+            aux_loss=outputs.balance if self.training or loss is not None else None,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

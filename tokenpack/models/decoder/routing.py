@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .configuration import DecoderConfig
 from .inputs import PackedInputs
+from .layers import Float32Buffers
 
 
-class DecoderRouter(nn.Module):
+class DecoderRouter(Float32Buffers):
     """Router probabilities and choices of tokens.
 
     Attributes:

@@ -48,11 +48,12 @@ class PackedInputs:
         targets: None without labels.
         counted: ``(total_tokens,)`` bool, the tokens that balance the experts: those of sequences
             that have a target. None if there are no labels, so that all tokens count.
+        memo: what depends on the layout and is the same for all layers.
     """
 
     __slots__ = (
         *("tokens", "layout", "keys", "rows", "position_ids", "cache"),
-        *("targets", "counted", "sequences"),
+        *("targets", "counted", "sequences", "memo"),
     )
 
     tokens: Tensor
@@ -64,6 +65,7 @@ class PackedInputs:
     targets: Targets | None
     counted: Tensor | None
     sequences: Tensor | None
+    memo: dict[Any, Any]
 
     def sequence_ids(self) -> Tensor:
         """``(total_tokens,)`` int64, the number of each new token's sequence."""
@@ -104,6 +106,7 @@ def pack_batch(
     rows, columns = _check_tokens(tokens)
     packed = PackedInputs()
     packed.cache, packed.targets, packed.counted, packed.sequences = cache, None, None, None
+    packed.memo = {}
     if cu_seqlens is None and cu_seqlens_padded is not None:
         raise ValueError("cu_seqlens must be given with cu_seqlens_padded, got None")
     if cu_seqlens is not None and cache is not None:

@@ -29,8 +29,8 @@ class Call:
 
     Attributes:
         inputs: the batch.
-        rotation: cos and sin, ``(1, 1, total_tokens, rotated)`` each, in float32. None without
-            RoPE.
+        rotation: cos and signed sin, ``(1, 1, total_tokens, rotated)`` each, in float32. None
+            without RoPE.
         bias: ``(heads, 2 * reach + 1)``, ALiBi by distance. None with other positions.
         memo: what attention plans once for all layers.
     """
@@ -47,29 +47,12 @@ class Call:
 # ------------------------------------------------------------------------------------------- norms
 
 
-class DecoderRMSNorm(nn.Module):
-    """``x / rms(x) * weight``, computed in float32 or better (Zhang and Sennrich, 2019)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(hidden.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
-
-
 def make_norm(config: DecoderConfig, size: int | None = None) -> nn.Module:
     """The norm that the configuration names."""
     size = config.hidden_size if size is None else size
     if config.norm_type == "layernorm":
         return nn.LayerNorm(size, eps=config.rms_norm_eps)
-    return DecoderRMSNorm(size, config.rms_norm_eps)
+    return nn.RMSNorm(size, eps=config.rms_norm_eps)
 
 
 # --------------------------------------------------------------------------------------- positions
@@ -93,7 +76,8 @@ class Float32Buffers(nn.Module):
 class DecoderRotaryEmbedding(Float32Buffers):
     """cos and sin of RoPE (Su et al., 2021), with the RoPE types of transformers.
 
-    Both are float32, whatever the model's dtype: in bfloat16, positions past 256 would collide.
+    The first half of sin has a minus sign, which `rotate` needs. Both are float32, whatever the
+    model's dtype: in bfloat16, positions past 256 would collide.
     """
 
     inv_freq: Tensor
@@ -130,8 +114,9 @@ class DecoderRotaryEmbedding(Float32Buffers):
         with torch.autocast(hidden.device.type, enabled=False):
             frequencies = self.inv_freq.to(hidden.device, torch.float32)
             angles = position_ids[..., None].float() * frequencies
-            angles = torch.cat((angles, angles), dim=-1)[:, None]
-            return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+            cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+            return cos * self.attention_scaling, sin * self.attention_scaling
 
 
 def rotate(hidden: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
@@ -139,22 +124,25 @@ def rotate(hidden: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool = 
 
     Args:
         hidden: ``(1, heads, total_tokens, head_dim)``.
-        rotation: cos and sin ``(1, 1, total_tokens, rotated)``.
+        rotation: cos and signed sin ``(1, 1, total_tokens, rotated)``.
         interleaved: pairs are neighbors, as in DeepSeek's checkpoints. Otherwise channel ``i`` is
             paired with channel ``i + rotated // 2``.
     """
     cos, sin = rotation
     rotated = cos.shape[-1]
+    half = rotated // 2
     rest = hidden[..., rotated:]
-    hidden = hidden[..., :rotated]
+    part = hidden[..., :rotated]
     if interleaved:
-        half = rotated // 2
-        cos, sin = cos[..., :half], sin[..., :half]
-        even, odd = hidden[..., 0::2], hidden[..., 1::2]
+        cos, sin = cos[..., half:], sin[..., half:]
+        even, odd = part[..., 0::2], part[..., 1::2]
         out = torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     else:
-        first, second = hidden.chunk(2, dim=-1)
-        out = hidden * cos + torch.cat((-second, first), dim=-1) * sin
+        # roll is faster than cat, but Inductor does not trace it for sizes that depend on values.
+        in_graph = torch.compiler.is_compiling()
+        first, second = part.split(half, dim=-1)
+        swapped = torch.cat((second, first), dim=-1) if in_graph else part.roll(half, dims=-1)
+        out = part * cos + swapped * sin
     out = out.to(hidden.dtype)
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
@@ -214,13 +202,17 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
         if config.qk_norm:
-            self.q_norm = DecoderRMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = DecoderRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, call: Call) -> Tensor:
         query = _heads(self.q_proj(hidden), self.head_dim)
-        key = _heads(self.k_proj(hidden), self.head_dim)
-        value = _heads(self.v_proj(hidden), self.head_dim)
+        key, value = self.k_proj(hidden), self.v_proj(hidden)
+        if self._needs_copies(call):
+            heads = self.config.num_attention_heads
+            copies = 2 if heads % 2 == 0 else heads
+            key, value = key.repeat(1, 1, copies), value.repeat(1, 1, copies)
+        key, value = _heads(key, self.head_dim), _heads(value, self.head_dim)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         if call.rotation is not None:
@@ -228,6 +220,14 @@ class DecoderAttention(nn.Module):
         key, value = _with_cached(key, value, call, self.layer_idx)
         out = _attend(self, query, key, value, call, self.head_dim**-0.5)
         return self.o_proj(out.flatten(2))
+
+    def _needs_copies(self, call: Call) -> bool:
+        """Whether a graph needs a second copy of the key head, because of Inductor's strides."""
+        config, is_new = self.config, call.inputs.cache is None
+        several = config.num_attention_heads > 1
+        return (
+            torch.compiler.is_compiling() and config.num_key_value_heads == 1 and several and is_new
+        )
 
 
 class DecoderLatentAttention(nn.Module):
@@ -250,10 +250,10 @@ class DecoderLatentAttention(nn.Module):
             self.q_proj = nn.Linear(size, heads * self.width, bias=False)
         else:
             self.q_a_proj = nn.Linear(size, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = DecoderRMSNorm(config.q_lora_rank, eps)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(size, self.rank + rope, bias=bias)
-        self.kv_a_layernorm = DecoderRMSNorm(self.rank, eps)
+        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=eps)
         self.kv_b_proj = nn.Linear(self.rank, heads * (nope + self.v_width), bias=False)
         self.o_proj = nn.Linear(heads * self.v_width, size, bias=bias)
         self.scaling = self.width**-0.5 * _yarn_factor(config) ** 2
@@ -333,13 +333,9 @@ def _attend(
     if inputs.keys is not inputs.layout:
         layouts, role = {"dec": inputs.layout, "enc": inputs.keys}, "cross"
     backend = config.attention_backend
-    if torch.compiler.is_compiling():
-        heads, kv_heads = query.shape[1], key.shape[1]
-        if heads > 1:
-            if kv_heads == 1:  # Inductor (torch 2.13) fails at the stride of a single head
-                copies = 2 if heads % 2 == 0 else heads
-                key, value = (side.expand(-1, copies, -1, -1) for side in (key, value))
-            return attention_in_graph(query, key, value, layouts, role, layer, backend)[0]
+    # Inductor (torch 2.13) fails at the stride of a single head.
+    if torch.compiler.is_compiling() and query.shape[1] > 1:
+        return attention_in_graph(query, key, value, layouts, role, layer, backend)[0]
     return _attend_outside_graph(query, key, value, layouts, role, layer, backend, call.memo)
 
 

@@ -123,16 +123,23 @@ def choose_tokens(
     Returns:
         The tokens ``(taken, num_experts)`` that each expert takes, and their weights.
     """
-    layout, sequence = inputs.layout, inputs.sequence_ids()
-    num_experts = probabilities.shape[1]
-    lengths = layout.lengths.long()
+    sequence, num_experts = inputs.sequence_ids(), probabilities.shape[1]
+    places = inputs.memo.get(num_experts)
+    if places is None:
+        places = inputs.memo[num_experts] = _places(inputs, num_experts, capacity_factor)
+    by_score = probabilities.detach().argsort(dim=0, descending=True, stable=True)
+    by_sequence = sequence[by_score].argsort(dim=0, stable=True)
+    order = by_score.gather(0, by_sequence)  # by sequence, then from the largest score down
+    taken = order.index_select(0, places)
+    return taken, probabilities.gather(0, taken)
+
+
+def _places(inputs: PackedInputs, num_experts: int, capacity_factor: float) -> Tensor:
+    """``(taken,)`` int64, the first places of each sequence, as many as each expert takes."""
+    lengths = inputs.layout.lengths.long()
     # In integers: the product of a factor and a length may round to just above an integer.
     factor = round(capacity_factor * 1_000_000)
     capacity = -(-(lengths * factor) // (num_experts * 1_000_000))
     capacity = torch.minimum(capacity, lengths)
-    by_score = probabilities.detach().argsort(dim=0, descending=True, stable=True)
-    by_sequence = sequence[by_score].argsort(dim=0, stable=True)
-    order = by_score.gather(0, by_sequence)  # by sequence, then from the largest score down
-    takes = layout.position_ids < capacity[sequence]
-    taken = order[takes]
-    return taken, probabilities.gather(0, taken)
+    takes = inputs.layout.position_ids < capacity[inputs.sequence_ids()]
+    return takes.nonzero().squeeze(1)  # waits for the device, once per forward

@@ -43,6 +43,9 @@ PUBLIC = {
         t5_bias_table varlen_attention varlen_attention_reference
     """,
     "tokenpack.metrics": "LANGUAGE_COLUMNS METRICS Seq2SeqMetrics make_seq2seq_compute_metrics",
+    "tokenpack.models.decoder": """
+        DecoderConfig DecoderForCausalLM DecoderModel RouterBiasCallback
+    """,
     "tokenpack.packing": """
         PackMetrics PackResult Packer PairPackResult StreamBin StreamPacker balance_ranks bin_costs
         merge_results merge_saved pack_lengths pack_pairs pack_shards

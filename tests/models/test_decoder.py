@@ -111,14 +111,11 @@ def test_saved_and_loaded_by_the_auto_classes(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 @pytest.mark.parametrize("positions", ["rope", "sinusoidal", "learned"])
-@pytest.mark.parametrize("hidden_size", [64, 768])
-def test_the_first_loss_is_close_to_that_of_a_uniform_guess(
-    hidden_size, positions, norm_position, tied
-):
+def test_the_first_loss_is_close_to_that_of_a_uniform_guess(positions, norm_position, tied):
     torch.manual_seed(0)
     config = DecoderConfig(
         vocab_size=500,
-        dim=hidden_size,
+        dim=512,
         n_layers=1,
         n_heads=4,
         hidden_dim=64,

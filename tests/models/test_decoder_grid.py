@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenpack.models.decoder.configuration import FFN_TYPES
+from tokenpack.models.decoder.configuration import FFN_TYPES, POSITION_TYPES
 
 from . import grid
 from .grid import Options, make_batch, make_model
@@ -17,7 +17,13 @@ def test_the_part_of_the_grid_has_every_pair_of_options():
 @pytest.mark.parametrize("options", grid.covering_grid(), ids="-".join)
 def test_a_sequence_gets_the_same_values_in_every_batch_and_with_a_cache(options):
     assert grid.largest_error(options, torch.float64) <= 1e-10
-    assert grid.generation_error(options) <= 1e-10
+    assert grid.decoding_error(options) <= 1e-10
+
+
+@pytest.mark.parametrize("attention, ffn", [("mla", "moe"), ("mqa", "moe_ec"), ("gqa", "glu")])
+@pytest.mark.parametrize("positions", POSITION_TYPES)
+def test_generate_returns_the_same_with_and_without_a_cache(attention, positions, ffn):
+    assert grid.generates_the_same(Options(attention, positions, ffn=ffn))
 
 
 @pytest.mark.parametrize("ffn", FFN_TYPES)

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # The contract: a name that once was public stays where it is. New names are added here.
 PUBLIC = {
     "tokenpack": """
-        PackingStats PatchCheck PatchCheckError check_patch is_patched packing_stats patch_model
-        unpatch_model
+        ModelReport PackingStats PatchCheck PatchCheckError check_patch inspect_model is_patched
+        packing_stats patch_model unpatch_model
     """,
     "tokenpack.adapters": "PackingStats is_patched packing_stats patch_model unpatch_model",
     "tokenpack.attention": """

@@ -99,7 +99,7 @@ class ModelReport:
     @property
     def problems(self) -> list[str]:
         """The lines whose verdict is not "ok", as "name: verdict"."""
-        lines = (*self.values, *self.weights)
+        lines: list[Any] = [*self.values, *self.weights]
         return [f"{line.name}: {line.verdict}" for line in lines if line.verdict != "ok"]
 
     def __str__(self) -> str:
@@ -117,7 +117,16 @@ class ModelReport:
             )
             for line in self.values
         ]
-        heads = ("output of", "shape", "dtype", "min", "mean", "max", "update\nratio", "verdict")
+        heads: tuple[str, ...] = (
+            "output of",
+            "shape",
+            "dtype",
+            "min",
+            "mean",
+            "max",
+            "update\nratio",
+            "verdict",
+        )
         tables.append(format_table(heads, ranges))
         if self.entropy is not None:
             uniform = math.log(self.vocab_size)

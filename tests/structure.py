@@ -15,8 +15,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 
 # Each room, lowest first, with the rooms that its files may import. A room is a folder or a file of
-# `tokenpack/`, or `kernels/`, which is installed as `tokenpack.kernels`. "tokenpack" itself is
-# `tokenpack/__init__.py`. docs/design.md draws the same arrows.
+# `tokenpack/`, or `kernels/`, which is installed as `tokenpack.kernels`. Each model in
+# `tokenpack/models/` is a room of its own. "tokenpack" itself is `tokenpack/__init__.py`.
+# docs/design.md draws the same arrows.
 ROOMS: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "checks": (),
@@ -28,7 +29,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "adapters": ("attention", "kernels", "checks"),
     "cost": ("attention", "kernels", "checks"),
     "comparison": ("adapters", "cost", "kernels", "checks", "table"),
-    "tokenpack": ("adapters", "comparison"),
+    "diagnostics": ("table",),
+    "tokenpack": ("adapters", "comparison", "diagnostics"),
+    "models": (),
+    "models.decoder": ("attention", "kernels", "checks"),
     "data": ("packing", "checks", "segments", "files"),
     "samples": ("data", "checks"),
     "trainer": ("adapters", "data", "packing", "kernels", "checks", "segments", "files"),
@@ -60,6 +64,8 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 def room_of(module: str) -> str:
     """The room that a module is in."""
     parts = module.split(".")
+    if parts[1:2] == ["models"]:
+        return ".".join(parts[1:3])
     return parts[1] if len(parts) > 1 else parts[0]
 
 
@@ -209,13 +215,13 @@ def main() -> None:
         f"{len(graph)} files, {sum(line_counts().values()):,} lines, {len(functions())} functions"
     )
     print(f"import circles: {len(circles(graph))}; forbidden imports: {len(forbidden(graph))}\n")
-    print(f"{'room':12} {'files':>5} {'lines':>6}  imports")
+    print(f"{'room':14} {'files':>5} {'lines':>6}  imports")
     sizes = line_counts()
     for room in ROOMS:
         inside = [module for module in graph if room_of(module) == room]
         lines = sum(sizes[modules()[m].relative_to(ROOT).as_posix()] for m in inside)
         used = {room_of(target) for module in inside for target in graph[module]} - {room}
-        print(f"{room:12} {len(inside):5} {lines:6}  {', '.join(r for r in ROOMS if r in used)}")
+        print(f"{room:14} {len(inside):5} {lines:6}  {', '.join(r for r in ROOMS if r in used)}")
     print("\nlargest files")
     for name, lines in sorted(sizes.items(), key=lambda item: -item[1])[:10]:
         print(f"{lines:6}  {name}")

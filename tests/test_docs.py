@@ -33,6 +33,7 @@ API = (
     "tokenpack.cost",
     "tokenpack.metrics",
     "tokenpack.trainer",
+    "tokenpack.models.decoder",
 )
 
 
@@ -226,7 +227,8 @@ def test_a_link_to_nowhere_fails_the_build(site, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["index", "getting-started", "chat", "shards", "exactness", "kernels", "migrating"]
+    "name",
+    ["index", "getting-started", "chat", "shards", "decoder", "exactness", "kernels", "migrating"],
 )
 def test_examples_run(name, tmp_path, monkeypatch):
     """Runs all Python blocks of a page in order, in one scope."""

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # The contract: a name that once was public stays where it is. New names are added here.
 PUBLIC = {
     "tokenpack": """
-        PackingStats PatchCheck PatchCheckError check_patch is_patched packing_stats patch_model
-        unpatch_model
+        ModelReport PackingStats PatchCheck PatchCheckError check_patch inspect_model is_patched
+        packing_stats patch_model unpatch_model
     """,
     "tokenpack.adapters": "PackingStats is_patched packing_stats patch_model unpatch_model",
     "tokenpack.attention": """
@@ -46,6 +46,9 @@ PUBLIC = {
         t5_bias_table varlen_attention varlen_attention_reference
     """,
     "tokenpack.metrics": "LANGUAGE_COLUMNS METRICS Seq2SeqMetrics make_seq2seq_compute_metrics",
+    "tokenpack.models.decoder": """
+        DecoderConfig DecoderForCausalLM DecoderModel RouterBiasCallback
+    """,
     "tokenpack.packing": """
         PackMetrics PackResult Packer PairPackResult StreamBin StreamPacker balance_ranks bin_costs
         merge_results merge_saved pack_lengths pack_pairs pack_shards

@@ -10,13 +10,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .adapters import PackingStats, is_patched, packing_stats, unpatch_model
     from .comparison import PatchCheck, PatchCheckError, check_patch, patch_model
+    from .diagnostics import ModelReport, inspect_model
 
 # Imported on first use, because `tokenpack.packing` needs only NumPy and must not import torch.
 _HOMES = {
+    "ModelReport": ".diagnostics",
     "PackingStats": ".adapters",
     "PatchCheck": ".comparison",
     "PatchCheckError": ".comparison",
     "check_patch": ".comparison",
+    "inspect_model": ".diagnostics",
     "is_patched": ".adapters",
     "packing_stats": ".adapters",
     "patch_model": ".comparison",
@@ -25,10 +28,12 @@ _HOMES = {
 
 # A literal list, because ruff and mkdocstrings do not evaluate list(_HOMES).
 __all__ = [
+    "ModelReport",
     "PackingStats",
     "PatchCheck",
     "PatchCheckError",
     "check_patch",
+    "inspect_model",
     "is_patched",
     "packing_stats",
     "patch_model",

@@ -48,10 +48,10 @@ def count_padded(lengths: TextLengths, orders: np.ndarray, batch_size: int) -> B
     texts = orders.shape[1]
     starts = np.arange(0, texts, batch_size)
     rows = np.diff([*starts, texts])
-    encoder, decoder = (
-        None if side is None else np.maximum.reduceat(side[orders], starts, axis=1)
-        for side in (lengths.encoder, lengths.decoder)
-    )
+    decoder = np.maximum.reduceat(lengths.decoder[orders], starts, axis=1)
+    encoder = None
+    if lengths.encoder is not None:
+        encoder = np.maximum.reduceat(lengths.encoder[orders], starts, axis=1)
     return _count(encoder, decoder, np.broadcast_to(rows, decoder.shape))
 
 

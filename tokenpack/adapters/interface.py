@@ -288,12 +288,12 @@ def _packed_attention(
     causal = _is_causal(role, module, kwargs)
     layer = Layer(causal, scaling, sliding_window, softcap, bias, dropout)
     if call.traced:
-        out, choice = attention_in_graph(query, key, value, call.layouts, role, layer, call.backend)
+        out, choice = attention_in_graph(query, key, value, call.streams, role, layer, call.backend)
         note_attention(call.state.key, role, f"{choice.backend} ({choice.reason})")
         return out
     options: dict[str, Any] = layer._asdict()
     out, choice = layout_attention(
-        query, key, value, call.layouts, role, **options, backend=call.backend, memo=call.memo
+        query, key, value, call.streams, role, **options, backend=call.backend, memo=call.memo
     )
     call.attention_calls += 1
     call.choices[role] = choice

@@ -223,7 +223,9 @@ def _attention_forward(
                 "packed forward: this model cannot be patched"
             )
         return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
-    run = _packed_attention if call.traced else _packed_attention_outside_graph
+    # The wrapper of torch.compiler.disable costs time in each layer.
+    traced_alone = torch.compiler.is_compiling() and not call.traced
+    run = _packed_attention_outside_graph if traced_alone else _packed_attention
     return run(call, module, query, key, value, **kwargs), None
 
 

@@ -23,6 +23,7 @@ from ..kernels.attention import (
     plan_reference,
 )
 from .backends import TABLE, AttentionCall, Backend, Options
+from .kernel_node import attend_on_kernel, can_be_one_node
 from .one_call import OneCall, plan_one_call
 
 BACKENDS = tuple(backend.name for backend in TABLE)
@@ -142,6 +143,8 @@ class Prepared:
         if self._is_reference:
             return self._on_host(query, key, value, relative_bias)
         options = self._options
+        if self.choice.backend == "triton" and can_be_one_node(query):
+            return attend_on_kernel(query, key, value, self._offsets, relative_bias, options)
         if relative_bias is not None:
             options = {**options, "relative_bias": relative_bias}
         # The backward of [0] writes a tensor of zeros and copies the gradient into it. The backward

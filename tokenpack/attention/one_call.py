@@ -33,13 +33,13 @@ class OneCall(NamedTuple):
         scale: factor of the scores.
         causal: whether the call itself is causal, without a mask.
         mask: ``(1, total_q, total_k)``, 0 or -inf; None for a single sequence.
-        index: ``(total_q * total_k,)`` int64, the column of the bias for each score, or None.
+        columns: ``(total_q * total_k,)`` int64, the column of the bias for each score, or None.
     """
 
     scale: float
     causal: bool
     mask: Tensor | None
-    index: Tensor | None
+    columns: Tensor | None
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, lines: Any
@@ -128,19 +128,19 @@ def _plan(
     if causal or right >= 0:
         visible &= distance <= (0 if causal else right)
     mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))[None]
-    index = None if reach is None else (distance.clamp(-reach, reach) + reach).flatten()
-    return OneCall(scale, False, mask, index)
+    columns = None if reach is None else (distance.clamp(-reach, reach) + reach).flatten()
+    return OneCall(scale, False, mask, columns)
 
 
 class _WithBias(torch.autograd.Function):
     """Scores with a relative bias, whose gradient goes to the table."""
 
     @staticmethod
-    def forward(ctx, query, key, value, table, plan: OneCall, lines):
+    def forward(ctx, query, key, value, table, plan, lines):
         q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)  # [heads, total, head_dim]
         bias = lines.get("one call")
         if bias is None:
-            bias = table.index_select(1, plan.index).view(-1, *plan.mask.shape[1:]) + plan.mask
+            bias = table.index_select(1, plan.columns).view(-1, *plan.mask.shape[1:]) + plan.mask
             lines["one call"] = bias
         weights = torch.baddbmm(bias, q, k.mT, alpha=plan.scale).softmax(-1)
         ctx.plan, ctx.shape = plan, table.shape
@@ -158,7 +158,7 @@ class _WithBias(torch.autograd.Function):
         dtable = None
         if ctx.needs_input_grad[3]:
             dtable = dscores.new_zeros(ctx.shape)
-            dtable.index_add_(1, ctx.plan.index, dscores.flatten(1))
+            dtable.index_add_(1, ctx.plan.columns, dscores.flatten(1))
         dscores = dscores.mul_(ctx.plan.scale)
         dquery, dkey = torch.bmm(dscores, k), torch.bmm(dscores.mT, q)
         return dquery[None], dkey[None], dvalue[None], dtable, None, None

@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "table": (),
     "packing": ("checks", "segments", "files"),
     "attention": ("kernels",),
-    "adapters": ("attention", "kernels", "checks"),
+    "adapters": ("attention", "kernels", "checks", "segments"),
     "cost": ("attention", "kernels", "checks"),
     "comparison": ("adapters", "cost", "kernels", "checks", "table"),
     "diagnostics": ("table",),

@@ -34,6 +34,14 @@ def offsets_of(lengths: NDArray[Any] | Sequence[int]) -> NDArray[np.int64]:
     return offsets
 
 
+def rounded_sequences(num_seqs: int) -> int:
+    """The number of sequences of a stream that dead tokens fill up: a power of two, at least 64.
+
+    It is larger than ``num_seqs``, because the dead tokens are a sequence, too.
+    """
+    return max(64, 1 << num_seqs.bit_length())
+
+
 def ranges(
     starts: NDArray[np.int64], counts: NDArray[np.int64], arange: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tokenpack import packing_stats, patch_model
+from tokenpack.attention import dispatch, layout_attention
+from tokenpack.kernels import layout_from_lengths
 from tokenpack.kernels._triton import INTERPRETED
 
 from .models import BY_NAME, LLAMA, gradient_distance
@@ -75,3 +77,24 @@ def test_llama():
     case = replace(LLAMA, options={**LLAMA.options, "hidden_size": 64})
     reference = case.build()
     assert_same_step(case, reference, patch_model(copy.deepcopy(reference)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads, options", [(2, {"dropout_p": 0.3}), (1, {"softcap": 2.0})])
+def test_one_node_of_autograd_computes_what_the_op_does(causal, kv_heads, options, monkeypatch):
+    """The same kernels run, so all bits are equal, with the same seed of dropout too."""
+    results = []
+    for is_one_node in (True, False):
+        monkeypatch.setattr(dispatch, "can_be_one_node", lambda query, answer=is_one_node: answer)
+        torch.manual_seed(0)
+        q = torch.randn(1, 9, 2, 16).transpose(1, 2).requires_grad_()
+        k, v = (torch.randn(1, 9, kv_heads, 16).transpose(1, 2).requires_grad_() for _ in "kv")
+        table = torch.randn(2, 7, requires_grad=True)
+        out, choice = layout_attention(
+            *(q, k, v, {"self": layout_from_lengths([4, 5])}),
+            **{"causal": causal, "relative_bias": table, "sliding_window": 3, **options},
+        )
+        out.square().sum().backward()
+        assert choice.backend == "triton"
+        results.append([out, *(each.grad for each in (q, k, v, table))])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

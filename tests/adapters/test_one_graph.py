@@ -341,7 +341,8 @@ def test_ops_that_read_values_follow_the_rules_of_torch():
     for op, arguments in (
         (ops.pack_rows, (mask, "attention_mask", "", 0, 0, True, True, None)),
         (ops.full_rows, (mask, "", 0, 0)),
-        (ops.pack_boundaries, (torch.tensor([0, 2, 3]), mask[:1], "", 0, 0, True, None)),
+        (ops.pack_boundaries, (torch.tensor([0, 2, 3]), mask[:1], "", 0, 0, True, None, None, "")),
+        (ops.dead_tokens, (torch.tensor([0, 2, 3]), 3, 4, "")),
         (ops.take_targets, (labels, indices, "", 0, 0)),
         (ops.require_real_slots, (mask, torch.zeros(2, dtype=torch.long))),
     ):

@@ -208,6 +208,37 @@ def test_a_model_patched_by_the_user_keeps_its_options(tmp_path):
     assert trainer.model._tokenpack_entry.state.strict
 
 
+@pytest.mark.parametrize("name", ["T5", "Llama"])
+def test_micro_batches_of_constant_shapes_train_the_same(name, tmp_path):
+    runs = []
+    for total in (None, 64):
+        examples = make_examples(30, causal=name == "Llama")
+        trainer = make_trainer(name, tmp_path, examples, pad_to_total=total)
+        trainer.train()
+        runs.append((losses_of(trainer), packing_stats(trainer.model)))
+    (plain, expected), (filled, stats) = runs
+    assert filled == pytest.approx(plain, rel=1e-5)
+    assert stats.packed_tokens == expected.packed_tokens
+    assert (stats.packed_tokens + stats.dead_tokens) % 64 == 0
+    assert stats.dead_tokens > expected.dead_tokens == 0
+
+
+def test_pad_to_total_belongs_to_whom_the_patch_does(tmp_path):
+    from tokenpack import patch_model
+    from tokenpack.data import packed_collate_fn
+
+    with pytest.raises(ValueError, match="pad_to_total must be None for a model that is patched"):
+        make_trainer(
+            "T5", tmp_path, make_examples(3), model=patch_model(CASES["T5"].build()), pad_to_total=8
+        )
+    trainer = make_trainer(
+        *("Llama", tmp_path, make_examples(3, causal=True)),
+        data_collator=packed_collate_fn(40, stream=True, pad_to_total=8),
+    )
+    with pytest.raises(ValueError, match="pass pad_to_total to the trainer"):
+        trainer.train()
+
+
 def test_model_init_is_patched_each_time(tmp_path):
     args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
     trainer = HierarchicalTokenTrainer(

@@ -10,6 +10,7 @@ Each file imports only from files above it:
     t5, umt5, roberta, pooler, encoder_decoder     forwards of single families
     families         the allow-list of families
     embedding, head, packed_rows     word embeddings, LM head, batches of packed rows
+    dead_tokens      fills a stream of tokens up to a constant number
     inputs           from a model's arguments to packed arguments
     forward          the forward of a patched model
     patching         patch_model, unpatch_model, is_patched, packing_stats

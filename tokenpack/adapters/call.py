@@ -81,6 +81,7 @@ class PackedCall:
         "num_items",
         "positions",
         "state",
+        "streams",
         "targets",
         "traced",
         "unfused",
@@ -92,6 +93,7 @@ class PackedCall:
         self.state = state
         self.traced = traced  # the whole forward is one graph of torch.compile
         self.layouts = layouts  # by side: "enc" and "dec", or only "self"
+        self.streams = dict(layouts)  # by side, with dead tokens (see `dead_tokens`)
         self.positions: dict[str, Tensor] = {}  # by side, for models that compute positions inside
         self.choices: dict[str, Any] = {}  # the last `Choice` of each role
         self.memo: dict[Any, Any] = {}  # of `layout_attention`
@@ -106,6 +108,30 @@ class PackedCall:
         self.loss: Tensor | None = None
         self.unfused: str | None = None  # why the head computed logits
         self.head_logits: Tensor | None = None  # (1, 1, classes), of the first token
+
+    def without_dead(self, values: Tensor, sides: tuple[str, ...]) -> Tensor:
+        """The tokens of the batch.
+
+        Args:
+            values: ``(1, tokens of the stream, ...)``.
+            sides: the first one of these that the call has is the side of the values.
+
+        Returns:
+            ``(1, total_tokens, ...)``, a view.
+
+        Raises:
+            RuntimeError: if the values do not have the tokens of the stream.
+        """
+        side = next(side for side in sides if side in self.layouts)
+        stream = self.streams[side]
+        if stream is self.layouts[side]:
+            return values
+        if values.shape[1] != stream.total_tokens:
+            raise RuntimeError(
+                f"values must have the {stream.total_tokens} tokens of side {side!r}, "
+                f"got shape {tuple(values.shape)}"
+            )
+        return values.narrow(1, 0, self.layouts[side].total_tokens)
 
     def rows_of(self, hidden: Tensor, side: str | None = None) -> Tensor:
         """Hidden states inside a packed forward, in the padded rows of the batch.
@@ -129,6 +155,8 @@ class PackedCall:
             raise ValueError(f"side must be one of {sorted(self.layouts)}, got {side!r}")
         layout = self.layouts[side]
         stream = hidden.squeeze(0) if hidden.shape[:1] == (1,) and hidden.dim() > 1 else hidden
+        if stream.shape[0] == self.streams[side].total_tokens:
+            stream = stream[: layout.total_tokens]
         if stream.shape[0] != layout.total_tokens:
             raise ValueError(
                 f"hidden must have the {layout.total_tokens} tokens of side {side!r}, "
@@ -148,6 +176,8 @@ class PackingStats:
             through any part that `patch_model` changed.
         packed_tokens: number of real tokens in packed forwards, including the decoder's.
         padded_tokens: number of slots that the same batches had before packing.
+        dead_tokens: number of tokens that ``pad_to_total`` has added to packed forwards or their
+            batches. They are not among the other two.
         attention: the backend of each kind of attention (``enc``, ``dec``, ``cross``, ``self``)
             in the last packed forward, and why it was selected.
         loss: how the last loss was computed, and why if logits were materialized.
@@ -158,13 +188,26 @@ class PackingStats:
     unseen_calls: int = 0
     packed_tokens: int = 0
     padded_tokens: int = 0
+    dead_tokens: int = 0
     attention: dict[str, str] = field(default_factory=dict)
     loss: str = ""
+
+    def discount(self, dead: int) -> None:
+        """Correct the counts of a stream that has dead tokens."""
+        self.packed_tokens -= dead
+        self.padded_tokens -= dead
+        self.dead_tokens += dead
 
     @property
     def padding_share(self) -> float:
         """Fraction of the slots in packed batches that were padding, and were not computed."""
         return 1.0 - self.packed_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    @property
+    def dead_share(self) -> float:
+        """Fraction of the tokens that were computed because of ``pad_to_total`` alone."""
+        computed = self.packed_tokens + self.dead_tokens
+        return self.dead_tokens / computed if computed else 0.0
 
 
 _PATIENCE = 8  # training forwards, a few steps of accumulation
@@ -173,11 +216,19 @@ _PATIENCE = 8  # training forwards, a few steps of accumulation
 class PatchState:
     """The options, properties and counters of a patched model."""
 
-    def __init__(self, family: Family | None, attention: str, logits: str, strict: bool) -> None:
+    def __init__(
+        self,
+        family: Family | None,
+        attention: str,
+        logits: str,
+        strict: bool,
+        pad_to_total: int | None = None,
+    ) -> None:
         self.family = family  # None if unknown
         self.attention = attention
         self.logits = logits
         self.strict = strict
+        self.pad_to_total = pad_to_total
         self.counts_columns = False  # attention depends on distances, so holes would change it
         self.stats = PackingStats()
         self.head_is_plain: bool | None = None  # None until the first fused loss has been checked

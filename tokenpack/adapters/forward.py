@@ -18,7 +18,14 @@ from .embedding import share_lookup
 from .errors import CannotPackError
 from .graph import count_layers, may_drop_layers, note_loss, outside_graph, untraceable
 from .graph_ops import logits_match, loss_in_graph
-from .head import after_head, fused_forward, loss_from_logits, on_device, swap_head
+from .head import (
+    LOGITS_OF,
+    after_head,
+    fused_forward,
+    loss_from_logits,
+    on_device,
+    swap_head,
+)
 from .hooks import changed_by
 from .inputs import PackedInputs, pack_inputs
 from .interface import follow
@@ -33,7 +40,7 @@ BOUNDARIES = frozenset({"cu_seqlens", "decoder_cu_seqlens"})
 _SIDES = {
     "last_hidden_state": ("dec", "self", "enc"),
     "hidden_states": ("self", "enc", "dec"),
-    "logits": ("dec", "self", "enc"),
+    "logits": LOGITS_OF,
     "decoder_hidden_states": ("dec",),
     "encoder_last_hidden_state": ("enc",),
     "encoder_hidden_states": ("enc",),
@@ -75,6 +82,7 @@ def _forward(original: Callable[..., Any], model: Any, entry: Entry, inputs: dic
     stats.attention.update((role, str(choice)) for role, choice in packed.call.choices.items())
     stats.packed_tokens += sum(side.total_tokens for side in packed.call.layouts.values())
     stats.padded_tokens += packed.padded_slots
+    stats.discount(packed.dead_tokens)
     return outputs if _returns_dict(model, inputs) else outputs.to_tuple()
 
 
@@ -233,12 +241,12 @@ def _results(outputs: Any, entry: Entry, packed: PackedInputs, keep_logits: bool
         result = leaving_out(result, absent)
     for name in _SIDES:
         if name in fields:
-            fields[name] = _repadded(fields[name], _layout_of(name, packed))
+            fields[name] = _repadded(fields[name], name, packed)
     if call.loss is not None:
         fields["loss"] = call.loss
         how = "fused with the head, without logits"
     elif targets is not None:
-        stream = outputs.logits.squeeze(0)
+        stream = call.without_dead(outputs.logits, LOGITS_OF).squeeze(0)
         layout = _layout_of("logits", packed)
         if keep_logits and layout is not None and stream.requires_grad:
             # Read back, so that the loss is a function of the logits that the caller gets.
@@ -271,14 +279,17 @@ def _unfused_reason(entry: Entry, packed: PackedInputs, keep_logits: bool) -> st
     return packed.call.unfused or "the model did not call its head"
 
 
-def _repadded(value: Any, layout: PackedLayout | None) -> Any:
+def _repadded(value: Any, name: str, packed: PackedInputs) -> Any:
     """A tensor or a tuple of tensors, padded. None stands for a layer that was not asked for."""
-    if layout is None:
-        return value
+    layout, sides = _layout_of(name, packed), _SIDES[name]
     if isinstance(value, Tensor):
-        return repad(value.squeeze(0), layout)
-    padded = iter(repad([hidden.squeeze(0) for hidden in value if hidden is not None], layout))
-    return tuple(None if hidden is None else next(padded) for hidden in value)
+        value = packed.call.without_dead(value, sides)
+        return value if layout is None else repad(value.squeeze(0), layout)
+    streams = [packed.call.without_dead(each, sides) for each in value if each is not None]
+    if layout is not None:
+        streams = repad([stream.squeeze(0) for stream in streams], layout)
+    results = iter(streams)
+    return tuple(None if hidden is None else next(results) for hidden in value)
 
 
 @functools.partial(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.fake_impl import allocate_size
 
 from ..checks import IGNORE_INDEX
@@ -24,6 +24,7 @@ from ..kernels import (
     layout_from_lengths,
     layout_from_mask,
 )
+from ..segments import rounded_sequences
 from .call import AfterHead, state_of
 
 _OUTSIDE = "call the model outside torch.compile, which runs such a batch padded"
@@ -58,12 +59,16 @@ class GraphSide(NamedTuple):
         first_column: a pooler reads the first column, so it must be real in all rows.
         encoder: the ``cu_seqlens`` of the encoder, for a decoder. Rows that have a token in the
             decoder must have one in the encoder.
+        dead: ``()``, how many tokens of a stream are dead, or None.
+        dead_key: of the patched model's state, which does not count them as tokens.
     """
 
     counted: Counted
     no_holes: bool = False
     first_column: bool = False
     encoder: Tensor | None = None
+    dead: Tensor | None = None
+    dead_key: str = ""
 
 
 def layout_in_graph(mask: Tensor, name: str, side: GraphSide) -> PackedLayout:
@@ -89,7 +94,13 @@ def full_layout_in_graph(tokens: Tensor, side: GraphSide) -> PackedLayout:
 def packed_layout_in_graph(cu_seqlens: Tensor, tokens: Tensor, side: GraphSide) -> PackedLayout:
     """`layout_from_cu_seqlens` of a ``(1, total_tokens, ...)`` stream."""
     cu_seqlens, indices, position_ids, longest = torch.ops.tokenpack.pack_boundaries(
-        cu_seqlens, tokens, *side.counted, side.first_column, side.encoder
+        cu_seqlens,
+        tokens,
+        *side.counted,
+        side.first_column,
+        side.encoder,
+        side.dead,
+        side.dead_key,
     )
     shape = cu_seqlens.shape[0] - 1, longest.shape[0]
     return PackedLayout(cu_seqlens, indices, position_ids, tokens.shape[1], longest.shape[0], shape)
@@ -100,6 +111,14 @@ def targets_in_graph(labels: Tensor, layout: PackedLayout, counted: Counted) -> 
     targets, valid = torch.ops.tokenpack.take_targets(labels, layout.indices, *counted)
     torch._check(valid.shape[0] <= targets.shape[0])
     return targets, valid.shape[0]
+
+
+def dead_tokens_in_graph(layout: PackedLayout, multiple: int, key: str) -> tuple[Tensor, int]:
+    """The `filled_boundaries` of a stream, and its number of dead tokens, which ``key`` counts."""
+    cu_seqlens, dead = torch.ops.tokenpack.dead_tokens(
+        layout.cu_seqlens, layout.total_tokens, multiple, key
+    )
+    return cu_seqlens, dead.shape[0]
 
 
 def slots_in_graph(mask: Tensor, read: Tensor) -> Tensor:
@@ -151,11 +170,16 @@ def _pack_boundaries(
     slots: int,
     first_column: bool,
     encoder: Tensor | None,
+    dead: Tensor | None,
+    dead_key: str,
 ) -> Rows:
     total = padded.shape[1]
     layout = layout_from_cu_seqlens(cu_seqlens, total, device=padded.device)
     _check_rows(layout, "cu_seqlens", first_column, encoder)
     _count(key, tokens + total, slots + total)
+    state = state_of(dead_key)
+    if dead is not None and state is not None:
+        state.stats.discount(int(dead))
     longest = padded.new_empty((layout.max_seqlen, 0))
     return layout.cu_seqlens, layout.indices, layout.position_ids, longest
 
@@ -196,6 +220,21 @@ def _take_targets(
         )
     _count(key, tokens, slots)
     return targets, labels.new_empty((num_valid, 0))
+
+
+@torch.library.custom_op("tokenpack::dead_tokens", mutates_args=())
+def _dead_tokens(cu_seqlens: Tensor, total: int, multiple: int, key: str) -> tuple[Tensor, Tensor]:
+    dead = -total % multiple
+    state = state_of(key)
+    if state is not None:
+        state.stats.dead_tokens += dead
+    return filled_boundaries(cu_seqlens, total + dead), cu_seqlens.new_empty((dead, 0))
+
+
+def filled_boundaries(cu_seqlens: Tensor, total: int) -> Tensor:
+    """The boundaries with a sequence that ends at ``total``, and empty ones after it."""
+    num_seqs = cu_seqlens.numel() - 1
+    return nn.functional.pad(cu_seqlens, (0, rounded_sequences(num_seqs) - num_seqs), value=total)
 
 
 @torch.library.custom_op("tokenpack::require_real_slots", mutates_args=())
@@ -309,6 +348,11 @@ def _(padded: Tensor, *counted: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_take_targets.register_fake
 def _(labels: Tensor, indices: Tensor, *counted: Any) -> tuple[Tensor, Tensor]:
     return labels.new_empty(indices.shape[0]), labels.new_empty((_new_size(), 0))
+
+
+@_dead_tokens.register_fake
+def _(cu_seqlens: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return cu_seqlens.new_empty(_new_size()), cu_seqlens.new_empty((_new_size(), 0))
 
 
 @_require_real_slots.register_fake

@@ -17,6 +17,9 @@ from ..kernels import packed_linear_cross_entropy
 from .call import AfterHead, PackedCall, Targets, active_call
 from .swap import Replacement, swap_forward
 
+LOGITS_OF = ("dec", "self", "enc")
+"""The candidate sides of the logits. The first one in a call's layouts is their side."""
+
 
 def after_head(model: Any) -> AfterHead:
     """Gemma's softcap, Granite's and Cohere's scales, and the bias of Marian and BART."""
@@ -60,7 +63,7 @@ def _with_loss(
     if after.bias is not None:
         bias = after.bias if bias is None else bias + after.bias
     loss = packed_linear_cross_entropy(
-        input.squeeze(0),
+        call.without_dead(input, LOGITS_OF).squeeze(0),
         module.weight,
         None if bias is None else bias.to(input.dtype),
         targets.labels.to(input.device),

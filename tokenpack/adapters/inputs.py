@@ -24,6 +24,7 @@ from ..kernels import (
 )
 from .call import KEYWORD, Entry, PackedCall, PatchState, Targets, marker_mask
 from .checks import check_call, check_pooling, has_pooler
+from .dead_tokens import add_dead_tokens
 from .errors import CannotPackError
 from .graph_ops import (
     Counted,
@@ -51,6 +52,7 @@ class PackedInputs:
     is_packed: bool  # the batch was already packed
     padded_slots: int
     rows: PackedLayout | None = None  # restores packed rows, if the batch had them
+    dead_tokens: int = 0  # that the batch had, among its tokens
 
 
 @dataclass
@@ -96,6 +98,7 @@ def pack_inputs(
         raise CannotPackError(f"argument {unsupported[0]!r} is not supported")
     if rows is not None:
         packed.rows, packed.padded_slots = rows, rows.padded_shape[0] * rows.padded_shape[1]
+    add_dead_tokens(packed.call, packed.arguments, dict(zip(entry.sides, ("", "decoder_"))))
     packed.arguments[KEYWORD] = packed.call
     packed.arguments["return_dict"] = True
     packed.call.num_items = inputs.get("num_items_in_batch")
@@ -192,10 +195,12 @@ def _pack_single(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool)
     labels = inputs.pop("labels", None) if entry.has_token_head else None
     cu_seqlens = inputs.get("cu_seqlens")
     masked = "attention_mask" in inputs or cu_seqlens is not None
+    dead = _pop_dead_tokens(inputs)
     in_graph = None
     if traced:
         counted = Counted("" if labels is not None else state.key)
-        in_graph = GraphSide(counted, state.counts_columns, has_pooler(model, entry))
+        pools = has_pooler(model, entry)
+        in_graph = GraphSide(counted, state.counts_columns, pools, dead=dead, dead_key=state.key)
     side = _pop_side(inputs, "", state, in_graph)
     call = PackedCall(state, {name: side.layout}, traced)
     check_pooling(model, entry, side.layout, traced)
@@ -228,7 +233,10 @@ def _pack_single(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool)
         targets = _targets(labels, side, counted if traced else None)
     if isinstance(inputs.get("logits_to_keep"), int) and inputs["logits_to_keep"] == 0:
         del inputs["logits_to_keep"]
-    return PackedInputs(call, arguments, targets, side.is_packed, side.slots)
+    packed = PackedInputs(call, arguments, targets, side.is_packed, side.slots)
+    if dead is not None and not traced:
+        packed.dead_tokens = int(dead)
+    return packed
 
 
 # --------------------------------------------------------------------------------------- one side
@@ -292,6 +300,16 @@ def _pop_side(
     else:
         layout = layout_from_lengths([columns] * rows, device=tokens.device)
     return _Side(layout, tokens, False, rows * columns)
+
+
+def _pop_dead_tokens(inputs: dict[str, Any]) -> Tensor | None:
+    """``()``, how many of the last tokens of a stream only fill it up. See `PackedBatch`."""
+    dead = inputs.pop("dead_tokens", None)
+    if dead is None:
+        return None
+    if "cu_seqlens" not in inputs:
+        raise ValueError("dead_tokens must be given with cu_seqlens, got no cu_seqlens")
+    return torch.as_tensor(dead)
 
 
 def _layout_from_mask(

@@ -223,7 +223,9 @@ def _attention_forward(
                 "packed forward: this model cannot be patched"
             )
         return _base_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
-    run = _packed_attention if call.traced else _packed_attention_outside_graph
+    # The wrapper of torch.compiler.disable costs time in each layer.
+    traced_alone = torch.compiler.is_compiling() and not call.traced
+    run = _packed_attention_outside_graph if traced_alone else _packed_attention
     return run(call, module, query, key, value, **kwargs), None
 
 
@@ -288,12 +290,12 @@ def _packed_attention(
     causal = _is_causal(role, module, kwargs)
     layer = Layer(causal, scaling, sliding_window, softcap, bias, dropout)
     if call.traced:
-        out, choice = attention_in_graph(query, key, value, call.layouts, role, layer, call.backend)
+        out, choice = attention_in_graph(query, key, value, call.streams, role, layer, call.backend)
         note_attention(call.state.key, role, f"{choice.backend} ({choice.reason})")
         return out
     options: dict[str, Any] = layer._asdict()
     out, choice = layout_attention(
-        query, key, value, call.layouts, role, **options, backend=call.backend, memo=call.memo
+        query, key, value, call.streams, role, **options, backend=call.backend, memo=call.memo
     )
     call.attention_calls += 1
     call.choices[role] = choice

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import require_known_backend
+from ..checks import optional_at_least_one
 from .call import ENTRY, ROLE, SIDE, WATCHED, Entry, PackingStats, PatchState
 from .entries import (
     entry_of,
@@ -33,7 +34,12 @@ Logits = Literal["auto", "always", "never"]
 
 
 def patch_model(
-    model: Model, *, attention: str = "auto", logits: Logits = "auto", strict: bool = False
+    model: Model,
+    *,
+    attention: str = "auto",
+    logits: Logits = "auto",
+    strict: bool = False,
+    pad_to_total: int | None = None,
 ) -> Model:
     """Patch a model in place, as `tokenpack.patch_model` describes, which calls this.
 
@@ -42,14 +48,16 @@ def patch_model(
         attention: ``"auto"``, or the name of a backend.
         logits: ``"auto"``, ``"always"`` or ``"never"``.
         strict: raise ValueError instead of running a call padded.
+        pad_to_total: the multiple that the number of tokens is filled up to, or None.
 
     Raises:
-        TypeError: if ``model`` contains no transformers model.
+        TypeError: if ``model`` contains no transformers model, or ``pad_to_total`` is no integer.
         ValueError: if an option is unknown, or the model cannot be patched.
     """
     require_known_backend(attention)
     if logits not in ("auto", "always", "never"):
         raise ValueError(f"logits must be 'auto', 'always' or 'never', got {logits!r}")
+    pad_to_total = optional_at_least_one("pad_to_total", pad_to_total)
     inner = transformers_model(model)
     family = find_family(inner.config.model_type)
     if is_entry(inner):
@@ -59,10 +67,11 @@ def patch_model(
             raise ValueError(f"{type(inner).__name__} can never be packed: {entry.unpackable}")
         state = entry.state
         state.attention, state.logits, state.strict = attention, logits, strict
+        state.pad_to_total = pad_to_total
         return model
     _check_modules(inner)
     _check_wrappers(model, inner)
-    state = PatchState(family, attention, logits, strict)
+    state = PatchState(family, attention, logits, strict, pad_to_total)
     state.root = weakref.ref(inner)
     reason = whole_reason(inner, family)
     if strict and reason is not None:

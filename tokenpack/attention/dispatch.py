@@ -23,6 +23,8 @@ from ..kernels.attention import (
     plan_reference,
 )
 from .backends import TABLE, AttentionCall, Backend, Options
+from .kernel_node import attend_on_kernel, can_be_one_node
+from .one_call import OneCall, plan_one_call
 
 BACKENDS = tuple(backend.name for backend in TABLE)
 """The names of the backends, in order of preference."""
@@ -120,31 +122,68 @@ class Prepared:
         choice: Choice,
         options: Options,
         layouts: tuple[PackedLayout, PackedLayout],
-        plan: HostPlan | None,
+        kind: _Kind,
     ) -> None:
         self.choice = choice
+        self._kind, self._layouts = kind, layouts
+        self._is_reference = choice.backend == "reference"
         self.totals = layouts[0].total_tokens, layouts[1].total_tokens
         self._options = options
         self._offsets = layouts[0].cu_seqlens, layouts[1].cu_seqlens
         self._longest = layouts[0].max_seqlen, layouts[1].max_seqlen
         self._run = find_backend(choice.backend).run
-        self._plan = plan  # of the reference
+        self._plan: HostPlan | None = None  # of the reference
+        self._one_call: tuple[OneCall | None] | None = None  # the same, for few tokens
         self._table: tuple[Tensor, int, Lines] | None = None
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, relative_bias: Tensor | None
     ) -> Tensor:
         """``(1, heads, total, head_dim)`` each, to ``(1, total_q, heads, head_dim)``."""
-        if self._plan is not None:
-            lines = None if relative_bias is None else self._lines_of(relative_bias)
-            return attend_on_host(query, key, value, relative_bias, self._plan, lines)
+        if self._is_reference:
+            return self._on_host(query, key, value, relative_bias)
         options = self._options
+        if self.choice.backend == "triton" and can_be_one_node(query):
+            return attend_on_kernel(query, key, value, self._offsets, relative_bias, options)
         if relative_bias is not None:
             options = {**options, "relative_bias": relative_bias}
         # The backward of [0] writes a tensor of zeros and copies the gradient into it. The backward
         # of squeeze is a view.
         q, k, v = (side.squeeze(0).transpose(0, 1) for side in (query, key, value))
         return self._run((q, k, v, *self._offsets), self._longest, options)[None]
+
+    def _on_host(
+        self, query: Tensor, key: Tensor, value: Tensor, relative_bias: Tensor | None
+    ) -> Tensor:
+        lines = {} if relative_bias is None else self._lines_of(relative_bias)
+        if query.requires_grad or key.requires_grad or value.requires_grad:
+            if self._one_call is None:
+                self._one_call = (self._plan_one_call(relative_bias),)
+            (one_call,) = self._one_call
+            if one_call is not None:
+                return one_call(query, key, value, relative_bias, lines)
+        if self._plan is None:
+            self._plan = self._plan_reference()
+        return attend_on_host(query, key, value, relative_bias, self._plan, lines)
+
+    def _plan_one_call(self, relative_bias: Tensor | None) -> OneCall | None:
+        kind = self._kind
+        if kind.device.type != "cpu":
+            return None
+        reach = None if relative_bias is None else relative_bias.shape[1] // 2
+        heads = kind.heads, kind.kv_heads
+        return plan_one_call(*self._layouts, heads, kind.dtype, self._options, reach)
+
+    def _plan_reference(self) -> HostPlan:
+        kind = self._kind
+        return plan_reference(
+            *self._offsets,
+            self.totals,
+            (kind.heads, kind.kv_heads),
+            kind.device,
+            kind.has_bias,
+            self._options,
+        )
 
     def _lines_of(self, table: Tensor) -> Lines:
         """What earlier layers have computed from the same table."""
@@ -190,12 +229,7 @@ def _prepare(layouts: Mapping[str, PackedLayout], kind: _Kind) -> Prepared:
         kind.has_bias,
     )
     choice = choose_backend(call, kind.backend)
-    plan = None
-    if choice.backend == "reference":
-        sizes = (layout_q.total_tokens, layout_k.total_tokens), (kind.heads, kind.kv_heads)
-        offsets = layout_q.cu_seqlens, layout_k.cu_seqlens
-        plan = plan_reference(*offsets, *sizes, kind.device, kind.has_bias, options)
-    return Prepared(choice, options, (layout_q, layout_k), plan)
+    return Prepared(choice, options, (layout_q, layout_k), kind)
 
 
 def layer_options(

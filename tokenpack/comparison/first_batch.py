@@ -27,6 +27,7 @@ def patch_model(
     logits: Logits = "auto",
     strict: bool = False,
     check: bool = False,
+    pad_to_total: int | None = None,
 ) -> Module:
     """Make a transformers model compute only real tokens, with the same results.
 
@@ -52,12 +53,19 @@ def patch_model(
             If another library goes around the model's forward, the part that it calls is compared.
             A batch that runs padded does not count, and the next one is compared, up to eight.
             Later batches cost nothing.
+        pad_to_total: fill each stream of tokens up to a multiple of this number with dead tokens,
+            and its boundaries up to a power of two. Shapes inside the model are then constant for
+            batches of a token budget, which CUDA graphs and ``torch.compile`` without
+            ``dynamic=True`` need. No token attends to dead ones, and neither the loss, outputs nor
+            ``packed_tokens`` include them; ``packing_stats(model).dead_share`` is their share.
+            Dropout draws other random numbers than without them. By default, none are added.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: if ``model`` contains no transformers model.
+        TypeError: if ``model`` contains no transformers model, or ``pad_to_total`` is not an
+            integer.
         ValueError: if an option is unknown, the family is known to compute wrong results on packed
             input, a submodule is already patched, or a forward set on an instance (by accelerate)
             would hide the patch. With ``strict``, also if the model can never be packed. With
@@ -65,7 +73,8 @@ def patch_model(
         PatchCheckError: with ``check``, in the first forward in training, if the packed run is not
             right.
     """
-    patch(model, attention=attention, logits=logits, strict=strict)
+    options: dict[str, Any] = {"attention": attention, "logits": logits, "strict": strict}
+    patch(model, **options, pad_to_total=pad_to_total)
     before_first_batch(model, FirstBatch() if check else None)
     return model
 

@@ -23,6 +23,7 @@ from ..kernels import layout_from_mask, repad
 _BOUNDARIES = (
     *("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "decoder_cu_seqlens", "decoder_max_seqlen"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    "dead_tokens",
 )
 
 

@@ -74,6 +74,8 @@ class TokenBudget:
             the last backward.
         oom_skip_batch_on_fail: if a step or a single sequence still does not fit, skip it and count
             it, instead of raising an error.
+        pad_to_total: fill the tokens of each side of a micro-batch up to a multiple of this number,
+            for constant shapes; see `tokenpack.patch_model`. Requires ``pack``.
     """
 
     max_tokens_per_batch: int = _option(
@@ -114,10 +116,18 @@ class TokenBudget:
     oom_skip_batch_on_fail: bool = _option(
         False, "Skip what still does not fit, instead of raising an error."
     )
+    pad_to_total: int | None = _option(
+        None, "Fill the tokens of a micro-batch up to a multiple of this.", minimum=1, optional=True
+    )
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
+        if self.pad_to_total is not None and not self.pack:
+            raise ValueError(
+                f"pad_to_total must be None with pack=False, got {self.pad_to_total}: a padded "
+                "batch has no stream of tokens to fill"
+            )
 
 
 def _checked(option: dataclasses.Field[Any], value: Any) -> Any:
@@ -174,6 +184,7 @@ class TokenBudgetArguments(Seq2SeqTrainingArguments):
     debug_batches: bool = _copied("debug")
     oom_max_retries: int = _copied("oom_max_retries")
     oom_skip_batch_on_fail: bool = _copied("oom_skip_batch_on_fail")
+    pad_to_total: int | None = _copied("pad_to_total")
 
 
 def args_name(option: str) -> str:

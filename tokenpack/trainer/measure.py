@@ -159,6 +159,11 @@ def measure(
 
 
 def _measure_packed(inputs: Mapping[str, Any]) -> SequenceSizes:
+    if "dead_tokens" in inputs:
+        raise ValueError(
+            f"dead_tokens must not be in a batch of the trainer, which regroups sequences, got "
+            f"{int(inputs['dead_tokens'])}: pass pad_to_total to the trainer, not to the collator"
+        )
     source = _to_numpy(inputs["cu_seqlens"].diff())
     starts = inputs.get("cu_seqlens_padded", inputs["cu_seqlens"])
     decoder = inputs.get("decoder_cu_seqlens")

@@ -86,6 +86,7 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         debug: bool = FROM_ARGS,
         oom_max_retries: int = FROM_ARGS,
         oom_skip_batch_on_fail: bool = FROM_ARGS,
+        pad_to_total: int | None = FROM_ARGS,
         **keywords: Any,
     ) -> None:
         passed = dict(locals())
@@ -150,16 +151,24 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         self.runner.broadcasts_buffers = bool(self.args.ddp_broadcast_buffers)
 
     def _patch(self, model: Any) -> None:
-        if not self.budget.pack or is_patched(model):
+        if not self.budget.pack:
+            return
+        if is_patched(model):
+            if self.budget.pad_to_total is not None:
+                raise ValueError(
+                    f"pad_to_total must be None for a model that is patched already, got "
+                    f"{self.budget.pad_to_total}: pass it to patch_model"
+                )
             return
         try:
-            patch_model(model, strict=True)
+            patch_model(model, strict=True, pad_to_total=self.budget.pad_to_total)
         except (TypeError, ValueError) as reason:
             raise ValueError(
                 f"pack=True, but {reason}; with pack=False, the model runs padded, and budgets "
                 "count padded slots"
             ) from None
-        patch_model(model)  # not strict: calls that cannot be packed (generate) run unpacked
+        # Not strict: calls that cannot be packed (generate) run unpacked.
+        patch_model(model, pad_to_total=self.budget.pad_to_total)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Create the model again, and patch it."""

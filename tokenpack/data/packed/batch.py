@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...checks import IGNORE_INDEX, as_integer
+from ...checks import IGNORE_INDEX, as_integer, at_least_one
 from ...packing import Packer, PackResult
+from ...segments import rounded_sequences
 from ..row_layout import RowLayout
 from ..tokens import Tokens, flatten_tokens, require_same_lengths
 from .base import CUT_BY_ROWS, PackedFields, pad_rows, selected
@@ -58,13 +59,18 @@ class PackedBatch(PackedFields):
             batch, row after row, without padding.
         cu_seqlens_padded: ``(num_seqs + 1,)`` int32, the first slot of each sequence in the
             flattened rows, then the number of slots. Absent in a stream, which has no padding.
-        max_seqlen: length of the longest sequence.
+        max_seqlen: length of the longest sequence. With ``dead_tokens``, the next power of two.
         use_cache: False.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: ``cu_seqlens`` and ``max_seqlen``
             of the flattened rows, including padding, for transformers' own flash attention.
+        dead_tokens: ``()`` int64 on the CPU, the number of slots that ``pad_to_total`` has added to
+            a stream. They are one more sequence in ``cu_seqlens``, and empty sequences follow it.
+            Absent in other batches.
         plan: the plan, which maps sequences to samples and lists the samples that were dropped or
             truncated. It is not a field, and it is None in a batch that was not made from a plan.
     """
+
+    _host_fields = frozenset({"dead_tokens"})
 
     plan: PackResult | None = None
 
@@ -85,7 +91,7 @@ class PackedBatch(PackedFields):
         It is not a field, because a model that gets a mask treats each row as one sequence.
         """
         rows, columns = self.input_ids.shape
-        starts, lengths = self._starts(), self.cu_seqlens.diff().long()
+        starts, lengths = self._starts(), self._ends().diff().long()
         steps = torch.zeros(rows * columns + 1, dtype=torch.int64, device=starts.device)
         one = torch.ones_like(starts)
         steps.index_add_(0, starts, one).index_add_(0, starts + lengths, -one)
@@ -95,7 +101,7 @@ class PackedBatch(PackedFields):
     def boundaries(self) -> list[Tensor]:
         """First and last column (exclusive) of the sequences: a ``(num_seqs, 2)`` int64 per row."""
         rows, columns = self.input_ids.shape
-        starts, lengths = self._starts(), self.cu_seqlens.diff().long()
+        starts, lengths = self._starts(), self._ends().diff().long()
         begins = starts % columns
         counts = torch.bincount(starts // columns, minlength=rows)
         return list(torch.stack([begins, begins + lengths], dim=1).split(counts.tolist()))
@@ -108,7 +114,9 @@ class PackedBatch(PackedFields):
         SDPA or eager attention, an unpatched model needs memory quadratic in the length of the row.
         """
         tokens = self.attention_mask.flatten().nonzero()[:, 0]
-        fields = _boundary_fields(self.cu_seqlens, None, self.max_seqlen)
+        ends = self._ends()
+        longest = int(ends.diff().max()) if "dead_tokens" in self else self.max_seqlen
+        fields = _boundary_fields(ends, None, longest)
         stream = type(self)(self._gather(tokens) | fields)
         stream.plan = self.plan
         if "labels" in vars(self):  # shifted labels
@@ -127,9 +135,10 @@ class PackedBatch(PackedFields):
             ValueError: if ``sequences`` is empty.
             IndexError: if an index is out of range.
         """
-        numbers = torch.from_numpy(selected(sequences, len(self.cu_seqlens) - 1))
-        chosen = numbers.to(self.cu_seqlens.device, non_blocking=True)
-        lengths = self.cu_seqlens.diff().long()[chosen]
+        boundaries = self._ends()
+        numbers = torch.from_numpy(selected(sequences, len(boundaries) - 1))
+        chosen = numbers.to(boundaries.device, non_blocking=True)
+        lengths = boundaries.diff().long()[chosen]
         ends = lengths.cumsum(0)
         steps = torch.arange(int(ends[-1]), device=ends.device)
         slots = steps + (self._starts()[chosen] - ends + lengths).repeat_interleave(lengths)
@@ -144,7 +153,7 @@ class PackedBatch(PackedFields):
             ``input_ids``, ``attention_mask`` and, if the batch has them, ``labels``, each of shape
             ``(num_seqs, max_seqlen)``.
         """
-        stream = self.select(torch.arange(len(self.cu_seqlens) - 1))
+        stream = self.select(torch.arange(len(self._ends()) - 1))
         lengths = stream.cu_seqlens.cpu().diff()
         rows, mask = pad_rows(stream.input_ids[0], lengths, pad_token_id)
         batch = {"input_ids": rows, "attention_mask": mask.long()}
@@ -188,7 +197,15 @@ class PackedBatch(PackedFields):
     def _starts(self) -> Tensor:
         """Return the first slot of each sequence, ``(num_seqs,)`` int64."""
         slots = self.get("cu_seqlens_padded")
-        return (self.cu_seqlens if slots is None else slots)[:-1].long()
+        return (self._ends() if slots is None else slots)[:-1].long()
+
+    def _ends(self) -> Tensor:
+        """Return the boundaries without those of dead tokens, ``(num_seqs + 1,)`` int32."""
+        cu_seqlens: Tensor = self.cu_seqlens
+        if "dead_tokens" not in self:
+            return cu_seqlens
+        real = self.input_ids.numel() - int(self.dead_tokens)  # no sequence is empty
+        return cu_seqlens[: int((cu_seqlens < real).sum()) + 1]
 
     def _gather(self, slots: Tensor) -> dict[str, Any]:
         """Return the per-token fields at some slots, as one row."""
@@ -205,6 +222,7 @@ def pack_result_to_tensors(
     *,
     labels_shifted: bool = False,
     stream: bool = False,
+    pad_to_total: int | None = None,
 ) -> PackedBatch:
     """Build the batch that a plan describes: one row per bin.
 
@@ -219,14 +237,20 @@ def pack_result_to_tensors(
         labels_shifted: give each token the label of the next one, for a loss that does not shift;
             see `PackedBatch`.
         stream: return one row of all tokens without padding, instead of one row per bin.
+        pad_to_total: with ``stream``, fill the row up to a multiple of this number, and
+            ``cu_seqlens`` up to a power of two of sequences, at least 64. Batches of a token budget
+            then have constant shapes. The dead tokens are a sequence of their own, have
+            ``label_padding_value`` as labels, and are counted in ``batch.dead_tokens``.
 
     Returns:
         The batch, with its sequences in the order of the plan.
 
     Raises:
         TypeError: if ids, labels or padding values are not integers.
-        ValueError: if the lengths of ids or labels differ from the plan, or a sequence is empty.
+        ValueError: if the lengths of ids or labels differ from the plan, or a sequence is empty; or
+            ``pad_to_total`` is below 1 or given without ``stream``.
     """
+    check_pad_to_total(pad_to_total, stream)
     fill = as_integer("padding_value", padding_value)
     label_fill = as_integer("label_padding_value", label_padding_value)
     empty = bool(len(result.dropped))  # dropped sequences may be empty
@@ -237,6 +261,8 @@ def pack_result_to_tensors(
     batch = build_batch(
         result, ids, label_tokens, fill, label_fill, "token_ids", labels_shifted, stream
     )
+    if pad_to_total is not None:
+        batch = with_dead_tokens(batch, pad_to_total, fill, label_fill)
     return batch if device is None else batch.to(device)
 
 
@@ -283,6 +309,43 @@ def build_batch(
     if labels_shifted:
         batch.labels = label_tensor
     return batch
+
+
+def check_pad_to_total(pad_to_total: Any, stream: bool) -> None:
+    """Raise TypeError or ValueError unless ``pad_to_total`` goes together with ``stream``."""
+    if pad_to_total is not None:
+        at_least_one("pad_to_total", pad_to_total)
+        if not stream:
+            raise ValueError(
+                f"pad_to_total must be None for rows, got {pad_to_total}: rows have a constant "
+                "number of slots already; pass stream=True for one row of all tokens"
+            )
+
+
+def with_dead_tokens(batch: PackedBatch, multiple: int, fill: int, label_fill: int) -> PackedBatch:
+    """Fill a stream on the CPU up to a multiple of tokens; see `pack_result_to_tensors`."""
+    total, num_seqs = batch.input_ids.numel(), len(batch.cu_seqlens) - 1
+    dead = -total % multiple
+    # No position exceeds those of the sequences, because a model may not have it.
+    values = {
+        "input_ids": torch.full((dead,), fill),
+        "labels": torch.full((dead,), label_fill),
+        "position_ids": torch.arange(dead) % batch.max_seqlen,
+    }
+    filled = {
+        name: torch.cat([getattr(batch, name), values[name][None]], dim=1) for name in _BY_TOKEN
+    }
+    unused = rounded_sequences(num_seqs) - num_seqs
+    cu_seqlens = nn.functional.pad(batch.cu_seqlens, (0, unused), value=total + dead)
+    # torch.compile specializes this number, so it must seldom change.
+    longest = 1 << (max(batch.max_seqlen, dead) - 1).bit_length()
+    fields = _boundary_fields(cu_seqlens, None, longest)
+    tokens = {name: filled[name] for name in _BY_TOKEN if name in batch}
+    result = PackedBatch(tokens | fields | {"dead_tokens": torch.tensor(dead)})
+    result.plan = batch.plan
+    if "labels" not in batch:  # shifted labels
+        result.labels = filled["labels"]
+    return result
 
 
 def _boundary_fields(cu_seqlens: Tensor, padded: Tensor | None, max_seqlen: int) -> dict[str, Any]:

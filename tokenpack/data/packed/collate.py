@@ -18,7 +18,13 @@ from ...checks import IGNORE_INDEX, as_integer
 from ...packing import Packer, PackResult
 from ...segments import offsets_of
 from ..tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
-from .batch import PackedBatch, build_batch, pack_result_to_tensors
+from .batch import (
+    PackedBatch,
+    build_batch,
+    check_pad_to_total,
+    pack_result_to_tensors,
+    with_dead_tokens,
+)
 
 
 def packed_collate_fn(
@@ -32,6 +38,7 @@ def packed_collate_fn(
     overlong: str = "error",
     max_sequences: int | None = None,
     stream: bool = False,
+    pad_to_total: int | None = None,
 ) -> PackedCollator:
     """Return a ``collate_fn`` that packs the samples of a batch into rows.
 
@@ -58,17 +65,22 @@ def packed_collate_fn(
         stream: return one row of all tokens, without padding. This is the smallest batch and the
             least work for a patched model or flash attention. With SDPA or eager attention, an
             unpatched model needs rows, because memory grows with the square of the row length.
+        pad_to_total: with ``stream``, fill the row up to a multiple of this number with dead
+            tokens, for constant shapes; see `pack_result_to_tensors`.
 
     Raises:
         TypeError: if a number is not an integer.
-        ValueError: if ``capacity`` is below 1 or an option has an unknown value.
+        ValueError: if ``capacity`` or ``pad_to_total`` is below 1, ``pad_to_total`` is given
+            without ``stream``, or an option has an unknown value.
     """
+    check_pad_to_total(pad_to_total, stream)
     return PackedCollator(
         Packer(capacity, strategy, seed, max_sequences=max_sequences, overlong=overlong),
         as_integer("padding_value", padding_value),
         as_integer("label_padding_value", label_padding_value),
         labels_shifted,
         stream,
+        pad_to_total,
     )
 
 
@@ -81,6 +93,7 @@ class PackedCollator:
     label_padding_value: int
     labels_shifted: bool
     stream: bool
+    pad_to_total: int | None = None
 
     def __call__(self, samples: Sequence[Any]) -> PackedBatch:
         """Pack ``samples``.
@@ -91,16 +104,12 @@ class PackedCollator:
                 different lengths.
         """
         ids, labels, name = flatten_samples(samples)
-        return build_batch(
-            plan_of(self.packer, ids, name),
-            ids,
-            labels,
-            self.padding_value,
-            self.label_padding_value,
-            name,
-            self.labels_shifted,
-            self.stream,
-        )
+        fills = self.padding_value, self.label_padding_value
+        plan = plan_of(self.packer, ids, name)
+        batch = build_batch(plan, ids, labels, *fills, name, self.labels_shifted, self.stream)
+        if self.pad_to_total is None:
+            return batch
+        return with_dead_tokens(batch, self.pad_to_total, *fills)
 
 
 def collate_packed_rows(rows: Sequence[Mapping[str, Any]]) -> PackedBatch:

@@ -430,8 +430,11 @@ def test_gradient_checkpointing_changes_nothing():
         for reentrant in (False, True):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
+            # The first forward of reentrant checkpointing has no gradient. On a CPU, attention of
+            # few tokens then takes another path, which rounds differently.
+            allowed = 1e-6 if reentrant else 0.0
             for got, wanted in zip(loss_and_gradients(model, model, form), want):
-                assert torch.equal(got, wanted)
+                torch.testing.assert_close(got, wanted, rtol=allowed, atol=allowed)
     assert model(**form, use_cache=True).past_key_values is None
 
 

@@ -15,8 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._library.fake_impl import allocate_size
 
+from ..attention.layouts import (
+    Rows,
+    fake_rows,
+    fake_stream,
+    layout_of,
+    new_size,
+    outputs_of,
+)
 from ..checks import IGNORE_INDEX
 from ..kernels import (
     PackedLayout,
@@ -28,8 +35,6 @@ from ..segments import rounded_sequences
 from .call import AfterHead, state_of
 
 _OUTSIDE = "call the model outside torch.compile, which runs such a batch padded"
-
-Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Counted(NamedTuple):
@@ -74,12 +79,10 @@ class GraphSide(NamedTuple):
 def layout_in_graph(mask: Tensor, name: str, side: GraphSide) -> PackedLayout:
     """`layout_from_mask` of a ``(rows, columns)`` mask. ``name`` is the argument, for errors."""
     rows, columns = mask.shape
-    cu_seqlens, indices, position_ids, longest = torch.ops.tokenpack.pack_rows(
+    outputs = torch.ops.tokenpack.pack_rows(
         mask, name, *side.counted, side.no_holes, side.first_column, side.encoder
     )
-    return PackedLayout(
-        cu_seqlens, indices, position_ids, indices.shape[0], longest.shape[0], (rows, columns)
-    )
+    return layout_of(outputs, (rows, columns))
 
 
 def full_layout_in_graph(tokens: Tensor, side: GraphSide) -> PackedLayout:
@@ -157,8 +160,7 @@ def _pack_rows(
         )
     _check_rows(layout, name, first_column, encoder)
     _count(key, tokens + layout.total_tokens, slots + mask.numel())
-    longest = mask.new_empty((layout.max_seqlen, 0))
-    return layout.cu_seqlens, layout.indices, layout.position_ids, longest
+    return outputs_of(layout, mask)
 
 
 @torch.library.custom_op("tokenpack::pack_boundaries", mutates_args=())
@@ -180,8 +182,7 @@ def _pack_boundaries(
     state = state_of(dead_key)
     if dead is not None and state is not None:
         state.stats.discount(int(dead))
-    longest = padded.new_empty((layout.max_seqlen, 0))
-    return layout.cu_seqlens, layout.indices, layout.position_ids, longest
+    return outputs_of(layout, padded)
 
 
 def _check_rows(
@@ -307,32 +308,14 @@ def logits_match(after: AfterHead, raw: Tensor, final: Tensor) -> bool:
 # ------------------------------------------------------------------------------- fakes for tracing
 
 
-def _new_size() -> Any:
-    """A size that is known when the graph runs.
-
-    ``new_dynamic_size`` of the same context does this only under a flag of torch.compile, which
-    would change how the user's other code is traced.
-    """
-    context: Any = torch.library.get_ctx()
-    return allocate_size(context._shape_env)
-
-
 @_pack_rows.register_fake
 def _(mask: Tensor, *options: Any) -> Rows:
-    total, longest = _new_size(), _new_size()
-    cu_seqlens, indices, position_ids = (
-        mask.new_empty(size, dtype=torch.int32) for size in (mask.shape[0] + 1, total, total)
-    )
-    return cu_seqlens, indices, position_ids, mask.new_empty((longest, 0))
+    return fake_rows(mask)
 
 
 @_pack_boundaries.register_fake
 def _(cu_seqlens: Tensor, padded: Tensor, *options: Any) -> Rows:
-    total = padded.shape[1]
-    offsets, indices, position_ids = (
-        padded.new_empty(size, dtype=torch.int32) for size in (cu_seqlens.shape[0], total, total)
-    )
-    return offsets, indices, position_ids, padded.new_empty((_new_size(), 0))
+    return fake_stream(cu_seqlens, padded, padded.shape[1])
 
 
 @_full_rows.register_fake
@@ -347,12 +330,12 @@ def _(padded: Tensor, *counted: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_take_targets.register_fake
 def _(labels: Tensor, indices: Tensor, *counted: Any) -> tuple[Tensor, Tensor]:
-    return labels.new_empty(indices.shape[0]), labels.new_empty((_new_size(), 0))
+    return labels.new_empty(indices.shape[0]), labels.new_empty((new_size(), 0))
 
 
 @_dead_tokens.register_fake
 def _(cu_seqlens: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return cu_seqlens.new_empty(_new_size()), cu_seqlens.new_empty((_new_size(), 0))
+    return cu_seqlens.new_empty(new_size()), cu_seqlens.new_empty((new_size(), 0))
 
 
 @_require_real_slots.register_fake

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.layouts import slots_of_sequences
 from ..checks import IGNORE_INDEX
 from ..kernels import PackedLayout, layout_from_lengths, layout_from_mask, unpad
 from .errors import CannotPackError
@@ -56,7 +57,10 @@ def rows_to_stream(inputs: dict[str, Any]) -> PackedLayout | None:
                 f"{other} must begin with the rows and columns of {name}, {tuple(shape)}, "
                 f"got shape {tuple(values.shape)}"
             )
-    layout = layout_from_mask(_token_mask(inputs["cu_seqlens"], padded, shape, first.device))
+    rows, columns = shape
+    layout = layout_from_mask(
+        slots_of_sequences(inputs["cu_seqlens"], padded, rows, columns, first.device)
+    )
     inputs.update(zip(tokens, (stream[None] for stream in unpad(list(tokens.values()), layout))))
     return layout
 
@@ -124,30 +128,3 @@ def _drop_other_names(inputs: dict[str, Any], cu_seqlens: Tensor, is_flash: bool
         raise CannotPackError("cu_seq_lens_q and position_ids give different boundaries")
     for name in _OTHER_NAMES:
         inputs.pop(name, None)
-
-
-def _token_mask(cu_seqlens: Any, padded: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """``(rows, columns)``, 1 in the slots of the sequences and 0 in padding."""
-    rows, columns = shape
-    cu_seqlens = torch.as_tensor(cu_seqlens, dtype=torch.int64, device=device)
-    padded = torch.as_tensor(padded, dtype=torch.int64, device=device)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape != padded.shape or len(padded) < 2:
-        raise ValueError(
-            "cu_seqlens and cu_seqlens_padded must both be (num_seqs + 1,), "
-            f"got shapes {tuple(cu_seqlens.shape)} and {tuple(padded.shape)}"
-        )
-    lengths = cu_seqlens.diff()
-    starts, ends = padded[:-1], padded[:-1] + lengths
-    fits = (starts >= 0) & (lengths >= 0) & (ends <= padded[1:]) & (ends <= rows * columns)
-    fits &= (lengths == 0) | (starts // columns == (ends - 1) // columns)
-    if not bool(fits.all()):
-        at = int((~fits).nonzero()[0])
-        raise ValueError(
-            f"cu_seqlens_padded must give each sequence its own slots in one row of {columns}, "
-            f"got sequence {at} with {int(lengths[at])} tokens from slot {int(starts[at])}, "
-            f"and slot {int(padded[at + 1])} of {rows * columns} after it"
-        )
-    steps = torch.zeros(rows * columns + 1, dtype=torch.int64, device=device)
-    one = torch.ones_like(starts)
-    steps.index_add_(0, starts, one).index_add_(0, ends, -one)
-    return steps[:-1].cumsum(0).view(rows, columns)

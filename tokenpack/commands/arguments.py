@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_seed(parser: argparse._ActionsContainer, of_what: str) -> None:
@@ -78,3 +79,10 @@ def token(text: str) -> int:
     if not text.removeprefix("-").isdecimal() or not -(2**31) <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"must be a 32-bit integer, got {text!r}")
     return int(text)
+
+
+def template_of(value: str | None) -> str | None:
+    """The chat template of ``--template``: the text of a .jinja file, or a name as it is."""
+    if value is not None and value.endswith(".jinja"):
+        return Path(value).read_text(encoding="utf-8")
+    return value

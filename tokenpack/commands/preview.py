@@ -14,6 +14,7 @@ from ..data.chat.pipeline import ChatOptions, ChatPipeline, count_samples
 from ..data.chat.preview import preview_rows
 from ..data.chat.sources import first_rows, open_source
 from ..data.chat.templates import set_template
+from .arguments import template_of
 from .tokenizer import load_pretrained
 
 _ROWS = 100  # that are checked
@@ -22,7 +23,7 @@ _ROWS = 100  # that are checked
 def run(arguments: argparse.Namespace) -> int:
     """Print the preview. Returns 1 if a check found a problem, else 0."""
     tokenizer = load_pretrained(arguments.tokenizer)
-    set_template(tokenizer, _template(arguments.template))
+    set_template(tokenizer, template_of(arguments.template))
     options = {
         "loss_on": _loss_on(arguments.loss_on),
         "truncation": arguments.truncation,
@@ -66,12 +67,6 @@ def _style(asked: str) -> str:
 
 def _loss_on(text: str) -> str | tuple[str, ...]:
     return text if text in ("all", "last") else tuple(text.split(","))
-
-
-def _template(name: str | None) -> str | None:
-    if name is not None and name.endswith(".jinja"):
-        return Path(name).read_text(encoding="utf-8")
-    return name
 
 
 def _generation_config(tokenizer: str) -> Any:

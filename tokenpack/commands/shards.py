@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from ..data.shards.file import ShardFile, as_token_dtype
 from ..data.shards.formats import open_shard, resolve_paths
@@ -17,6 +16,7 @@ from ..data.shards.merge import (
 )
 from ..data.shards.shards import TokenShards
 from ..table import format_table
+from .arguments import template_of
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def _write(arguments: argparse.Namespace) -> None:
             bos=arguments.bos,
             eos=arguments.eos,
             chat=arguments.chat,
-            template=_template(arguments.template),
+            template=template_of(arguments.template),
             max_length=arguments.max_length,
             num_proc=arguments.num_proc,
             rank=arguments.rank,
@@ -122,10 +122,3 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _print_written(shards: TokenShards) -> None:
     (file,) = shards.files
     print(f"{file.path}: {shards.num_tokens:,} tokens in {len(shards):,} documents")
-
-
-def _template(name: str | None) -> Any:
-    if name is not None and name.endswith(".jinja"):
-        with open(name, encoding="utf-8") as file:
-            return file.read()
-    return name

@@ -94,6 +94,10 @@ class BlendedSamples(ShardSamples):
         """See `ShardSamples.numbered`."""
         return [self._sources[at].sample(number) for at, number in map(self.origin, numbers)]
 
+    def row(self, index: int) -> Row:
+        """Sample ``index`` of the first epoch."""
+        return self.sample(index)
+
     def origin(self, number: int) -> tuple[int, int]:
         """Which source a sample is from, and its number there, which counts through all epochs."""
         epoch, place = divmod(int(number), len(self))

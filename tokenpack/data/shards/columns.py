@@ -73,11 +73,8 @@ class DocumentEnds:
         self.count, self.read = count, read
         self._first, self._block = 0, np.empty(0, np.int64)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"count": self.count, "read": self.read}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        return type(self), (self.count, self.read)
 
     def __len__(self) -> int:
         return self.count

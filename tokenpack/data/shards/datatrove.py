@@ -32,7 +32,7 @@ def open_datatrove(path: Path) -> ShardFile | None:
     Raises:
         ShardError: if the files do not belong together, or one is cut short.
     """
-    index, metadata = beside(path, "index"), beside(path, "metadata")
+    index, metadata = companion(path, "index"), companion(path, "metadata")
     if not index.exists() and not metadata.exists():
         return None
     size = size_of(path)
@@ -50,7 +50,7 @@ def open_datatrove(path: Path) -> ShardFile | None:
         count = indexed
     assert count is not None
     dtype = _dtype_of(path, size, count, stated)
-    loss = beside(path, "loss")
+    loss = companion(path, "loss")
     return ShardFile(
         path,
         "datatrove",
@@ -61,7 +61,7 @@ def open_datatrove(path: Path) -> ShardFile | None:
     )
 
 
-def beside(path: Path, suffix: str) -> Path:
+def companion(path: Path, suffix: str) -> Path:
     """``NAME.ds.SUFFIX`` of ``NAME.ds``."""
     return path.with_name(f"{path.name}.{suffix}")
 
@@ -108,7 +108,7 @@ def _read_metadata(path: Path) -> tuple[int, str, int]:
 def _dtype_of(path: Path, size: int, count: int, stated: int | None) -> np.dtype[Any]:
     """The dtype, from the number of tokens and of bytes."""
     if stated is not None and stated not in _DTYPES:
-        raise ShardError(f"{beside(path, 'metadata')} must state 2 or 4 bytes, got {stated}")
+        raise ShardError(f"{companion(path, 'metadata')} must state 2 or 4 bytes, got {stated}")
     fitting = [each for each in ([stated] if stated else _DTYPES) if each * count == size]
     if not fitting:
         expected = " or ".join(f"{each * count:,}" for each in ([stated] if stated else _DTYPES))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .datatrove import beside
+from .datatrove import companion
 from .file import ShardError, ShardFile, as_token_dtype, bytes_of
 from .formats import resolve_paths
 from .shards import TokenShards
@@ -300,7 +300,7 @@ def tokens_alone(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         suffix = next((each for each in _COMPANIONS if path.name.endswith(each)), None)
         stem = path.with_name(path.name[: -len(suffix)]) if suffix else path
-        tokens = (stem, beside(stem, "bin"), beside(stem, "ds"))
+        tokens = (stem, companion(stem, "bin"), companion(stem, "ds"))
         if suffix is None or not names.intersection(tokens):
             kept.append(path)
     return kept

@@ -1,4 +1,4 @@
-"""What a ``Trainer`` has to do for the decoder besides calling it."""
+"""What a ``Trainer`` has to do for the decoder after each step."""
 
 from __future__ import annotations
 

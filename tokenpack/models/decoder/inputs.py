@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attention.layouts import slots_of_sequences
 from ...checks import IGNORE_INDEX
 from ...kernels import PackedLayout, repad, unpad
 from .layouts import full_layout, mask_layout, sequence_ids, stream_layout
@@ -282,32 +283,7 @@ def _split_by_position(position_ids: Tensor, rows: int, columns: int) -> Tensor 
     return nn.functional.pad(starts, (0, 1), value=rows * columns)
 
 
-@torch.compiler.disable
-def _slots_of_sequences(
-    cu_seqlens: Any, padded: Any, rows: int, columns: int, device: torch.device
-) -> Tensor:
-    """``(rows, columns)`` int64, 1 in the slots of packed rows that hold a token."""
-    cu_seqlens = torch.as_tensor(cu_seqlens, dtype=torch.int64, device=device)
-    padded = torch.as_tensor(padded, dtype=torch.int64, device=device)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape != padded.shape or len(padded) < 2:
-        raise ValueError(
-            "cu_seqlens and cu_seqlens_padded must both be (num_seqs + 1,), "
-            f"got shapes {tuple(cu_seqlens.shape)} and {tuple(padded.shape)}"
-        )
-    lengths, starts = cu_seqlens.diff(), padded[:-1]
-    ends = starts + lengths
-    fits = (starts >= 0) & (lengths >= 0) & (ends <= padded[1:]) & (ends <= rows * columns)
-    fits &= (lengths == 0) | (starts // columns == (ends - 1) // columns)
-    if not bool(fits.all()):
-        at = int((~fits).nonzero()[0])
-        raise ValueError(
-            f"cu_seqlens_padded must give each sequence its own slots in one row of {columns}, "
-            f"got sequence {at} with {int(lengths[at])} tokens from slot {int(starts[at])}"
-        )
-    steps = torch.zeros(rows * columns + 1, dtype=torch.int64, device=device)
-    one = torch.ones_like(starts)
-    steps.index_add_(0, starts, one).index_add_(0, ends, -one)
-    return steps[:-1].cumsum(0).view(rows, columns)
+_slots_of_sequences = torch.compiler.disable(slots_of_sequences)
 
 
 def _of_tokens(

@@ -1,8 +1,7 @@
 """Layouts of a batch, also while torch.compile traces the model.
 
-The number of real tokens depends on the values of a mask. Outside a graph, `kernels` reads it on
-the host. In a graph, one op lays out the batch when the graph runs, and its fake allocates a size
-that is known only then. All layers run on this size, so one graph serves every batch.
+Outside a graph, `kernels` reads the number of real tokens on the host. In a graph, one op lays out
+the batch when the graph runs; see `tokenpack.attention.layouts`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.fake_impl import allocate_size
 
+from ...attention.layouts import Rows, fake_rows, fake_stream, layout_of, outputs_of
 from ...kernels import (
     PackedLayout,
     layout_from_cu_seqlens,
@@ -25,8 +24,8 @@ def mask_layout(mask: Tensor) -> PackedLayout:
     """The layout of a ``(rows, columns)`` mask, which must mark a token."""
     if not torch.compiler.is_compiling():
         return _layout_with_tokens(mask)
-    cu_seqlens, indices, position_ids, longest = torch.ops.tokenpack.decoder_rows(mask)
-    return _in_graph(cu_seqlens, indices, position_ids, longest, tuple(mask.shape))
+    rows, columns = mask.shape
+    return layout_of(torch.ops.tokenpack.decoder_rows(mask), (rows, columns))
 
 
 def full_layout(rows: int, columns: int, device: torch.device) -> PackedLayout:
@@ -45,17 +44,7 @@ def stream_layout(cu_seqlens: Any, total: int, device: torch.device) -> PackedLa
     if not torch.compiler.is_compiling():
         return layout_from_cu_seqlens(cu_seqlens, total, device=device)
     like = torch.empty((total, 0), dtype=torch.int32, device=device)
-    offsets, indices, position_ids, longest = torch.ops.tokenpack.decoder_stream(cu_seqlens, like)
-    shape = offsets.shape[0] - 1, longest.shape[0]
-    return PackedLayout(offsets, indices, position_ids, total, longest.shape[0], shape)
-
-
-def _in_graph(
-    cu_seqlens: Tensor, indices: Tensor, position_ids: Tensor, longest: Tensor, shape: Any
-) -> PackedLayout:
-    return PackedLayout(
-        cu_seqlens, indices, position_ids, indices.shape[0], longest.shape[0], shape
-    )
+    return layout_of(torch.ops.tokenpack.decoder_stream(cu_seqlens, like))
 
 
 def _layout_with_tokens(mask: Tensor) -> PackedLayout:
@@ -71,41 +60,23 @@ def sequence_ids(layout: PackedLayout) -> Tensor:
     return torch.bucketize(token, layout.cu_seqlens[1:], right=True)
 
 
-Rows = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
 @torch.library.custom_op("tokenpack::decoder_rows", mutates_args=())
 def _decoder_rows(mask: Tensor) -> Rows:
     layout = _layout_with_tokens(mask)
-    longest = mask.new_empty((layout.max_seqlen, 0))
-    return layout.cu_seqlens, layout.indices, layout.position_ids, longest
+    return outputs_of(layout, mask)
 
 
 @torch.library.custom_op("tokenpack::decoder_stream", mutates_args=())
 def _decoder_stream(cu_seqlens: Tensor, tokens: Tensor) -> Rows:
     layout = layout_from_cu_seqlens(cu_seqlens, tokens.shape[0], device=tokens.device)
-    longest = tokens.new_empty((layout.max_seqlen, 0))
-    return layout.cu_seqlens.clone(), layout.indices, layout.position_ids, longest
-
-
-def _new_size() -> Any:
-    context: Any = torch.library.get_ctx()
-    return allocate_size(context._shape_env)
+    return outputs_of(layout, tokens)
 
 
 @_decoder_rows.register_fake
 def _(mask: Tensor) -> Rows:
-    total, longest = _new_size(), _new_size()
-    cu_seqlens, indices, position_ids = (
-        mask.new_empty(size, dtype=torch.int32) for size in (mask.shape[0] + 1, total, total)
-    )
-    return cu_seqlens, indices, position_ids, mask.new_empty((longest, 0))
+    return fake_rows(mask)
 
 
 @_decoder_stream.register_fake
 def _(cu_seqlens: Tensor, tokens: Tensor) -> Rows:
-    total = tokens.shape[0]
-    offsets, indices, position_ids = (
-        tokens.new_empty(size, dtype=torch.int32) for size in (cu_seqlens.shape[0], total, total)
-    )
-    return offsets, indices, position_ids, tokens.new_empty((_new_size(), 0))
+    return fake_stream(cu_seqlens, tokens, tokens.shape[0])

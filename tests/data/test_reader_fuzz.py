@@ -168,6 +168,7 @@ def check(path, content, is_row, is_refused, batch_size, skip, **options):
         assert len(rows) <= len(content.rows)
     assert all(is_row(got, want) for got, want in zip(rows, content.rows))
     if message is not None:
+        assert outcome(path, batch_size + 1, **options)[1] == message
         empty = not content.rows and not content.bad and not content.loose
         assert (
             line_of(message) in content.bad

@@ -14,10 +14,10 @@ from tokenpack.data.readers import blocks  # noqa: E402
 from tokenpack.data.readers import csv as csv_reader  # noqa: E402
 
 
-def columns(path, **options):
+def columns(path, *args, **options):
     """The columns of all rows."""
     whole = {}
-    for batch in streaming_dataset_reader(path, **options):
+    for batch in streaming_dataset_reader(path, *args, **options):
         for name, values in batch.items():
             whole.setdefault(name, []).extend(values)
     return whole
@@ -199,3 +199,54 @@ def test_rows_that_pyarrow_loses_are_an_error(tmp_path):
     else:
         with pytest.raises(ValueError, match="row group 0 must have 1 rows, pyarrow reads 0"):
             columns(path)
+
+
+BIG = 2**53 + 1
+TYPES_THAT_LOSE_VALUES = {
+    "an integer and a float": (pa.array([BIG]), pa.array([0.5])),
+    "in a list": (pa.array([[BIG]]), pa.array([[0.5]])),
+    "in an object in a list": (pa.array([[{"x": BIG}]]), pa.array([[{"y": 1, "x": 0.5}]])),
+    "in a map": (
+        pa.array([[("k", BIG)]], pa.map_(pa.string(), pa.int64())),
+        pa.array([[("k", 0.5)]], pa.map_(pa.string(), pa.float64())),
+    ),
+    "unsigned": (pa.array([2**63], pa.uint64()), pa.array([1])),
+    "a late time": (pa.array([10**13], pa.timestamp("ms")), pa.array([1], pa.timestamp("ns"))),
+    "a duration": (pa.array([10**12], pa.duration("s")), pa.array([1], pa.duration("ns"))),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("case", TYPES_THAT_LOSE_VALUES)
+def test_whether_a_type_can_hold_the_rows_before_does_not_depend_on_batches(
+    tmp_path, case, batch_size
+):
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, column in zip(paths, TYPES_THAT_LOSE_VALUES[case]):
+        pyarrow.parquet.write_table(pa.table({"n": column, "m": [1]}), path)
+    with pytest.raises(
+        ValueError, match=r"b\.parquet: the types of column 'n' differ: .*(not in range|out of)"
+    ):
+        columns(paths, batch_size)
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: the types of column 'n' differ: .*(not in range|out of)"
+    ):
+        columns(paths[::-1], batch_size)
+    assert columns(paths, batch_size, columns=["m"]) == {"m": [1, 1]}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 9])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", f"n\n0\n0\n0\n{BIG}\n0.0\n"),
+        ("a.jsonl", '{"n": 0}\n' * 4 + f'{{"n": {BIG}}}\n{{"n": 0.0}}'),
+    ],
+)
+def test_an_integer_past_2_53_before_a_float(write, monkeypatch, name, content, batch_size):
+    monkeypatch.setattr(csv_reader, "_CSV_BLOCK_BYTES", 4)
+    monkeypatch.setattr(blocks, "_LINE_BLOCK_BYTES", 4)
+    path = write(name, content)
+    for skip_rows in range(4):
+        with pytest.raises(ValueError, match=rf"{name}, line 6: the types of column 'n' differ"):
+            columns(path, batch_size, skip_rows=skip_rows)

@@ -42,6 +42,11 @@ class DataFile:
     format: str
     compression: str | None
 
+    @property
+    def declares_types(self) -> bool:
+        """Whether the types of the columns are in the file, and so the same for all its rows."""
+        return self.format in ("parquet", "arrow")
+
     def at(self, line: int) -> str:
         """The file and line, for error messages."""
         return f"{self.path}, line {line}"

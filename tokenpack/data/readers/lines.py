@@ -17,7 +17,7 @@ import pyarrow.json
 
 from .blocks import JSON_SPACE, MAX_JSON_DEPTH, Block, line_blocks
 from .files import BYTE_ORDER_MARK, DataFile, one_line, shorten
-from .schema import Reading, raise_missing, unify
+from .schema import Reading, leaves, raise_missing, unify
 
 
 def read_text(file: DataFile, reading: Reading) -> Iterator[pa.Table]:
@@ -102,19 +102,14 @@ def _is_exact(table: pa.Table) -> bool:
     """Whether no string became a date, and no integer a float too large to be exact."""
     if any(_contains(one.type, pa.types.is_temporal) for one in table.schema):
         return False
-    leaves = (leaf for column in table.columns for part in column.chunks for leaf in _leaves(part))
-    floats = (leaf for leaf in leaves if pa.types.is_floating(leaf.type))
+    floats = (
+        leaf
+        for name, column in zip(table.column_names, table.columns)
+        for chunk in column.chunks
+        for _, leaf in leaves(chunk, (name,))
+        if pa.types.is_floating(leaf.type)
+    )
     return not any(pc.any(pc.greater_equal(pc.abs(leaf), 2.0**53)).as_py() for leaf in floats)
-
-
-def _leaves(array: pa.Array) -> Iterator[pa.Array]:
-    if pa.types.is_list(array.type):
-        yield from _leaves(array.flatten())
-    elif pa.types.is_struct(array.type):
-        for child in array.flatten():
-            yield from _leaves(child)
-    else:
-        yield array
 
 
 def _parse_exactly(block: Block, file: DataFile, reading: Reading) -> pa.Table:

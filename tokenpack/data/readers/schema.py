@@ -2,16 +2,19 @@
 
 Textual formats declare no schema, and a later row can show that a type inferred from earlier rows
 was too narrow. So the schema grows: null becomes any type, an integer becomes a float, an object
-gets more keys. Types that no schema can hold together are an error that names the place.
+gets more keys. Types that no schema can hold together are an error that names the place, and so is
+a type that cannot hold a value of the rows before. Both errors depend on the rows alone, not on the
+batches in which they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .files import DataFile, listed, one_line, shorten
 
@@ -32,6 +35,9 @@ class Reading:
         where: the file, and for textual formats the line, of the latest rows.
         confirmed: whether each of ``columns`` is known to exist. Only JSON needs this, because its
             files do not declare their columns.
+        bounds: by the path of a leaf column, such as ``("a", "item")`` for the items of a list
+            column, the least and the largest value so far, as an array of the leaf's type. Only
+            leaves that a wider type may not hold: integers and times.
     """
 
     files: list[DataFile]
@@ -42,6 +48,7 @@ class Reading:
     rows: int = 0
     where: str = ""
     confirmed: bool = False
+    bounds: dict[tuple[str, ...], pa.Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The requested columns, in the requested order, before any row has shown their types.
@@ -96,21 +103,75 @@ class Reading:
         """Extend the schema so that it holds the types of ``schema`` too.
 
         Raises:
-            ValueError: if no schema can; names ``where`` and the column.
+            ValueError: if no schema can, or if it could not hold the values so far; names
+                ``where`` and the column.
         """
         try:
             self.schema = unify([self.schema, schema])
         except pa.ArrowException:
             _raise_conflict(self.schema, schema, where)
+        for path, bounds in self.bounds.items():
+            try:
+                # Casts of integers and times fail by range, so the bounds stand for all values.
+                self.bounds[path] = bounds.cast(_type_at(path, self.schema))
+            except pa.ArrowInvalid as error:
+                _raise_differ(path[0], where, error)
 
     def fit(self, table: pa.Table, where: str) -> pa.Table:
         """Return ``table`` in the schema, which is widened if necessary."""
         self.where = where
         table = table.replace_schema_metadata(None)
-        if table.schema.equals(self.schema):
-            return table
-        self.widen(table.schema, where)
-        return join([self.schema.empty_table(), table], where).combine_chunks()
+        if not table.schema.equals(self.schema):
+            self.widen(table.schema, where)
+            table = join([self.schema.empty_table(), table], where).combine_chunks()
+        if len(self.files) > 1 or not self.files[0].declares_types:
+            self._note_bounds(table)
+        return table
+
+    def _note_bounds(self, table: pa.Table) -> None:
+        for name, column in zip(table.column_names, table.columns):
+            for chunk in column.chunks:
+                for path, leaf in leaves(chunk, (name,)):
+                    if _has_bounds(leaf.type):
+                        before = self.bounds.get(path, pa.array([], leaf.type))
+                        self.bounds[path] = _bounds(pa.concat_arrays([before, _bounds(leaf)]))
+
+
+def leaves(array: pa.Array, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], pa.Array]]:
+    """The arrays of scalars within nested columns, each with its path."""
+    type = array.type
+    if pa.types.is_struct(type):
+        for index, child in enumerate(array.flatten()):
+            yield from leaves(child, (*path, type.field(index).name))
+    elif pa.types.is_map(type):
+        yield from leaves(array.keys, (*path, "entries", "key"))
+        yield from leaves(array.items, (*path, "entries", "value"))
+    elif type.num_fields and hasattr(array, "flatten"):  # any other kind of list
+        yield from leaves(array.flatten(), (*path, "item"))
+    else:
+        yield path, array
+
+
+def _type_at(path: tuple[str, ...], schema: pa.Schema) -> pa.DataType:
+    """The type of the leaf at a path of `leaves`."""
+    type = schema.field(path[0]).type
+    for name in path[1:]:
+        type = type.field(name if pa.types.is_struct(type) else 0).type
+    return type
+
+
+def _has_bounds(type: pa.DataType) -> bool:
+    is_time = pa.types.is_temporal(type) and not pa.types.is_interval(type)
+    return is_time or pa.types.is_integer(type)
+
+
+def _bounds(leaf: pa.Array) -> pa.Array:
+    """The least and the largest value of ``leaf``; no values if all are null."""
+    type = leaf.type
+    if pa.types.is_temporal(type):  # Python's times are less precise, and end with the year 9999
+        leaf = leaf.view(pa.int32() if type.bit_width == 32 else pa.int64())
+    found = pc.min_max(leaf).as_py()
+    return pa.array([one for one in found.values() if one is not None], leaf.type).view(type)
 
 
 def join(tables: Sequence[pa.Table], where: str) -> pa.Table:
@@ -128,10 +189,14 @@ def join(tables: Sequence[pa.Table], where: str) -> pa.Table:
             try:
                 pa.concat_tables(columns, promote_options="permissive")
             except pa.ArrowInvalid as error:
-                raise ValueError(
-                    f"{where}: the types of column '{listed([name])}' differ: {one_line(error)}"
-                ) from None
+                _raise_differ(name, where, error)
         raise
+
+
+def _raise_differ(name: str, where: str, error: pa.ArrowInvalid) -> NoReturn:
+    raise ValueError(
+        f"{where}: the types of column '{listed([name])}' differ: {one_line(error)}"
+    ) from None
 
 
 def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:

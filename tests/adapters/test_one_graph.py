@@ -258,10 +258,72 @@ def test_a_cache_left_out_and_attention_set_after_the_patch(case, implementation
     assert packing_stats(model).packed_calls == len(implementations)
     if case is CLASSIFIER:
         return
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "custom", lambda *args: None)
-    model.set_attn_implementation("custom")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="tokenpack runs this call padded"):
-        run(**batch)
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._local_mapping, "custom", lambda *args, **k: attention(*args, **k)
+    )
+    for each in (model, eager):
+        each.set_attn_implementation("custom")
+    assert torch.equal(run(**batch)[1], eager(**batch)[1])
+    assert packing_stats(model).fallbacks == packing_stats(eager).fallbacks
+
+
+# ----------------------------------------------------------------- calls that run padded in a graph
+
+
+def masked_twice(batch):
+    """The batch with a mask that packing does not take, and a number of items."""
+    mask = batch["attention_mask"][:, None, None].bool()
+    return {**batch, "attention_mask": mask, "num_items_in_batch": torch.tensor(50)}
+
+
+def embedded(batch):
+    """The batch with embeddings that need a gradient, and a cache."""
+    ids = batch["input_ids"]
+    embeds = torch.randn(*ids.shape, 32, generator=torch.manual_seed(0)).requires_grad_()
+    return {**without_ids(batch), "inputs_embeds": embeds, "use_cache": True}
+
+
+def without_ids(batch):
+    return {name: value for name, value in batch.items() if name != "input_ids"}
+
+
+PADDED = {
+    "a cache": (LLAMA, lambda batch: {**batch, "use_cache": True}),
+    "embeddings": (LLAMA, embedded),
+    "a mask per query": (NLLB, masked_twice),
+    "no targets": (MT5, lambda batch: masked_twice(dict(batch, labels=batch["labels"] * 0 - 100))),
+    "a classifier": (ROW_HEAD, lambda batch: {**batch, "use_cache": True}),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_call_that_runs_padded_is_one_graph_and_counted(name):
+    case, change = PADDED[name]
+    run, model = compiled(case)
+    eager = patch_model(case.build())
+    for seed in (0, 1):
+        ours, theirs = (step(**change(case.batch("right", seed))) for step in (run, eager))
+        for one, out in ((model, ours), (eager, theirs)):
+            one.zero_grad()
+            out.loss.backward()
+        assert torch.equal(ours.loss, theirs.loss)
+        assert torch.equal(ours.logits, theirs.logits)
+        for one, other in zip(model.parameters(), eager.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.equal(one.grad, other.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert packing_stats(model) == packing_stats(eager)
+    assert packing_stats(model).fallbacks.total() == 2
+
+
+def test_strict_refuses_in_a_graph():
+    run, _ = compiled(LLAMA, {"strict": True})
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="tokenpack raises an error"):
+        run(**LLAMA.batch("right"), use_cache=True)
+    model = patch_model(LLAMA.build(), strict=True)
+    with pytest.raises(ValueError, match="cannot pack this call: a cache is in use"):
+        torch.compile(model, backend="eager")(**LLAMA.batch("right"), use_cache=True)
 
 
 # ------------------------------------------------------- calls that are not traced as one graph
@@ -305,14 +367,11 @@ def test_a_named_reason_for_boundaries():
         run(**packed_rows(1), decoder_cu_seqlens=torch.tensor([0, 5, 12]).int())
 
 
-@pytest.mark.parametrize("reason", ["packed rows", "a cache is in use"])
-def test_without_fullgraph_such_calls_run_as_before(reason):
+def test_without_fullgraph_such_calls_run_as_before():
     model = patch_model(LLAMA.build())
     eager = patch_model(LLAMA.build())
     run = torch.compile(model, backend="eager")
     batch = packed_rows(2)
-    if reason == "a cache is in use":
-        batch = {**LLAMA.batch("right"), "use_cache": True}
     ours, theirs = run(**batch).loss, eager(**batch).loss
     ours.backward()
     theirs.backward()
@@ -341,6 +400,7 @@ def test_ops_that_read_values_follow_the_rules_of_torch():
     for op, arguments in (
         (ops.pack_rows, (mask, "attention_mask", "", 0, 0, True, True, None)),
         (ops.full_rows, (mask, "", 0, 0)),
+        (ops.count_padded, (torch.ones(2, 3, requires_grad=True), "", "a reason", "", True)),
         (ops.pack_boundaries, (torch.tensor([0, 2, 3]), mask[:1], "", 0, 0, True, None, None, "")),
         (ops.dead_tokens, (torch.tensor([0, 2, 3]), 3, 4, "")),
         (ops.take_targets, (labels, indices, "", 0, 0)),

@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..kernels import PackedLayout, repad
 from .family import Family
+
+logger = logging.get_logger(__name__)
 
 KEYWORD = "packing"
 
@@ -246,6 +249,15 @@ class PatchState:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
         self.key = _register(self)  # a copy counts by itself
+
+    def count_padded(self, reason: str, model: str, training: bool) -> None:
+        """Count a forward of a class named ``model`` that runs padded."""
+        self.stats.fallbacks[reason] += 1
+        if training:
+            logger.warning_once(
+                f"{model} runs padded: {reason}. See packing_stats(model).fallbacks."
+            )
+            self.count_padded_training(f"it runs padded, because {reason}")
 
     def count_padded_training(self, reason: str) -> None:
         """Count a training forward that was not packed, and warn if none was after a few."""

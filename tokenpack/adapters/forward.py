@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from .checks import check_added_layers, check_position_table, makes_cache
 from .embedding import share_lookup
 from .errors import CannotPackError
 from .graph import count_layers, may_drop_layers, note_loss, outside_graph, untraceable
-from .graph_ops import logits_match, loss_in_graph
+from .graph_ops import count_padded_in_graph, logits_match, loss_in_graph
 from .head import (
     LOGITS_OF,
     after_head,
@@ -292,27 +291,31 @@ def _repadded(value: Any, name: str, packed: PackedInputs) -> Any:
     return tuple(None if hidden is None else next(results) for hidden in value)
 
 
-@functools.partial(
-    torch.compiler.disable,
-    recursive=False,
-    reason="tokenpack runs this call padded, and counts it; packing_stats(model) has the reason",
-)
 def run_padded(
     original: Callable[..., Any], model: Any, entry: Entry, reason: str, inputs: dict[str, Any]
 ) -> Any:
-    """Run and count the original forward, with a loss that respects ``num_items_in_batch``.
+    """Count and run the original forward, with a loss that respects ``num_items_in_batch``.
 
     Raises:
         ValueError: with ``strict``, or if the original forward would ignore sequence boundaries.
     """
-    if entry.state.strict or not inputs.keys().isdisjoint(BOUNDARIES):
-        raise ValueError(f"{type(model).__name__} cannot pack this call: {reason}") from None
-    entry.state.stats.fallbacks[reason] += 1
-    if model.training:
-        logger.warning_once(
-            f"{type(model).__name__} runs padded: {reason}. See packing_stats(model).fallbacks."
-        )
-        entry.state.count_padded_training(f"it runs padded, because {reason}")
+    if entry.state.strict or any(name in inputs for name in BOUNDARIES):
+        _refuse(model, reason)
+    if torch.compiler.is_compiling():
+        inputs = count_padded_in_graph(inputs, entry.state.key, reason, model)
+    else:
+        entry.state.count_padded(reason, type(model).__name__, model.training)
+    return _padded_forward(original, model, entry, inputs)
+
+
+@torch.compiler.disable(reason="tokenpack raises an error for this call")
+def _refuse(model: Any, reason: str) -> NoReturn:
+    raise ValueError(f"{type(model).__name__} cannot pack this call: {reason}") from None
+
+
+def _padded_forward(
+    original: Callable[..., Any], model: Any, entry: Entry, inputs: dict[str, Any]
+) -> Any:
     labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
     if not entry.has_token_head or entry.shifts_labels or labels is None or num_items is None:
         # Causal models use the number themselves.
@@ -320,9 +323,11 @@ def run_padded(
     # Most other models ignore the number, so compute the mean loss and rescale it.
     others = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
     outputs = run_active(entry.state, None, original, model, **others)
-    valid = int((labels != IGNORE_INDEX).sum())
-    logits = outputs[1] if isinstance(outputs, tuple) else outputs.logits
-    loss = outputs[0] * valid / on_device(num_items, logits.device) if valid else logits.sum() * 0.0
+    mean = outputs[0]
+    num_valid = (labels != IGNORE_INDEX).sum().to(mean.device)
+    loss = mean * num_valid / on_device(num_items, mean.device)
+    # The mean of zero targets is NaN. Its gradient is 0, as cross entropy skips all targets.
+    loss = torch.where(num_valid > 0, loss, torch.zeros_like(loss))
     if isinstance(outputs, tuple):
         return (loss, *outputs[1:])
     outputs.loss = loss

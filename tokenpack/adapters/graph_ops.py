@@ -136,6 +136,22 @@ def loss_in_graph(loss: Tensor, after: AfterHead, raw: Tensor, final: Tensor) ->
     return loss + zero.to(loss.dtype)
 
 
+def count_padded_in_graph(
+    inputs: dict[str, Any], key: str, reason: str, model: nn.Module
+) -> dict[str, Any]:
+    """The arguments of a forward that runs padded, which is counted when the graph runs.
+
+    One of the tensors passes through the op, so that no pass over the graph drops the op.
+    """
+    name = next((name for name, value in inputs.items() if isinstance(value, Tensor)), None)
+    if name is None:
+        return inputs  # the model raises its own error
+    counted = torch.ops.tokenpack.count_padded(
+        inputs[name], key, reason, type(model).__name__, model.training
+    )
+    return {**inputs, name: counted}
+
+
 # -------------------------------------------------------------------------------------------- ops
 
 
@@ -259,6 +275,14 @@ def _require_plain_head(
     return raw.new_zeros((), dtype=torch.float32)
 
 
+@torch.library.custom_op("tokenpack::count_padded", mutates_args=())
+def _count_padded(values: Tensor, key: str, reason: str, model: str, training: bool) -> Tensor:
+    state = state_of(key)
+    if state is not None:
+        state.count_padded(reason, model, training)
+    return values.clone()
+
+
 def _count(key: str, tokens: int, slots: int) -> None:
     state = state_of(key)
     if state is not None:
@@ -346,3 +370,11 @@ def _(mask: Tensor, read: Tensor) -> Tensor:
 @_require_plain_head.register_fake
 def _(raw: Tensor, *others: Any) -> Tensor:
     return raw.new_zeros((), dtype=torch.float32)
+
+
+@_count_padded.register_fake
+def _(values: Tensor, *options: Any) -> Tensor:
+    return values.clone()
+
+
+_count_padded.register_autograd(lambda _, gradient: (gradient, None, None, None, None))

@@ -291,8 +291,8 @@ def without_ids(batch):
 PADDED = {
     "a cache": (LLAMA, lambda batch: {**batch, "use_cache": True}),
     "embeddings": (LLAMA, embedded),
-    "a mask per query": (NLLB, masked_twice),
-    "no targets": (MT5, lambda batch: masked_twice(dict(batch, labels=batch["labels"] * 0 - 100))),
+    "a mask per query": (BERT, masked_twice),
+    "no targets": (BERT, lambda batch: masked_twice(dict(batch, labels=batch["labels"] * 0 - 100))),
     "a classifier": (ROW_HEAD, lambda batch: {**batch, "use_cache": True}),
 }
 

@@ -21,8 +21,9 @@ DEVICE = Ceilings(
 
 
 @pytest.fixture
-def arguments(tmp_path):
+def arguments(tmp_path, monkeypatch):
     """Arguments of inspect: data of pairs, a tokenizer, a model's config; and a device's file."""
+    monkeypatch.setattr(prediction, "_SEQUENCES", 20_000)  # to plan steps of 1,024 ranks
     data, tokenizer = tmp_path / "pairs.jsonl", tmp_path / "tokenizer.json"
     lines = [{"source": text, "target": "Summary."} for text in TEXTS]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -65,7 +65,17 @@ def run_demo(data, out, *others):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["check"], ["demo"], ["doctor"], ["inspect"], ["inspect-model"], ["pack"], ["preview"]],
+    [
+        [],
+        ["check"],
+        ["demo"],
+        ["doctor"],
+        ["generate"],
+        ["inspect"],
+        ["inspect-model"],
+        ["pack"],
+        ["preview"],
+    ],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     model_options.add_check(commands)
     _add_demo(commands)
     _add_doctor(commands)
+    model_options.add_generate(commands)
     _add_inspect(commands)
     model_options.add_inspect_model(commands)
     _add_pack(commands)

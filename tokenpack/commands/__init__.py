@@ -3,6 +3,7 @@
     check.py           compares a model padded and packed, on one batch
     demo.py            trains padded and patched models side by side
     doctor.py          prints what is installed and which attention backends run
+    generate.py        prints what a model generates, and chats
     inspect.py         prints lengths and padding of a file, and how full each strategy packs it
     inspect_model.py   prints what a model computes on one batch
     pack.py            packs files into rows

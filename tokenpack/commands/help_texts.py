@@ -6,6 +6,7 @@ Padding-free training of Hugging Face models: the same results, computed from th
   tokenpack check          run your data through your model padded and packed, and compare
   tokenpack demo           train T5, NLLB and Llama padded and patched, side by side, and compare
   tokenpack doctor         what is installed here, and which attention backends can run
+  tokenpack generate       let your model continue a prompt, or chat with it
   tokenpack inspect        how much of your data's batches is padding, and what removing it saves
   tokenpack inspect-model  what your model computes on your data: values, updates, gradients
   tokenpack pack           pack your sequences into full rows, and write them as a dataset
@@ -89,6 +90,30 @@ backends that can run on it and why the others cannot. Paste the output into a b
 DOCTOR_EPILOG = """\
 example:
   tokenpack doctor
+"""
+
+GENERATE = """\
+Generate text with a causal language model, and print it word by word. Without --chat, the model
+continues --prompt. With --chat, it answers --prompt, or without --prompt each line that you type,
+in the form of the chat template and with all messages before. An empty line is skipped. The end of
+the input (Ctrl-D) or Ctrl-C ends the chat; Ctrl-C during an answer ends the answer.
+"""
+
+GENERATE_EPILOG = """\
+Any model that AutoModelForCausalLM loads is accepted, and tokenpack's decoder. Generation stops at
+the EOS of the model's generation config, in a chat also at the token with which the template ends
+an answer.
+
+The prompt and --max-new-tokens must fit into --context. Of a longer prompt, the last tokens are
+used. Of a longer chat, the oldest messages are left out. A note on stderr says so.
+
+examples:
+  tokenpack generate --model runs/decoder --prompt "ROMEO:" --temperature 0.8 --top-k 40
+  tokenpack generate --model runs/decoder --prompt "ROMEO:" --temperature 0
+  tokenpack generate --model Qwen/Qwen3-0.6B --chat --system "Answer in one sentence."
+  tokenpack generate --model my --chat --prompt "What is Python?" --template chatml --seed 1
+
+exit code: 0 on success; 2 for bad input; 130 if Ctrl-C ended it outside of a chat.
 """
 
 INSPECT = """\

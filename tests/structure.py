@@ -39,6 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "metrics": (),
     "commands": (
         *("trainer", "cost", "samples", "data", "packing", "adapters", "attention"),
+        "models.decoder",
         *("tokenpack", "checks", "segments", "files", "table"),
     ),
     "cli": ("commands", "tokenpack"),

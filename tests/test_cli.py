@@ -64,7 +64,18 @@ def run_demo(data, out, *others):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["check"], ["demo"], ["doctor"], ["inspect"], ["pack"], ["preview"]]
+    "command",
+    [
+        [],
+        ["check"],
+        ["demo"],
+        ["doctor"],
+        ["generate"],
+        ["inspect"],
+        ["inspect-model"],
+        ["pack"],
+        ["preview"],
+    ],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -82,7 +93,8 @@ def test_every_command_is_in_the_list_at_the_top(capsys):
     listed = [line.split()[1] for line in capsys.readouterr().out.splitlines()
               if line.startswith("  tokenpack ")]  # fmt: skip
     folder = Path(commands.__file__).parent
-    assert listed == sorted(p.stem for p in folder.glob("*.py") if "\ndef run(" in p.read_text())
+    found = [path.stem for path in folder.glob("*.py") if "\ndef run(" in path.read_text()]
+    assert listed == sorted(name.replace("_", "-") for name in found)
 
 
 def test_help_of_pack_lists_all_strategies_and_columns(capsys):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .commands import help_texts, shard_options
+from .commands import help_texts, model_options, shard_options
 from .commands.arguments import (
     add_command,
     add_ranks,
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:
         with signals_raise():
-            command = importlib.import_module(f".commands.{parsed.command}", __package__)
+            name = parsed.command.replace("-", "_")
+            command = importlib.import_module(f".commands.{name}", __package__)
             return command.run(parsed)
     except Interrupted as interrupt:
         print(f"\ntokenpack: ended by {interrupt.name}", file=sys.stderr)
@@ -62,64 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tokenpack {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_check(commands)
+    model_options.add_check(commands)
     _add_demo(commands)
     _add_doctor(commands)
+    model_options.add_generate(commands)
     _add_inspect(commands)
+    model_options.add_inspect_model(commands)
     _add_pack(commands)
     _add_preview(commands)
     shard_options.add_shards(commands)
     return parser
-
-
-def _add_check(commands: argparse._SubParsersAction) -> None:
-    summary = "run your data through your model padded and packed, and compare"
-    check = add_command(commands, "check", summary, help_texts.CHECK, help_texts.CHECK_EPILOG)
-    check.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME_OR_PATH",
-        help="a folder that holds a model, or a name on the Hugging Face hub",
-    )
-    check.add_argument("--data", type=Path, required=True, metavar="FILE", help="see below")
-    check.add_argument(
-        "--tokenizer",
-        metavar="NAME_OR_PATH",
-        help="a tokenizer.json, a folder or a name on the hub (default: that of --model)",
-    )
-    check.add_argument("--column", metavar="NAME", help="column of texts or of lists of ids")
-    check.add_argument(
-        "--target-column", metavar="NAME", help="column of targets, with --column (default: none)"
-    )
-    check.add_argument(
-        "--batch-size",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="rows of the batch (default: 8)",
-    )
-    check.add_argument(
-        "--max-length",
-        type=positive,
-        default=512,
-        metavar="N",
-        help="cut each text, or each side of a pair, to N tokens (default: 512)",
-    )
-    check.add_argument(
-        "--dtype",
-        choices=("float32", "float64", "bfloat16", "float16"),
-        help="dtype of the weights and of the computation (default: as saved)",
-    )
-    check.add_argument(
-        "--no-gradients",
-        dest="gradients",
-        action="store_false",
-        help="compare only the loss and the outputs",
-    )
-    check.add_argument("--eval", action="store_true", help="in evaluation mode, not in training")
-    check.add_argument(
-        "--random", action="store_true", help="random weights, from the config of --model"
-    )
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

@@ -9,7 +9,7 @@ import transformers as hf
 
 from tokenpack.adapters import head
 from tokenpack.cli import main
-from tokenpack.commands.check import load_model, make_batch
+from tokenpack.commands.one_batch import load_model, make_batch
 from tokenpack.samples.tokenizer import train_tokenizer
 
 from ..adapters.models import BY_NAME, LLAMA, PAD, T5

@@ -18,6 +18,13 @@ Each file imports only from files above it:
 """
 
 from .call import PackingStats
-from .patching import is_patched, packing_stats, patch_model, unpatch_model
+from .patching import is_patched, packing_stats, packs_itself, patch_model, unpatch_model
 
-__all__ = ["PackingStats", "is_patched", "packing_stats", "patch_model", "unpatch_model"]
+__all__ = [
+    "PackingStats",
+    "is_patched",
+    "packing_stats",
+    "packs_itself",
+    "patch_model",
+    "unpatch_model",
+]

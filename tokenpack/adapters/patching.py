@@ -140,6 +140,15 @@ def is_patched(model: nn.Module) -> bool:
         return False
 
 
+def packs_itself(model: nn.Module) -> bool:
+    """Whether a transformers model computes real tokens only without a patch, as our decoder.
+
+    Raises:
+        TypeError: if ``model`` contains no transformers model.
+    """
+    return bool(getattr(transformers_model(model), "packs_itself", False))
+
+
 def packing_stats(model: nn.Module) -> PackingStats:
     """The counters of a patched model: what it packed, and what it did not pack and why.
 
@@ -182,7 +191,12 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _check_modules(model: PreTrainedModel) -> None:
-    """Raise ValueError if a module of ``model`` would hide the patch or is already patched."""
+    """Raise ValueError if the model needs no patch, or a module would hide it or has one."""
+    if packs_itself(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched, and needs no patch: it computes the real "
+            "tokens of any batch by itself"
+        )
     for name, module in model.named_modules():
         if "forward" in vars(module):
             raise ValueError(

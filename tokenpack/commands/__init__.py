@@ -1,17 +1,22 @@
 """The commands of ``tokenpack``, one module each with a ``run(arguments) -> exit code``.
 
-    demo.py      trains padded and patched models side by side
-    doctor.py    prints what is installed and which attention backends run
-    inspect.py   prints lengths and padding of a file, and how full each strategy packs it
-    pack.py      packs files into rows
-    preview.py   shows what is learned of conversations
-    shards.py    writes, inspects, merges and converts token shards
+    check.py           compares a model padded and packed, on one batch
+    demo.py            trains padded and patched models side by side
+    doctor.py          prints what is installed and which attention backends run
+    generate.py        prints what a model generates, and chats
+    inspect.py         prints lengths and padding of a file, and how full each strategy packs it
+    inspect_model.py   prints what a model computes on one batch
+    pack.py            packs files into rows
+    preview.py         shows what is learned of conversations
+    shards.py          writes, inspects, merges and converts token shards
 
 Shared modules:
 
     help_texts.py       the texts of ``--help``
     arguments.py        options that several commands have
+    model_options.py    the options of commands that run a model of the user's
     shard_options.py    the options of ``tokenpack shards``
+    one_batch.py        the user's model and one batch of the user's data
     models.py           the models to train, and the published shapes to count
     side_by_side.py     trains a model padded and packed
     epochs.py           counts the tokens of an epoch's batches

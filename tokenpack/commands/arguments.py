@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -53,12 +54,26 @@ def positive(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """A finite number above 0."""
+    return _number(text, lambda number: 0 < number < float("inf"), "above 0")
+
+
+def temperature(text: str) -> float:
+    """A finite number of 0 or more."""
+    return _number(text, lambda number: 0 <= number < float("inf"), "of 0 or more")
+
+
+def probability(text: str) -> float:
+    """A number above 0 and up to 1."""
+    return _number(text, lambda number: 0 < number <= 1, "above 0 and at most 1")
+
+
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+        number = float("nan")
+    if not fits(number):
+        raise argparse.ArgumentTypeError(f"must be a number {what}, got {text!r}")
     return number
 
 

@@ -3,13 +3,15 @@
 DESCRIPTION = """\
 Padding-free training of Hugging Face models: the same results, computed from the real tokens only.
 
-  tokenpack check     run your data through your model padded and packed, and compare
-  tokenpack demo      train T5, NLLB and Llama padded and patched, side by side, and compare
-  tokenpack doctor    what is installed here, and which attention backends can run
-  tokenpack inspect   how much of your data's batches is padding, and what removing it saves
-  tokenpack pack      pack your sequences into full rows, and write them as a dataset
-  tokenpack preview   show what is learned of your conversations, and check them
-  tokenpack shards    write a corpus as token shards; inspect, merge and convert shards of any tool
+  tokenpack check          run your data through your model padded and packed, and compare
+  tokenpack demo           train T5, NLLB and Llama padded and patched, side by side, and compare
+  tokenpack doctor         what is installed here, and which attention backends can run
+  tokenpack generate       let your model continue a prompt, or chat with it
+  tokenpack inspect        how much of your data's batches is padding, and what removing it saves
+  tokenpack inspect-model  what your model computes on your data: values, updates, gradients
+  tokenpack pack           pack your sequences into full rows, and write them as a dataset
+  tokenpack preview        show what is learned of your conversations, and check them
+  tokenpack shards         write, inspect, merge and convert token shards of any tool
 """
 
 CHECK = """\
@@ -90,6 +92,30 @@ example:
   tokenpack doctor
 """
 
+GENERATE = """\
+Generate text with a causal language model, and print it word by word. Without --chat, the model
+continues --prompt. With --chat, it answers --prompt, or without --prompt each line that you type,
+in the form of the chat template and with all messages before. An empty line is skipped. The end of
+the input (Ctrl-D) or Ctrl-C ends the chat; Ctrl-C during an answer ends the answer.
+"""
+
+GENERATE_EPILOG = """\
+Any model that AutoModelForCausalLM loads is accepted, and tokenpack's decoder. Generation stops at
+the EOS of the model's generation config, in a chat also at the token with which the template ends
+an answer.
+
+The prompt and --max-new-tokens must fit into --context. Of a longer prompt, the last tokens are
+used. Of a longer chat, the oldest messages are left out. A note on stderr says so.
+
+examples:
+  tokenpack generate --model runs/decoder --prompt "ROMEO:" --temperature 0.8 --top-k 40
+  tokenpack generate --model runs/decoder --prompt "ROMEO:" --temperature 0
+  tokenpack generate --model Qwen/Qwen3-0.6B --chat --system "Answer in one sentence."
+  tokenpack generate --model my --chat --prompt "What is Python?" --template chatml --seed 1
+
+exit code: 0 on success; 2 for bad input; 130 if Ctrl-C ended it outside of a chat.
+"""
+
 INSPECT = """\
 Tokenize a file. Show the lengths of its texts, the share of padding in their batches, and how much
 faster a model of a named shape would train without padding, by counted floating-point operations.
@@ -135,6 +161,36 @@ examples:
   tokenpack inspect --data my.txt --tokenizer checkpoints/run1 --shape llama-8b --max-length 2048
   tokenpack inspect --data my.txt --tokenizer tokenizer.json --capacity 4096 --out inspected
   tokenpack inspect --data my.jsonl --tokenizer my --model-config my/config.json --gpus 8
+"""
+
+INSPECT_MODEL = """\
+Run one batch of your data through a model, forward and backward, and print what it computes: the
+parameters of each part, the shape and the range of what each part returns, how much each block
+changes the residual stream, how far the predictions are from uniform, and the weights and gradients
+of each module. Each line has a verdict.
+"""
+
+INSPECT_MODEL_EPILOG = """\
+FILE and its options are those of `tokenpack check`, as is what the model learns. The model is in
+evaluation mode, so there is no dropout. With --random, a config.json is enough: a new model
+predicts almost uniformly, its loss is close to ln(vocabulary), and no block does much more or much
+less than the others.
+
+verdicts other than "ok":
+  not finite              an output, a weight or a gradient is infinite or NaN
+  constant                all values of an output are equal
+  update below 0.01       the block does little
+  update above 2.0        the block replaces its input instead of adding to it
+  gradient is zero        the module does not learn
+  gradient is far above   gradient over weight is more than 1,000 times the median of all modules
+  gradient is far below   it is less than a thousandth of the median
+  the loss does not depend on it
+
+examples:
+  tokenpack inspect-model --model checkpoints/run1 --data my.jsonl
+  tokenpack inspect-model --model my/config --random --tokenizer my.json --data my.txt
+
+exit code: 0 if all verdicts are "ok"; 1 if some are not; 2 for bad input.
 """
 
 PACK = """\

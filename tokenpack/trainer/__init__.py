@@ -10,6 +10,7 @@ Each file imports only from files above it:
     signals                                          stop requests
     out_of_memory, ranks, step_share, step           one optimizer step
     base, loss, planning, evaluation, checkpoints    parts of the trainers
+    decay, marks                                     weight decay; the log line of an evaluation
     callbacks, probing, trainer                      the trainers
 """
 

@@ -161,7 +161,7 @@ def _copied(name: str) -> Any:
 
 @dataclass
 class TokenBudgetArguments(Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` with the fields of a `TokenBudget`.
+    """`Seq2SeqTrainingArguments` with the fields of a `TokenBudget`, and ``decay``.
 
     The field ``debug`` is called ``debug_batches`` here, because transformers has a ``debug`` of
     its own.
@@ -185,6 +185,13 @@ class TokenBudgetArguments(Seq2SeqTrainingArguments):
     oom_max_retries: int = _copied("oom_max_retries")
     oom_skip_batch_on_fail: bool = _copied("oom_skip_batch_on_fail")
     pad_to_total: int | None = _copied("pad_to_total")
+    decay: str = field(
+        default="transformers",
+        metadata={
+            "help": "Weight decay on all but norms and biases, by name, or on matrices alone.",
+            "choices": ["transformers", "matrices"],
+        },
+    )
 
 
 def args_name(option: str) -> str:

@@ -31,6 +31,7 @@ class TrainerBase(Trainer):
     plan: TokenBudgetBatchSampler | None
     planned_dataset: PlannedDataset
     planned_collator: PlannedCollator
+    evaluated_prefix: str | None = None  # of the metrics of the last evaluation
     dropped_examples: int
     truncated_examples: int
     # Attributes of transformers that the mixins replace for a while.

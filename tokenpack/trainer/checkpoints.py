@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
-from transformers.trainer_utils import IntervalStrategy, sort_checkpoints
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, sort_checkpoints
 from transformers.utils import logging
 
 from ..files import written_whole
@@ -96,9 +96,23 @@ class CheckpointsMixin(PlanningMixin):
             self._delete_older(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Write the state file before an upload."""
+        """Write the state file before an upload.
+
+        The checkpoint of a run that stops is uploaded in any case. transformers does not if
+        ``hub_strategy`` is ``"end"``, or while another upload runs.
+        """
         self._write_state(Path(checkpoint_folder))
-        super()._push_from_checkpoint(checkpoint_folder)
+        if not self.stop_agreed:
+            super()._push_from_checkpoint(checkpoint_folder)
+            return
+        self._finish_current_push()
+        strategy = self.args.hub_strategy
+        if strategy == HubStrategy.END:
+            self.args.hub_strategy = HubStrategy.EVERY_SAVE
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.args.hub_strategy = strategy
 
     def _finalize_training(self, *args: Any) -> Any:
         """Keep the last checkpoint of a run that was stopped, even if it is not the best."""

@@ -36,6 +36,7 @@ from transformers import (
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..checks import IGNORE_INDEX
 from .loading import PlannedDataset
 from .loss import LossMixin
 from .measure import is_packed, rounded_up
@@ -118,7 +119,10 @@ def _deal_to_ranks(block: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64
 
 
 class UnpackingCollator:
-    """Wraps the user's collator, and pads its packed batches to one row per sample."""
+    """Wraps the user's collator, and pads its packed batches to one row per sample.
+
+    A batch that already has a row per sample, with one or more sequences each, stays as it is.
+    """
 
     def __init__(self, collator: Callable[[list[Any]], Any], pad_token_id: int) -> None:
         self.collator, self.pad_token_id = collator, pad_token_id
@@ -130,7 +134,9 @@ class UnpackingCollator:
             ValueError: if the collator drops or splits samples, so that they have no row.
         """
         batch = self.collator(samples)
-        if not (isinstance(batch, Mapping) and is_packed(batch)):
+        if not (isinstance(batch, Mapping) and is_packed(batch)) or _has_packed_rows(
+            batch, samples
+        ):
             return batch
         rows = batch.padded(self.pad_token_id)  # type: ignore[attr-defined]
         plan = getattr(batch, "plan", None)
@@ -143,6 +149,12 @@ class UnpackingCollator:
                 f"{len(plan.items)} for {len(samples)} samples; use overlong='truncate' or 'error'"
             )
         return {name: value[torch.from_numpy(to_samples)] for name, value in rows.items()}
+
+
+def _has_packed_rows(batch: Mapping[str, Any], samples: list[Any]) -> bool:
+    is_planned = getattr(batch, "plan", None) is not None  # samples are not in order
+    rows = "cu_seqlens_padded" in batch and len(batch["input_ids"])
+    return not is_planned and rows == len(samples)
 
 
 @dataclasses.dataclass(eq=False)
@@ -228,6 +240,7 @@ class EvaluationMixin(LossMixin, PlanningMixin):
         sampler = getattr(dataloader, "batch_sampler", None)
         plan = sampler if isinstance(sampler, EvaluationSampler) else None
         running, user_metrics, outer = _Evaluation(plan), self.compute_metrics, self._evaluation
+        self.evaluated_prefix = metric_key_prefix
         begun = time.perf_counter()
         self._evaluation = running
         getattr(user_metrics, "reset", lambda: None)()  # rows of an interrupted evaluation
@@ -400,7 +413,12 @@ def _in_dataset_order(values: Any, order: NDArray[np.int64]) -> Any:
 
 
 def _first_rows(batch: Mapping[str, Any], kept: int, rows: int) -> dict[str, Any]:
-    """The first ``kept`` of the ``rows`` rows of a batch."""
+    """The first ``kept`` of the ``rows`` rows of a batch. In packed rows, the others lose their
+    labels instead."""
+    if is_packed(batch):
+        labels = batch["labels"].clone()
+        labels[kept:] = IGNORE_INDEX
+        return {**batch, "labels": labels}
 
     def first(value: Any) -> Any:
         sized = isinstance(value, list) or (isinstance(value, Tensor) and value.dim())

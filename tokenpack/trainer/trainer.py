@@ -8,7 +8,8 @@ The trainers override these methods of transformers:
     compute_loss             called for the mean over a micro-batch's targets (`loss`)
     evaluation_loop, ...     evaluation by tokens (`evaluation`)
     train, _save_checkpoint  a stop by signal, and complete checkpoints (`checkpoints`)
-    log                      tokens and memory
+    log                      tokens and memory; perplexity and the best mark (`marks`)
+    get_decay_parameter_names   weight decay on matrices (`decay`)
 
 The loop, optimizers, schedules, callbacks, logging, saving and pushing are those of transformers.
 """
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
-from ..adapters import is_patched, patch_model
+from ..adapters import is_patched, packs_itself, patch_model
 from .arguments import FROM_ARGS, TokenBudget, args_name, budget_of
 from .callbacks import PlanCallback
 from .checkpoints import CheckpointsMixin
+from .decay import DecayMixin, require_known_decay
 from .evaluation import EvaluationMixin
+from .marks import evaluation_marks
 from .measure import ModelTraits
 from .microbatch import PlannedBatch
 from .passes import Passes
@@ -44,15 +47,18 @@ logger = logging.get_logger(__name__)
 _FUSED_WITH_BACKWARD = ("lomo", "adalomo")
 
 
-class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
+class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin, DecayMixin):
     """`transformers.Trainer` with batches planned by tokens. Accepts the same arguments.
 
-    The additional keywords are the fields of `TokenBudget`. They take precedence over the fields of
-    `TokenBudgetArguments`. By default, the length of a sequence is limited only by
+    The additional keywords are ``decay`` and the fields of `TokenBudget`. They take precedence over
+    the fields of `TokenBudgetArguments`. By default, the length of a sequence is limited only by
     ``max_tokens_per_microbatch``.
 
     Attributes:
         budget: the `TokenBudget`.
+        decay: which parameters weight decay applies to: ``"transformers"`` (the default), those
+            that are no norms and no biases by their names, or ``"matrices"``, those with two
+            dimensions or more.
         plan: the `TokenBudgetBatchSampler` of the training batches. None before training, and for
             an `IterableDataset`.
         runner: runs the optimizer steps. ``runner.max_tokens`` is the micro-batch budget in force,
@@ -87,12 +93,15 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
         oom_max_retries: int = FROM_ARGS,
         oom_skip_batch_on_fail: bool = FROM_ARGS,
         pad_to_total: int | None = FROM_ARGS,
+        decay: str = FROM_ARGS,
         **keywords: Any,
     ) -> None:
         passed = dict(locals())
         self._given = {each.name: passed[each.name] for each in dataclasses.fields(TokenBudget)}
         args = Seq2SeqTrainingArguments("tmp_trainer") if args is None else args
         self.budget = budget_of(args, self._given, self._own_defaults)
+        decay = getattr(args, "decay", "transformers") if decay is FROM_ARGS else decay
+        self.decay = require_known_decay(decay)
         self._before_init(model, args)
         super().__init__(model, args, *positional, **keywords)
         self._after_init()
@@ -161,6 +170,13 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
                 )
             return
         try:
+            if packs_itself(model):
+                if self.budget.pad_to_total is not None:
+                    raise ValueError(
+                        f"pad_to_total must be None for {type(model).__name__}, which packs "
+                        f"batches by itself, got {self.budget.pad_to_total}"
+                    )
+                return
             patch_model(model, strict=True, pad_to_total=self.budget.pad_to_total)
         except (TypeError, ValueError) as reason:
             raise ValueError(
@@ -276,11 +292,14 @@ class TokenBudgetTrainer(EvaluationMixin, CheckpointsMixin):
             self._step_is_logged = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens and memory to the log of a training step."""
+        """Add tokens and memory to the log of a training step, and marks to an evaluation's."""
         if "loss" in logs and self._step_is_logged:
             self._step_is_logged = False
             logs.update(self._token_logs())
-        super().log(logs, start_time)
+        marks = evaluation_marks(self, logs)
+        marked = {**logs, **marks}
+        super().log(marked, start_time)
+        logs.update({name: marked[name] for name in marked if name not in marks})  # the epoch
 
     def _token_logs(self) -> dict[str, float]:
         runner, progress = self.runner, self.runner.progress
@@ -355,8 +374,8 @@ def _positions_are_relative(config: Any) -> bool:
 class HierarchicalTokenTrainer(TokenBudgetTrainer, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with batches planned by tokens. Accepts the same arguments.
 
-    The additional keywords are the fields of `TokenBudget`. They take precedence over the fields of
-    `TokenBudgetArguments`.
+    The additional keywords are ``decay`` and the fields of `TokenBudget`. They take precedence over
+    the fields of `TokenBudgetArguments`. See `TokenBudgetTrainer`.
 
     Raises:
         TypeError, ValueError: if the budget is invalid, or does not go together with an option of

@@ -83,6 +83,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     config_class = DecoderConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    packs_itself = True  # `patch_model` and the trainers ask
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012

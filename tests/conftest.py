@@ -20,6 +20,33 @@ if find_spec("hypothesis"):  # not on every machine that runs the tests for GPUs
     settings.load_profile("tokenpack")
 
 
+# These import `datasets`, which the machine that runs the tests for GPUs does not have. There, the
+# last lines of a run name them.
+NEED_DATASETS = [
+    "adapters/test_other_libraries.py",
+    "commands/test_interrupts.py",
+    "commands/test_preview.py",
+    "commands/test_shards.py",
+    "comparison/test_other_libraries.py",
+    *(f"data/chat/test_{name}.py" for name in ("dataset", "example", "preview", "split")),
+    *(f"data/shards/test_{name}.py" for name in ("pipeline", "simple")),
+    "data/test_dataset.py",
+    "data/test_sharing.py",
+    "data/test_stream.py",
+    "data/test_tokenizers.py",
+    "data/test_trainers.py",
+    "test_cli.py",
+    "test_public_api.py",
+]
+collect_ignore = [] if find_spec("datasets") else NEED_DATASETS
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name what was not collected."""
+    if collect_ignore:
+        terminalreporter.line(f"not run without datasets: {', '.join(collect_ignore)}")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage():
     """Exclude imported modules from garbage collections.

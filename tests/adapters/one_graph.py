@@ -10,14 +10,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from tokenpack import patch_model
+from tokenpack.adapters.traced_once import TAKES_OBJECTS
 
 from .models import CASES, Case, gradient_distance
 
 Batch = dict[str, torch.Tensor]
+
+needs_one_graph = pytest.mark.skipif(
+    not TAKES_OBJECTS, reason="torch before 2.13 cannot trace a patched model as one graph"
+)
 
 # The families of the table, by class.
 FAMILIES = (

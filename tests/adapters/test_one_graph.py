@@ -10,10 +10,19 @@ import transformers as hf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenpack import packing_stats, patch_model
+from tokenpack.adapters import graph
 
 from .models import Case, gradient_distance
-from .one_graph import FAMILIES, batches_of, compare, compile_and_compare, smallest_case_of
+from .one_graph import (
+    FAMILIES,
+    batches_of,
+    compare,
+    compile_and_compare,
+    needs_one_graph,
+    smallest_case_of,
+)
 
+pytestmark = needs_one_graph
 ROUNDING = 1e-5
 BERT = smallest_case_of("BertForMaskedLM")
 ROW_HEAD = smallest_case_of("BertForSequenceClassification")
@@ -367,11 +376,15 @@ def test_a_named_reason_for_boundaries():
         run(**packed_rows(1), decoder_cu_seqlens=torch.tensor([0, 5, 12]).int())
 
 
-def test_without_fullgraph_such_calls_run_as_before():
+@pytest.mark.parametrize("reason", ["packed rows", "torch is older than 2.13"])
+def test_without_fullgraph_such_calls_run_as_before(reason, monkeypatch):
     model = patch_model(LLAMA.build())
     eager = patch_model(LLAMA.build())
     run = torch.compile(model, backend="eager")
     batch = packed_rows(2)
+    if reason != "packed rows":
+        monkeypatch.setattr(graph, "TAKES_OBJECTS", False)
+        batch = LLAMA.batch("right")
     ours, theirs = run(**batch).loss, eager(**batch).loss
     ours.backward()
     theirs.backward()

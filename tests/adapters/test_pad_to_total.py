@@ -10,7 +10,7 @@ from tokenpack.data import packed_collate_fn
 from tokenpack.trainer import TokenBudget, TokenBudgetBatchSampler
 
 from .models import BERT, CASES, LLAMA, NLLB, T5, gradient_distance
-from .one_graph import batches_of, compare, smallest_case_of
+from .one_graph import batches_of, compare, needs_one_graph, smallest_case_of
 
 MULTIPLE = 16
 ROUNDING = 2e-6
@@ -111,6 +111,7 @@ def test_hooks_and_rows():
     assert torch.equal(rows[real], hidden[0, : int(real.sum())])
 
 
+@needs_one_graph
 def test_one_graph():
     case = smallest_case_of(NLLB.model)
     torch.compiler.reset()
@@ -178,6 +179,7 @@ def test_a_filled_batch_has_the_sequences_of_the_plain_one():
     assert "labels" not in shifted(SEQUENCES)
 
 
+@needs_one_graph
 def test_one_graph_with_constant_shapes():
     """Without ``dynamic=True``, there is no second graph."""
     case = smallest_case_of("LlamaForCausalLM")

@@ -44,8 +44,17 @@ def fingerprint() -> str:
         for node in ast.walk(tree):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 node.value.value = None  # a docstring
-        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
+        digest.update(f"{path.name}\n{_written(tree)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _written(node: object) -> str:
+    """`ast.dump` without empty fields, of which each version of Python has others."""
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+        inner = ", ".join(f"{name}={_written(value)}" for name, value in fields)
+        return f"{type(node).__name__}({inner})"
+    return f"[{', '.join(map(_written, node))}]" if isinstance(node, list) else repr(node)
 
 
 def write(path: Path, rows: list[Row], counts: list[LoopCount], triton: str) -> None:

@@ -3,7 +3,6 @@
 import time
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -441,6 +440,7 @@ def test_a_loss_of_the_user(options, factor, tmp_path):
 
 
 def test_a_datasets_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
     examples = examples_of("T5")
     table = datasets.Dataset.from_list(
         [{**each, "source": str(at)} for at, each in enumerate(examples)]

@@ -4,7 +4,6 @@ import inspect
 from types import SimpleNamespace
 from typing import get_type_hints
 
-import datasets
 import pytest
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -295,6 +294,7 @@ def test_overlong_examples_are_truncated_and_keep_their_eos(kind, tmp_path):
 
     examples = with_long_ones()
     if kind == "datasets":
+        datasets = pytest.importorskip("datasets")
         examples = datasets.Dataset.from_list(examples)
     trainer = make_trainer(
         "T5",

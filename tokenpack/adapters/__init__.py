@@ -3,6 +3,7 @@
 Each file imports only from files above it:
 
     swap             replaces the forward of a module
+    traced_once, hooks     what torch.compile reads from modules; hooks and other changes to them
     family           the properties of a family of models
     call             the state of one packed forward and of a patched model
     graph_ops, graph under torch.compile: what depends on values, and what is decided while tracing

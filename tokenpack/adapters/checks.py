@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers.loss import loss_utils
 
 from ..kernels import PackedLayout
@@ -14,6 +13,7 @@ from .graph_ops import pads_first_column
 from .hooks import has_neftune, hook_by_row
 from .interface import custom_attention, is_registered
 from .swap import is_swapped
+from .traced_once import traced_once
 
 # The losses of transformers that are the mean cross entropy over valid labels, which a causal model
 # shifts first.
@@ -112,7 +112,7 @@ def _require_swapped(parent: Any, name: str, child: Any) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
+@traced_once
 def _contains_swapped(child: Any) -> bool:
     return any(is_swapped(module) for module in child.modules())
 
@@ -124,7 +124,7 @@ def _has_stock_loss(model: Any, entry: Entry) -> bool:
     return not entry.calls_loss_function or _is_stock(model, model.loss_type, entry.shifts_labels)
 
 
-@torch.compiler.assume_constant_result  # `loss_function` may log, which torch.compile cannot trace
+@traced_once  # `loss_function` may log, which torch.compile cannot trace
 def _is_stock(model: Any, loss_type: str | None, shifts_labels: bool) -> bool:
     return model.loss_function in (_CAUSAL_LOSSES if shifts_labels else _TOKEN_LOSSES)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .hooks import changed_by
+from .traced_once import traced_once
 
 _SETTINGS = ("padding_idx", "embed_scale")
 
@@ -38,7 +39,7 @@ def share_lookup(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-@torch.compiler.assume_constant_result  # `changed_by` is
+@traced_once  # `changed_by` is
 def _shares_table(model: Any) -> bool:
     """Whether the embedding of the encoder can look up the ids of the decoder."""
     stacks = model.get_encoder(), model.get_decoder()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .call import Entry, state_of
+from .traced_once import TAKES_OBJECTS
 
 _POSITIONS = "position_ids without a mask give boundaries, which are read from their values"
 _ROWS = "several packed rows are given (PackedBatch.stream has one)"
@@ -28,13 +29,17 @@ _HEADS = (
     *("encoder_attention_heads", "decoder_attention_heads"),
 )
 
-UNTRACEABLE = (_SINGLE_HEAD, _ROWS, _BOUNDARIES, _POSITIONS, _FIRST_BATCH, _LAYERDROP)
+_OLD_TORCH = "torch is older than 2.13"
+
+UNTRACEABLE = (_OLD_TORCH, _SINGLE_HEAD, _ROWS, _BOUNDARIES, _POSITIONS, _FIRST_BATCH, _LAYERDROP)
 """Why a call is not traced as one graph. ``fullgraph=True`` is then an error with this reason."""
 
 
 def untraceable(model: Any, entry: Entry, inputs: dict[str, Any]) -> str | None:
     """Why this call must be packed outside a graph: one of `UNTRACEABLE`, or None."""
     state = entry.state
+    if not TAKES_OBJECTS:
+        return _OLD_TORCH
     # Inductor (torch 2.13) compares strides to keep their order, and fails at one that is a symbol.
     if any(getattr(model.config, name, None) == 1 for name in _HEADS):
         return _SINGLE_HEAD

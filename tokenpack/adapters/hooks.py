@@ -10,9 +10,10 @@ import sys
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from .traced_once import traced_once
 
 _KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 
@@ -21,7 +22,7 @@ _BY_ROW = ("adapter_names", "alora_offsets")
 
 
 # torch.compile looks hooks up once, when it traces a module: `torch.nn.Module` does the same.
-@torch.compiler.assume_constant_result
+@traced_once
 def changed_by(module: Any) -> str | None:
     """What changes the results or gradients of a module besides its class; None if nothing does.
 
@@ -38,7 +39,7 @@ def changed_by(module: Any) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@traced_once
 def hook_by_row(model: nn.Module) -> str | None:
     """The hook inside ``model`` that needs padded rows, as a reason to run padded; None if none.
 

@@ -33,6 +33,7 @@ from .call import (
     state_of,
 )
 from .graph import note_attention
+from .traced_once import traced_once
 
 # Keywords of attention layers that do not affect attention over packed sequences.
 _IGNORED = frozenset(
@@ -136,6 +137,9 @@ def custom_attention(key: str) -> str | None:
     return None
 
 
+_EQUALS = ("eager", "sdpa")  # the implementations whose names a registered name equals
+
+
 class _Name(str):
     """A registered name that is equal to the name of the implementation below it, too.
 
@@ -153,19 +157,23 @@ class _Name(str):
     def __hash__(self) -> int:
         return _hash(self)
 
+    def __format__(self, spec: str) -> str:
+        # transformers 5.17 formats the name of a paged implementation, f"paged|{name}".
+        return format(next((name for name in _EQUALS if self == name), str(self)), spec)
+
 
 # torch.compile traces no method of str.
 
 
-@torch.compiler.assume_constant_result
+@traced_once
 def _hash(name: _Name) -> int:
     return str.__hash__(name)
 
 
-@torch.compiler.assume_constant_result
+@traced_once
 def _equal(name: _Name, other: object) -> bool:
     below = str(name).removeprefix(_PREFIX)
-    return str.__eq__(name, other) is True or (below in ("eager", "sdpa") and below == other)
+    return str.__eq__(name, other) is True or (below in _EQUALS and below == other)
 
 
 def is_registered(implementation: Any) -> bool:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from tokenpack.kernels.attention import op, tiles
+from tokenpack.kernels.attention.primitives import QUERY_PADDING
 from tokenpack.kernels.attention.tiles import Tile, Tiles
 
 KERNELS = ("forward", "dq", "dkv", "dkv, grouped")
@@ -33,6 +34,8 @@ def candidates(kernel: str, bias: bool) -> Iterator[Tile]:
     sizes = (16, 32, 64, 128)
     for queries, keys, warps, stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3)):
         if kernel == "dq" and bias and queries > keys:  # its diagonals may wrap around only once
+            continue
+        if kernel.startswith("dkv") and queries > QUERY_PADDING.value:
             continue
         if queries * keys >= 256:
             yield Tile(queries, keys, warps, stages)

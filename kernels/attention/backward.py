@@ -12,6 +12,7 @@ from torch import Tensor
 from .backward_kv import _attention_backward_kv_kernel
 from .backward_q import _attention_backward_q_kernel
 from .launch import shared_arguments
+from .primitives import QUERY_PADDING
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import num_tiles, tile_for
 
@@ -36,7 +37,8 @@ def attention_backward(
     shared = shared_arguments(inputs, lse, spec)
     shared["dout"] = dout
     shared["dout_stride"], shared["dout_head_stride"], _ = dout.stride()
-    shared["delta"], base2_lse = torch.empty_like(lse), torch.empty_like(lse)
+    padded_rows = total_q + num_seqs * QUERY_PADDING.value
+    shared["delta"], base2_lse = lse.new_empty(2, heads, padded_rows)
     partials = None
     if needs_table:
         # A row per program: 2 * reach + 1 distances, and a total for each side beyond the reach.

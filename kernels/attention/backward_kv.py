@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from .._triton import tl, triton
 from .primitives import (
+    QUERY_PADDING,
     DistanceLimits,
     Features,
     RowTile,
@@ -28,6 +29,7 @@ from .primitives import (
     dropout_params,
     find_tile,
     load_rows,
+    padded_start,
     params_of_head,
     query_ranges,
     select_rows,
@@ -42,7 +44,7 @@ class _Queries(NamedTuple):
     q: StridedRows
     dout: StridedRows
     lse: tl.tensor  # pointer to one float32 per query, base-2, +inf where no key is visible
-    delta: tl.tensor  # pointer to one float32 per query
+    delta: tl.tensor  # pointer to one float32 per query; both go on behind the last query
 
 
 class _KeyGrads(NamedTuple):
@@ -58,17 +60,16 @@ def _backward_queries(
 ):
     """Add the gradients of one range of query tiles to dk and dv."""
     dk, dv = grads
-    num_queries = queries.q.count
     key = k.first + tl.arange(0, SHAPE.KEYS)
-    position = key - (k.rows.count - num_queries)  # of the query at distance 0
+    position = key - (k.rows.count - queries.q.count)  # of the query at distance 0
     first_query, last_query = position - params.limits.right, position + params.limits.left
     column = tl.arange(0, SHAPE.QUERIES)
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
         q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
         query = start + column
-        row_lse = tl.load(queries.lse + query, mask=query < num_queries, other=float("inf"))
-        row_delta = tl.load(queries.delta + query, mask=query < num_queries, other=0.0)
+        # Behind the last query, lse is +inf and delta is 0: masks would be a fifth of the loop.
+        row_lse, row_delta = tl.load(queries.lse + query), tl.load(queries.delta + query)
         product = dot_transposed(k, RowTile(q, queries.q, start), True, SHAPE)
         raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BN, BM]
         biases = (params.table + (position - start))[:, None] - column.to(tl.int64)[None, :]
@@ -165,6 +166,7 @@ def _attention_backward_kv_kernel(
 ):
     FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT)
     SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION)
+    tl.static_assert(QUERIES <= QUERY_PADDING)
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     seq, first_key, span_k, span_q = find_tile(
         tl.program_id(0), cu_seqlens_k, cu_seqlens_q, num_seqs, KEYS
@@ -188,8 +190,8 @@ def _attention_backward_kv_kernel(
         head = kv_head * GROUP + member
         q_rows = select_rows(q, span_q, q_stride, head, q_head_stride)
         dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride)
-        head_start = head.to(tl.int64) * total_q + span_q.start
-        queries = _Queries(q_rows, dout_rows, lse + head_start, delta + head_start)
+        stored = padded_start(head, seq, span_q, total_q, num_seqs)
+        queries = _Queries(q_rows, dout_rows, lse + stored, delta + stored)
         params = params_of_head(scale, softcap, table, head, limits, FEATURES)
         dropout = dropout_params(seed_value, seq, head, dropout_p)
         grads = _backward_all_queries(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from .._triton import tl, triton
 from .primitives import (
+    QUERY_PADDING,
     DistanceLimits,
     Features,
     RowTile,
@@ -33,6 +34,7 @@ from .primitives import (
     key_ranges,
     load_lse,
     load_rows,
+    padded_start,
     params_of_head,
     select_rows,
     softmax_weights,
@@ -276,11 +278,17 @@ def _attention_backward_q_kernel(
     out_tile = load_rows(out_rows, first, QUERIES, True, SHAPE)
     # delta and the logsumexp in base 2 are stored for the kernel of dk and dv, which runs next.
     query = first + tl.arange(0, QUERIES)
-    head_start = head.to(tl.int64) * total_q + span_q.start
     row_delta = tl.sum(dout_tile.data.to(tl.float32) * out_tile.to(tl.float32), 1)
-    tl.store(delta + head_start + query, row_delta, mask=query < span_q.count)
-    row_lse = load_lse(lse + head_start, query, span_q.count)
-    tl.store(base2_lse + head_start + query, row_lse, mask=query < span_q.count)
+    row_lse = load_lse(lse + head.to(tl.int64) * total_q + span_q.start, query, span_q.count)
+    stored = padded_start(head, seq, span_q, total_q, num_seqs)
+    tl.store(delta + stored + query, row_delta, mask=query < span_q.count)
+    tl.store(base2_lse + stored + query, row_lse, mask=query < span_q.count)
+    # Behind the last query, every weight is 0. With a branch, dropout's loops would be longer.
+    behind = span_q.count + tl.arange(0, QUERY_PADDING)
+    is_last = tl.full([QUERY_PADDING], first + QUERIES, tl.int32) >= span_q.count
+    nothing = tl.zeros([QUERY_PADDING], tl.float32)
+    tl.store(delta + stored + behind, nothing, mask=is_last)
+    tl.store(base2_lse + stored + behind, nothing + float("inf"), mask=is_last)
     keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride)
     values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
     limits = DistanceLimits(left, right, reach)

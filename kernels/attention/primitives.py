@@ -31,6 +31,9 @@ from ..loss_kernels import _tanh
 # Each row of the table is extended by this many copies of its first and of its last entry, so that
 # tiles which are partly beyond the reach need no clamp: at least the queries and keys of a tile.
 TABLE_PADDING = tl.constexpr(256)
+# Entries behind the queries of each sequence in what dq's kernel writes for the kernel of dk and
+# dv: at least the queries of a tile of the latter, less one.
+QUERY_PADDING = tl.constexpr(64)
 
 
 class Span(NamedTuple):
@@ -133,6 +136,16 @@ def find_tile(tile, cu_seqlens, other_cu_seqlens, num_seqs, SIZE: tl.constexpr):
     span = Span(start.to(tl.int64), end - start)
     other_span = Span(other_start.to(tl.int64), other_end - other_start)
     return seq, (tile - start // SIZE - seq) * SIZE, span, other_span
+
+
+@triton.jit
+def padded_start(head, seq, span, total, num_seqs):
+    """The first entry of a sequence and head in ``(heads, total + num_seqs * QUERY_PADDING)``.
+
+    QUERY_PADDING more entries follow each sequence, so a tile reads them without a mask.
+    """
+    row = total.to(tl.int64) + num_seqs * QUERY_PADDING
+    return head.to(tl.int64) * row + span.start + seq * QUERY_PADDING
 
 
 @triton.jit

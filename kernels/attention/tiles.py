@@ -55,7 +55,7 @@ def _tiles(plain: Tile, dropout: Tile | None = None) -> Tiles:
 #
 # float32 products are three tf32 products each, so above a head_dim of 64 they are computed in
 # chunks of columns (`chunk_for`). With a bias, a "dq" tile must not have more queries than keys:
-# its diagonals may wrap around only once.
+# its diagonals may wrap around only once. A "dkv" tile has at most QUERY_PADDING queries.
 _TILES = {
     "forward": {
         (64, 2): Tiles(
@@ -85,7 +85,9 @@ _TILES = {
         (64, 2): Tiles(
             Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)
         ),
-        (128, 2): _tiles(Tile(32, 128, 8, 2)),
+        (128, 2): Tiles(
+            Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)
+        ),
         (256, 2): _tiles(Tile(32, 32, 8, 2)),
         (64, 4): _tiles(Tile(32, 32, 8, 2)),
         (128, 4): _tiles(Tile(16, 32, 8, 2)),

@@ -15,7 +15,7 @@ from .tile_counts import LoopCount
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench/results/compile.md"
-CASES = Path(__file__).with_name("compile_cases.py")
+CASES = [Path(__file__).with_name(name) for name in ("compile_cases.py", "yardstick.py")]
 
 
 class Row(NamedTuple):
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 def fingerprint() -> str:
     """A hash of kernels, launchers and cases. Comments and docstrings do not count."""
     digest = hashlib.sha256()
-    for path in [*sorted((ROOT / "kernels").rglob("*.py")), CASES]:
+    for path in [*sorted((ROOT / "kernels").rglob("*.py")), *CASES]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -82,3 +82,10 @@ def read(path: Path = COMMITTED) -> tuple[str, str, set[str]]:
     if head is None:
         raise ValueError(f"path must be a table of make compile, got {path}")
     return head[1], head[2], {line for line in text.splitlines() if line.startswith("| _")}
+
+
+def read_ceilings(path: Path = COMMITTED) -> dict[tuple[str, str, int], int]:
+    """The serial ceiling of each loop of attention, by kernel, case and number of the loop."""
+    rows = (line.strip("| ").split(" | ") for line in read(path)[2])
+    loops = (row for row in rows if len(row) == len(LoopCount._fields))
+    return {(row[0], row[1], int(row[3])): int(row[-1]) for row in loops}

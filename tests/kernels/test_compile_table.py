@@ -2,6 +2,8 @@
 
 import shutil
 
+import pytest
+
 from . import compile_table
 
 
@@ -24,3 +26,19 @@ def test_a_changed_kernel_is_seen_and_a_changed_comment_is_not(tmp_path, monkeyp
     assert compile_table.fingerprint() == before
     path.write_text(text + "\n_NEW = 1\n")
     assert compile_table.fingerprint() != before
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "kernel, share", [("forward", 0.95), ("backward_q", 0.9), ("backward_kv", 0.9)]
+)
+def test_whole_loops_are_about_as_cheap_as_attention_without_options(kernel, share, head_dim):
+    """The loop over keys or queries that no mask and no bias touches."""
+    ceilings = compile_table.read_ceilings()
+    ours = max(
+        ceiling
+        for (name, case, _), ceiling in ceilings.items()
+        if (name, case) == (f"_attention_{kernel}_kernel", f"attention, causal, {head_dim}, bf16")
+    )
+    yardstick = ceilings[f"_yardstick_{kernel}_kernel", f"yardstick, {head_dim}, bf16", 0]
+    assert ours >= share * yardstick

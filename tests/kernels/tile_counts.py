@@ -25,6 +25,9 @@ NEEDED_PRODUCTS = {
     "_attention_forward_kernel": 2,
     "_attention_backward_q_kernel": 3,
     "_attention_backward_kv_kernel": 4,
+    "_yardstick_forward_kernel": 2,
+    "_yardstick_backward_q_kernel": 3,
+    "_yardstick_backward_kv_kernel": 4,
 }
 FLOAT = {"FFMA", "FADD", "FMUL", "FFMA2"}
 INTEGER = re.compile(

@@ -1,6 +1,7 @@
 """The offline tuning script: its candidates, its choice and its output. Timing needs a GPU."""
 
 import importlib.util
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from tokenpack.kernels._triton import INTERPRETED
 from tokenpack.kernels.attention import tiles
+from tokenpack.kernels.attention.primitives import QUERY_PADDING
 from tokenpack.kernels.attention.tiles import Tile, Tiles
 
 
@@ -46,6 +48,9 @@ def test_candidates_meet_the_kernels_constraints(tune):
     for kernel in tune.KERNELS:
         found = set(tune.candidates(kernel, bias=True))
         assert found >= {Tile(32, 128, 8, 2), Tile(16, 16, 8, 1)}
+    for kernel in ("dkv", "dkv, grouped"):
+        found = [*tune.candidates(kernel, bias=False), *chain(*tiles._TILES[kernel].values())]
+        assert all(tile.queries <= QUERY_PADDING.value for tile in found)
     for rows in tiles._TILES["dq"].values():
         assert all(tile.queries <= tile.keys for tile in (rows.bias, rows.both))
     assert set(tune.KERNELS) == set(tiles._TILES)

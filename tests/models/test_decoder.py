@@ -1,11 +1,13 @@
 """The decoder: what its configuration refuses, its inputs, its positions, experts and losses."""
 
+import json
 import math
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tokenpack.data import PackedBatch, packed_collate_fn
 from tokenpack.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderModel
@@ -113,6 +115,22 @@ def test_saved_and_loaded_by_the_auto_classes(tmp_path):
         hidden = base(batch.ids, batch.mask).last_hidden_state
     assert torch.equal(hidden, want.hidden_states[-1])
     assert hidden.shape == (3, 9, 16)
+
+
+def test_what_is_saved_loads_without_this_package_being_imported(tmp_path):
+    """As transformers loads a custom model: by the file that config.json names."""
+    DecoderConfig.register_for_auto_class()
+    DecoderForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    make_model().save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    classes = {"AutoConfig": DecoderConfig, "AutoModelForCausalLM": DecoderForCausalLM}
+    for auto_class, loaded in {**classes, "AutoModel": DecoderModel}.items():
+        assert get_class_from_dynamic_module(names[auto_class], tmp_path) is loaded
+    (tmp_path / "other").mkdir()
+    make_model().save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").iterdir())
+    DecoderConfig().save_pretrained(tmp_path / "config")  # a configuration alone
+    assert (tmp_path / "config" / "tokenpack_decoder.py").is_file()
 
 
 # ------------------------------------------------------------------------------------- first loss

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import struct
@@ -14,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tokenpack.data import byte_tokenizer
+from tokenpack.models.decoder import DecoderConfig
 from tokenpack.samples.text import split_summary, standard_library_texts
 
 datasets = pytest.importorskip("datasets")
@@ -405,3 +408,71 @@ def test_a_call_of_a_tool_needs_no_text(tmp_path, monkeypatch):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     row = {"messages": [CHAT[0], call]}
     assert example.chat_of(row, 0, example.Options()) == row["messages"]
+
+
+# -------------------------------------------------------------------------------------- decoder
+
+
+def decoder_flags(folder, **more):
+    values = {
+        "output_dir": folder,
+        "config": folder.parent / "config",
+        "vocab_size": 400,
+        "seq_len": 24,
+        "eval_windows": 8,
+        "max_steps": 9,
+        "learning_rate": 0.02,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 3,
+        "max_tokens_per_batch": 200,
+        "max_tokens_per_microbatch": 100,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        **more,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def test_the_decoder_learns_resumes_and_generates(tmp_path, monkeypatch, texts, capsys):
+    example = load("pretrain_decoder", monkeypatch, texts[:60])
+    DecoderConfig(
+        dim=16, n_layers=1, n_heads=2, ffn="moe", n_experts=4, dropout=0.1
+    ).save_pretrained(tmp_path / "config")
+    out = tmp_path / "out"
+    trainer = example.main(decoder_flags(out))
+    printed = capsys.readouterr().out
+    assert "WriteReport" in printed
+    evaluations = {log["step"]: log for log in trainer.state.log_history[:-1] if "eval_loss" in log}
+    assert [*evaluations] == [0, 3, 6, 9]
+    assert evaluations[0]["eval_loss"] == pytest.approx(math.log(400), abs=0.2)
+    assert evaluations[9]["eval_loss"] < evaluations[0]["eval_loss"] - 0.5
+    assert all(log["eval_is_best"] for log in evaluations.values())
+    assert f"validation loss at step 0: {evaluations[0]['eval_loss']:.3f}, 3: " in printed
+    assert "'Return the" in printed.splitlines()[-2]
+    assert trainer.decay == "matrices"
+
+    # From the middle: the same losses, with dropout, and the same weights, bit for bit.
+    weights = (out / "model.safetensors").read_bytes()
+    given = {"resume_from_checkpoint": out / "checkpoint-6", "max_steps": 9}
+    resumed = example.main(decoder_flags(out, **given))
+    assert "WriteReport" not in capsys.readouterr().out  # the corpus is there
+    assert losses_of(resumed) == losses_of(trainer)
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_the_presets_of_the_decoder(tmp_path, monkeypatch, texts):
+    example = load("pretrain_decoder", monkeypatch, texts)
+    tokenizer = byte_tokenizer()
+    for preset in ("quickstart", "shakespeare", "moe"):
+        full = example.make_config(example.Options(preset=preset, full=True), tokenizer)
+        small = example.make_config(example.Options(preset=preset), tokenizer)
+        assert full.hidden_size == example.PRESETS[preset]["dim"]
+        assert small.hidden_size < full.hidden_size
+        assert small.attention_type == full.attention_type
+    with pytest.raises(SystemExit, match="--preset must be one of quickstart, shakespeare, moe"):
+        example.make_config(example.Options(preset="large"), tokenizer)
+    with pytest.raises(SystemExit, match="--tokenizer must be given with --shards"):
+        example.prepare(example.Options(shards="corpus"), tmp_path)

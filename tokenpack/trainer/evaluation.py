@@ -152,9 +152,10 @@ class UnpackingCollator:
 
 
 def _has_packed_rows(batch: Mapping[str, Any], samples: list[Any]) -> bool:
-    is_planned = getattr(batch, "plan", None) is not None  # samples are not in order
+    plan = getattr(batch, "plan", None)
+    is_in_order = plan is None or plan.strategy == "rows"  # a packer reorders samples
     rows = "cu_seqlens_padded" in batch and len(batch["input_ids"])
-    return not is_planned and rows == len(samples)
+    return is_in_order and rows == len(samples)
 
 
 @dataclasses.dataclass(eq=False)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from ...attention import require_known_backend
+from .saved_code import AUTO_MAP, SavedCode
 
 ATTENTION_TYPES = ("mha", "gqa", "mqa", "mla")
 POSITION_TYPES = ("rope", "sinusoidal", "learned", "alibi", "none")
@@ -36,7 +37,7 @@ FFN_TYPES = tuple(ACTIVATIONS)
 
 
 @strict
-class DecoderConfig(PreTrainedConfig):
+class DecoderConfig(SavedCode, PreTrainedConfig):
     """Configuration of `DecoderModel` and `DecoderForCausalLM`.
 
     Names in parentheses are accepted too. ``None`` means that the value follows from the others.
@@ -179,6 +180,7 @@ class DecoderConfig(PreTrainedConfig):
         if self.scale_embeddings is None:
             self.scale_embeddings = self.position_embedding_type == "sinusoidal"
         super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
 
     @property
     def has_experts(self) -> bool:

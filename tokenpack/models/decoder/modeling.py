@@ -28,6 +28,7 @@ from .head import DecoderHead, loss_of_logits, share_of_step
 from .inputs import PackedInputs, pack_batch
 from .layers import Call, DecoderRotaryEmbedding, SinusoidalPositions, alibi_bias, make_norm
 from .routing import DecoderRouter
+from .saved_code import SavedCode
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +77,7 @@ class DecoderModelOutput(BaseModelOutputWithPast):
     balance: Tensor | None = None
 
 
-class DecoderPreTrainedModel(PreTrainedModel):
+class DecoderPreTrainedModel(SavedCode, PreTrainedModel):
     """What both models share: initialization, and what transformers needs to know."""
 
     config: DecoderConfig

@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tokenpack": ("adapters", "comparison", "diagnostics"),
     "models": (),
     "models.decoder": ("attention", "kernels", "checks"),
+    "models.condenser": ("adapters", "kernels", "checks", "segments"),
     "data": ("packing", "checks", "segments", "files"),
     "samples": ("data", "checks"),
     "trainer": ("adapters", "data", "packing", "kernels", "checks", "segments", "files"),

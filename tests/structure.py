@@ -41,7 +41,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "trainer.condense": ("trainer", "models.condenser", "data", "checks"),
     "metrics": (),
     "commands": (
-        *("trainer", "cost", "samples", "data", "packing", "adapters", "attention"),
+        *("trainer", "trainer.condense", "models.condenser", "models.decoder", "cost", "samples"),
+        *("data", "packing", "adapters", "attention"),
         *("tokenpack", "checks", "segments", "files", "table"),
     ),
     "cli": ("commands", "tokenpack"),

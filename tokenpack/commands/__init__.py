@@ -1,5 +1,6 @@
 """The commands of ``tokenpack``, one module each with a ``run(arguments) -> exit code``.
 
+    condense.py  trains, evaluates and runs a condenser of long contexts
     demo.py      trains padded and patched models side by side
     doctor.py    prints what is installed and which attention backends run
     inspect.py   prints lengths and padding of a file, and how full each strategy packs it
@@ -12,6 +13,8 @@ Shared modules:
     help_texts.py       the texts of ``--help``
     arguments.py        options that several commands have
     shard_options.py    the options of ``tokenpack shards``
+    condense_options.py    the options of ``tokenpack condense``
+    condense_figures.py    its PNG file
     models.py           the models to train, and the published shapes to count
     side_by_side.py     trains a model padded and packed
     epochs.py           counts the tokens of an epoch's batches

@@ -363,7 +363,7 @@ class CondenseTrainer(TokenBudgetTrainer):
             vectors, layout = condense_ids(model, [row["context_ids"] for row in rows], None)
             prompts = [row["prompt_ids"] for row in rows]
             longest = max(map(len, wanted))
-            options = {"max_new_tokens": longest, "do_sample": False}
+            options: Any = {"max_new_tokens": longest, "do_sample": False}
             made = generate_ids(model, vectors, layout, prompts, **options).tolist()
         right = sum(sum(a == b for a, b in zip(ours, theirs)) for ours, theirs in zip(made, wanted))
         decode = self._decoder_of_ids(model)

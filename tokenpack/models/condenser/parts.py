@@ -15,6 +15,8 @@ from ...adapters.hooks import changed_by
 from ...adapters.patching import transformers_model
 from ...kernels import packed_cross_entropy, packed_linear_cross_entropy
 
+_ROWS = 1024  # of logits at a time
+
 
 def pack_part(name: str, model: Any) -> None:
     """Patch a causal model in place, unless it packs by itself or is patched already.
@@ -137,6 +139,16 @@ class Head:
             loss = packed_cross_entropy(after(head(hidden)), targets, num_items=1.0)
         assert isinstance(loss, Tensor)
         return loss
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each target and whether it has the largest logit, ``(n,)`` each."""
+        losses, correct = [], []
+        for ours, wanted in zip(hidden.split(_ROWS), targets.split(_ROWS)):
+            logits = self.logits(ours)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses.append(nn.functional.cross_entropy(logits, wanted, reduction="none"))
+            correct.append(logits.argmax(-1) == wanted)
+        return torch.cat(losses), torch.cat(correct)
 
     def _after(self) -> AfterHead:
         return after_head(self.decoder)

@@ -175,15 +175,20 @@ def generate_ids(
     vectors: Tensor,
     layout: ContextLayout,
     prompts: Sequence[Sequence[int]],
+    *,
+    reconstruct: bool = False,
     **options: Any,
 ) -> Tensor:
-    """``(num_docs, new tokens)``, what the decoder generates after vectors and prompts."""
+    """``(num_docs, new tokens)``, what the decoder generates after vectors, flags and prompts.
+
+    With ``reconstruct``, the flags are those that ask for the context itself.
+    """
     lengths = np.array([len(each) for each in prompts], np.int64)
     flat = np.array([token for each in prompts for token in each], np.int64)
     ids = torch.from_numpy(flat).to(vectors.device)
     documents = np.arange(len(prompts))
     stream, made = model.decoder_stream(
-        vectors, layout, documents, np.zeros(len(prompts), bool), ids, lengths
+        vectors, layout, documents, np.full(len(prompts), reconstruct), ids, lengths
     )
     embeds, mask = left_padded(stream, np.diff(made.cu_seqlens).tolist())
     decoder = transformers_model(model.decoder)

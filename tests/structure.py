@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 # Each room, lowest first, with the rooms that its files may import. A room is a folder or a file of
 # `tokenpack/`, or `kernels/`, which is installed as `tokenpack.kernels`. Each model in
-# `tokenpack/models/` is a room of its own. "tokenpack" itself is `tokenpack/__init__.py`.
+# `tokenpack/models/` is a room of its own, and so is the condenser's trainer, which is above the
+# other trainers and the condenser. "tokenpack" itself is `tokenpack/__init__.py`.
 # docs/design.md draws the same arrows.
 ROOMS: dict[str, tuple[str, ...]] = {
     "kernels": (),
@@ -33,13 +34,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tokenpack": ("adapters", "comparison", "diagnostics"),
     "models": (),
     "models.decoder": ("attention", "kernels", "checks"),
+    "models.condenser": ("adapters", "kernels", "checks", "segments"),
     "data": ("packing", "checks", "segments", "files"),
     "samples": ("data", "checks"),
     "trainer": ("adapters", "data", "packing", "kernels", "checks", "segments", "files"),
+    "trainer.condense": ("trainer", "models.condenser", "data", "checks"),
     "metrics": (),
     "commands": (
-        *("trainer", "cost", "samples", "data", "packing", "adapters", "attention"),
-        "models.decoder",
+        *("trainer", "trainer.condense", "models.condenser", "models.decoder", "cost", "samples"),
+        *("data", "packing", "adapters", "attention"),
         *("tokenpack", "checks", "segments", "files", "table"),
     ),
     "cli": ("commands", "tokenpack"),
@@ -65,7 +68,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 def room_of(module: str) -> str:
     """The room that a module is in."""
     parts = module.split(".")
-    if parts[1:2] == ["models"]:
+    if parts[1:2] == ["models"] or ".".join(parts[1:3]) in ROOMS:
         return ".".join(parts[1:3])
     return parts[1] if len(parts) > 1 else parts[0]
 

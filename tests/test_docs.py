@@ -34,6 +34,7 @@ API = (
     "tokenpack.metrics",
     "tokenpack.trainer",
     "tokenpack.models.decoder",
+    "tokenpack.models.condenser",
 )
 
 

@@ -3,6 +3,7 @@
 `python -m tests.test_readme` prints the table.
 """
 
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -63,7 +64,7 @@ def block(name: str) -> str:
 def test_every_python_block_of_the_readme_has_a_name():
     text = README.read_text(encoding="utf-8")
     named = re.findall(r"<!-- (\w+) -->\n```python\n", text)
-    assert named == ["patch", "example", "kernels", "losses", "packing", "trainer"]
+    assert named == ["patch", "example", "kernels", "losses", "packing", "trainer", "decoder"]
     assert text.count("```python") == len(named)
 
 
@@ -121,6 +122,15 @@ def test_trainer_in_the_readme_runs(tmp_path, monkeypatch):
     scope = {"tokenizer": tokenizer}
     exec(block("trainer"), scope)
     assert scope["trainer"].state.global_step == 3
+
+
+def test_decoder_in_the_readme_runs():
+    scope = {}
+    exec(block("decoder"), scope)
+    ids = torch.randint(3, 1000, (1, 9))
+    cu_seqlens = torch.tensor([0, 4, 9]).int()
+    loss = scope["decoder"](input_ids=ids, labels=ids, cu_seqlens=cu_seqlens).loss
+    assert loss.item() == pytest.approx(math.log(1000), abs=0.2)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .commands import help_texts, model_options, shard_options
+from .commands import condense_options, help_texts, model_options, shard_options
 from .commands.arguments import (
     add_command,
     add_ranks,
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenpack {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     model_options.add_check(commands)
+    condense_options.add_condense(commands)
     _add_demo(commands)
     _add_doctor(commands)
     model_options.add_generate(commands)

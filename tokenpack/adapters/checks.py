@@ -31,6 +31,7 @@ def check_call(model: Any, entry: Entry, inputs: dict[str, Any]) -> None:
         raise CannotPackError("a cache is in use")
     if (
         "use_cache" not in inputs
+        and "cu_seqlens" not in inputs  # a cache has rows, and a packed stream has none to continue
         and "use_cache" in entry.parameters
         and getattr(config, "use_cache", False)
         and not (model.training or "labels" in inputs)

@@ -1,8 +1,8 @@
 """Pack the arguments of a model's forward: from a padded batch to token streams and a `PackedCall`.
 
 A batch that is already packed (``cu_seqlens``) is repadded first: ids take only a few bytes per
-token. Labels are then shifted and positions computed in the same way for both kinds of batch, and
-no label crosses a sequence boundary.
+token, and embeddings stay a stream. Labels are then shifted and positions computed in the same way
+for both kinds of batch, and no label crosses a sequence boundary.
 """
 
 from __future__ import annotations
@@ -60,9 +60,15 @@ class _Side:
     """The tokens of an encoder, of a decoder, or of a model with one side."""
 
     layout: PackedLayout
-    padded: Tensor  # (rows, columns[, hidden]) ids or embeddings
+    padded: Tensor  # (rows, columns[, hidden]) ids or embeddings, or a stream
     is_packed: bool
     slots: int
+    is_stream: bool = False  # packed embeddings, which are too large to pad
+
+    @property
+    def stream(self) -> Tensor:
+        """``(1, total_tokens[, hidden])``."""
+        return self.padded if self.is_stream else unpad(self.padded, self.layout)[None]
 
 
 def pack_inputs(
@@ -179,8 +185,8 @@ def _pack_encoder_decoder(
     return PackedInputs(
         call,
         {
-            _input_name("", encoder): unpad(encoder.padded, encoder.layout)[None],
-            _input_name("decoder_", decoder): unpad(decoder.padded, decoder.layout)[None],
+            _input_name("", encoder): encoder.stream,
+            _input_name("decoder_", decoder): decoder.stream,
             "attention_mask": marker,
             "decoder_attention_mask": marker,
         },
@@ -206,7 +212,7 @@ def _pack_single(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool)
     check_pooling(model, entry, side.layout, traced)
 
     arguments = {
-        _input_name("", side): unpad(side.padded, side.layout)[None],
+        _input_name("", side): side.stream,
         "attention_mask": marker_mask(side.padded.device),
     }
     if "position_ids" in entry.parameters:
@@ -285,6 +291,8 @@ def _pop_side(
             layout = packed_layout_in_graph(cu_seqlens, tokens, in_graph)
         else:
             layout = layout_from_cu_seqlens(cu_seqlens, tokens.shape[1], device=tokens.device)
+        if tokens.dim() == 3 and in_graph is None:
+            return _Side(layout, tokens, True, layout.total_tokens, is_stream=True)
         return _Side(layout, repad(tokens.squeeze(0), layout), True, layout.total_tokens)
     rows, columns = tokens.shape[:2]
     if mask is not None:

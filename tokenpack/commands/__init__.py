@@ -1,6 +1,7 @@
 """The commands of ``tokenpack``, one module each with a ``run(arguments) -> exit code``.
 
     check.py           compares a model padded and packed, on one batch
+    condense.py        trains, evaluates and runs a condenser of long contexts
     demo.py            trains padded and patched models side by side
     doctor.py          prints what is installed and which attention backends run
     generate.py        prints what a model generates, and chats
@@ -17,6 +18,8 @@ Shared modules:
     model_options.py    the options of commands that run a model of the user's
     shard_options.py    the options of ``tokenpack shards``
     one_batch.py        the user's model and one batch of the user's data
+    condense_options.py the options of ``tokenpack condense``
+    condense_figures.py its PNG file
     models.py           the models to train, and the published shapes to count
     side_by_side.py     trains a model padded and packed
     epochs.py           counts the tokens of an epoch's batches

@@ -34,7 +34,7 @@ def available() -> bool:
 
 def draw_demo(comparisons: Sequence[tuple[str, Comparison]], path: Path) -> None:
     """Draw loss curves (top) and real tokens per second (bottom), one column per model."""
-    figure = _new_figure(width=4.2 * len(comparisons) + 0.4, height=6.4)
+    figure = new_figure(width=4.2 * len(comparisons) + 0.4, height=6.4)
     axes = figure.subplots(2, len(comparisons), squeeze=False, sharex=True)
     for (losses, throughput), (title, comparison) in zip(axes.T, comparisons):
         _draw_losses(losses, title, comparison)
@@ -99,7 +99,7 @@ def draw_inspect(
         shape: name of the model whose operations were counted.
         path: of the PNG.
     """
-    figure = _new_figure(width=13, height=4)
+    figure = new_figure(width=13, height=4)
     histogram, shares, gains = figure.subplots(1, 3)
     longest = max(int(side.max()) for side in lengths.values())
     # Lengths spread over orders of magnitude.
@@ -135,7 +135,8 @@ def _draw_bars(
     axes.set_xticks(places, [str(size) for size in batch_sizes])
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of a size in inches."""
     # Without pyplot, which would select a GUI backend and keep the figure alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

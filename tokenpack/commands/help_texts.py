@@ -4,6 +4,7 @@ DESCRIPTION = """\
 Padding-free training of Hugging Face models: the same results, computed from the real tokens only.
 
   tokenpack check          run your data through your model padded and packed, and compare
+  tokenpack condense       train, evaluate and run a condenser of long contexts
   tokenpack demo           train T5, NLLB and Llama padded and patched, side by side, and compare
   tokenpack doctor         what is installed here, and which attention backends can run
   tokenpack generate       let your model continue a prompt, or chat with it
@@ -37,6 +38,75 @@ examples:
   tokenpack check --model my/config --random --tokenizer my.json --data my.txt --dtype float64
 
 exit code: 0 if the packed run is right; 1 if it differs or nothing was packed; 2 for bad input.
+"""
+
+CONDENSE = """\
+Condense long contexts into a few vectors that a frozen decoder reads in place of the tokens. The
+condenser model gets LoRA and learned slots, or pools its hidden states; a projection maps them to
+the decoder's width. Needs tokenpack[condense].
+"""
+
+_CONDENSE_DATA = """\
+FILES are what `tokenpack pack` reads: Parquet, Arrow, JSON lines, CSV, text; a folder or a glob.
+  context, prompt, completion   the completion is learned. The prompt may be missing or empty
+  text                          each text is cut into windows of context, prompt and continuation
+Rows with the same context, or the same text, are on one side of the split.
+"""
+
+CONDENSE_EPILOG = """\
+examples:
+  tokenpack condense train --decoder HuggingFaceTB/SmolLM2-135M --data texts.jsonl --out run
+  tokenpack condense eval --model run --data held_out.jsonl
+  tokenpack condense run --model run --context report.txt --prompt "In short:"
+
+`tokenpack condense ACTION --help` has more.
+"""
+
+CONDENSE_TRAIN = """\
+Train a condenser. Both models run packed, so nothing is padded on either side, and the token budget
+counts both streams. The folder gets checkpoints, and at the end the condenser with the smallest
+evaluation loss: the learned parts and the adapter, without the weights of the two models. At each
+evaluation, the greedy texts of a few documents go to generated-STEP.jsonl.
+"""
+
+CONDENSE_TRAIN_EPILOG = f"""\
+data:
+{_CONDENSE_DATA}
+examples:
+  tokenpack condense train --decoder my/decoder --data texts.jsonl --out run --context-tokens 512
+  tokenpack condense train --decoder my/large --condenser my/small --data qa.parquet --out run \\
+      --ratios 4 8 16 --segment-length 512 --reconstruction-weight 0.5
+  torchrun --nproc-per-node 8 -m tokenpack condense train --decoder my/decoder --data d --out run
+
+exit code: 0 on success; 2 for bad input.
+"""
+
+CONDENSE_EVAL = """\
+Compare the likelihood of held-out completions given the condensed vectors with that given nothing,
+the last k raw tokens (k: the number of vectors), vectors of an untrained condenser, vectors of
+another document, and the full context. Print tables, and write a PNG and a JSON file.
+"""
+
+CONDENSE_EVAL_EPILOG = f"""\
+data:
+{_CONDENSE_DATA}
+columns:
+  recovered        (none - condensed) / (none - full)
+  reconstructed    share of the context's tokens, if the condenser has learned to reconstruct
+  prefill, cache   of the longest context: median time, size of the decoder's cache after it
+
+exit code: 0 if the vectors are better than each control by two standard errors, at each ratio; 1 if
+not; 2 for bad input.
+"""
+
+CONDENSE_RUN = """\
+Condense one or more contexts, and let the decoder answer greedily.
+"""
+
+CONDENSE_RUN_EPILOG = """\
+examples:
+  tokenpack condense run --model run --context report.txt --prompt "In short:"
+  tokenpack condense run --model run --context a.txt --context b.txt --prompt "Who wrote this?"
 """
 
 DEMO = """\

@@ -3,6 +3,7 @@
 `python -m tests.test_readme` prints the table.
 """
 
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -63,7 +64,7 @@ def block(name: str) -> str:
 def test_every_python_block_of_the_readme_has_a_name():
     text = README.read_text(encoding="utf-8")
     named = re.findall(r"<!-- (\w+) -->\n```python\n", text)
-    assert named == ["patch", "example", "kernels", "losses", "packing", "trainer"]
+    assert named == ["patch", "example", "kernels", "losses", "packing", "trainer", "decoder"]
     assert text.count("```python") == len(named)
 
 
@@ -101,6 +102,15 @@ def test_example_in_the_readme_runs():
     exec(block("example"), scope)
     assert scope["stats"].packed_calls == 1
     assert abs(scope["packed"] - scope["padded"]) < 1e-5
+
+
+def test_the_decoder_in_the_readme_runs():
+    scope = {}
+    exec(block("decoder"), scope)
+    ids = torch.randint(1000, (1, 9))
+    loss = scope["decoder"](ids, labels=ids).loss
+    assert abs(loss.item() - math.log(1000)) < 0.3
+    assert scope["config"].attention_type == "gqa"
 
 
 def test_packing_in_the_readme_runs():

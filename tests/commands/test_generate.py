@@ -197,7 +197,7 @@ def test_long_prompts_are_cut_on_the_left(folder, model, tokenizer, capsys):
         (["--prompt", "a", "--system", "b"], "--system must be given with --chat"),
         (["--prompt", "a", "--context", "12"], "--max-new-tokens must be below the context"),
         (["--prompt", "a", "--temperature", "0", "--top-k", "3"], "--temperature must be above 0"),
-        (["--prompt", "a", "--model", "/nowhere"], "--tokenizer must be"),
+        (["--prompt", "a", "--model", "/nowhere"], "--model must have a tokenizer, or --tok"),
     ],
 )
 def test_bad_input(folder, capsys, options, message):

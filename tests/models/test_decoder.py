@@ -56,7 +56,7 @@ def _one_thread():
         ({"norm_position": "both"}, "norm_position must be one of"),
         ({"n_heads": 7}, "hidden_size must be divisible by num_attention_heads"),
         ({"head_dim": 5}, "head_dim must be even for RoPE"),
-        ({"latent_dim": 64}, "kv_lora_rank belongs to attention_type='mla'"),
+        ({"latent_dim": 64}, r"kv_lora_rank \(latent_dim\) belongs to .*: leave it out"),
         ({"attn": "mla", "qk_norm": True}, "qk_norm must be False"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"ffn": "moe", "top_k": 9}, "num_experts_per_tok must be at most"),

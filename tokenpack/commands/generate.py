@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate. Returns 0; bad input raises."""
     _check(arguments)
     sampling(arguments)  # what is wrong with it is wrong before a model is loaded
-    tokenizer = load_pretrained(arguments.tokenizer or arguments.model)
+    tokenizer = _load_tokenizer(arguments)
     model = _load(arguments.model, arguments.dtype)
     writer = Writer(model, tokenizer, arguments)
     if arguments.seed is not None:
@@ -51,6 +51,17 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not arguments.chat:
             raise ValueError(f"--{name} must be given with --chat, got {value!r} without it")
+
+
+def _load_tokenizer(arguments: argparse.Namespace) -> Any:
+    if arguments.tokenizer is not None:
+        return load_pretrained(arguments.tokenizer)
+    try:
+        return load_pretrained(arguments.model)
+    except ValueError as error:
+        raise ValueError(
+            f"--model must have a tokenizer, or --tokenizer must be given: {error}"
+        ) from None
 
 
 def _load(name_or_path: str, dtype: str | None) -> PreTrainedModel:

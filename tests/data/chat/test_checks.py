@@ -2,6 +2,7 @@
 
 import pytest
 
+from tokenpack.data import chat_dataset
 from tokenpack.data.chat.checks import (
     CHECKS,
     ChatReport,
@@ -104,10 +105,25 @@ def test_padding():
     assert report.problems["padding"] == 2
 
 
+def test_padding_is_counted_and_said_only_if_it_is_named(recwarn):
+    row = [{"prompt": "a", "response": "b"}]
+    tokenizer = make_tokenizer("chatml")
+    options = {"max_length": 1000, "generation_config": [STOP]}
+    for checks in ("warn", "error", {"no_target": "error"}):
+        report = chat_dataset(row, tokenizer, checks=checks, **options).chat_report
+        assert report.problems["padding"] == 1
+        assert "padding: 1 times: rows padded to max_length" in str(report)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="padding: 1 times"):
+        chat_dataset(row, tokenizer, checks={"padding": "warn"}, **options)
+    with pytest.raises(ValueError, match="got padding: 1 times"):
+        chat_dataset(row, tokenizer, checks={"padding": "error"}, **options)
+
+
 def test_actions():
     report = ChatReport(rows=1)
-    report.add_flags(flag("double_bos", "padding"), 7)
-    assert report.first_rows == {"double_bos": 7, "padding": 7}
+    report.add_flags(flag("double_bos", "missing_tools"), 7)
+    assert report.first_rows == {"double_bos": 7, "missing_tools": 7}
     with pytest.warns(UserWarning, match="1 times, first in row 7") as found:
         act(report, read_actions("warn"))
     assert len(found) == 2

@@ -78,11 +78,23 @@ def test_options_and_debug(capsys):
         from_sft_strings([[user("a"), assistant("b")]] * 3, None, cfg)
 
 
+@pytest.mark.filterwarnings("default:chat data")
+def test_a_problem_of_both_parts_is_said_once(recwarn):
+    tokenizer = make_tokenizer("chatml")
+    from_sft_strings(ROWS, tokenizer, SFTDataConfig())
+    assert [str(each.message)[:32] for each in recwarn] == ["chat data: unstopped_terminator:"]
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    from_sft_strings(ROWS, tokenizer, SFTDataConfig(generation_config=[stop]))
+    assert len(recwarn) == 1
+
+
 def test_wrong_options():
     for options, message in (
         ({"split": 1.0}, "split must be between 0 and 1, got 1.0"),
         ({"seq_len": 0}, "seq_len must be from 1"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"schema": "chat"}, "schema must be one of auto, messages, .* got 'chat'"),
+        ({"truncation_strategy": "cut"}, "truncation_strategy must be one of turn, .* got 'cut'"),
     ):
         with pytest.raises(ValueError, match=message):
             SFTDataConfig(**options)

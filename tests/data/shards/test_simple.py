@@ -65,6 +65,17 @@ def test_text_files_are_documents(tmp_path, tokenizer):
     assert max(lengths) <= 9
 
 
+@pytest.mark.parametrize("texts", [["".join(TEXTS)], ["".join(TEXTS[:16]), "".join(TEXTS[16:])]])
+def test_one_or_two_files_are_split_as_the_options_say(tmp_path, tokenizer, texts):
+    paths = [tmp_path / f"{at}.txt" for at in range(len(texts))]
+    for path, text in zip(paths, texts):
+        path.write_text(text)
+    train, validation = from_files(paths, tokenizer, DataConfig(seq_len=8, split=0.9))
+    total = sum(len(tokenizer(text).input_ids) for text in texts)
+    assert train.samples.bounds == (0, round(0.9 * total))
+    assert validation.samples.bounds == (round(0.9 * total), total)
+
+
 def test_a_dataset(tmp_path, tokenizer):
     rows = datasets.Dataset.from_dict({"body": TEXTS, "id": range(40)})
     train, validation = from_hf(

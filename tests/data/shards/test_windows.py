@@ -119,10 +119,19 @@ def test_a_split_is_at_the_end_of_a_document(tmp_path):
     assert {t // 100 for _, t in pairs(train, False)} == {1, 2, 3}
     assert [t for _, t in pairs(validation, False)] == documents[3][1:].tolist()
     with pytest.raises(ValueError, match="document of 2 tokens or more on each side"):
-        shard_windows(stream_of(tmp_path, 100), 8, split=0.9)
+        shard_windows(stream_of(tmp_path, 100), 100, split=0.9, strategy="nf")
     raw = TokenShards(layouts.raw(tmp_path / "r.bin", range(100)), dtype="uint16")
     train, validation = shard_windows(raw, 8, split=0.9, isolate_documents=False)
     assert (train.bounds, validation.bounds) == ((0, 90), (90, 100))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cut"), [([100], 90), ([40, 60], 90), ([85, 15], 85), ([95, 5], 95), ([84, 16], 90)]
+)
+def test_few_documents_are_cut_where_the_split_says(tmp_path, lengths, cut):
+    shards, _ = documents_of(tmp_path, lengths)
+    train, validation = shard_windows(shards, 8, split=0.9)
+    assert (train.bounds, validation.bounds) == ((0, cut), (cut, 100))
 
 
 def test_arguments(tmp_path):

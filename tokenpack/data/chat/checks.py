@@ -35,11 +35,13 @@ CHECKS = {
         "which is not learned; let answers begin without white space"
     ),
     "padding": (
-        "padded rows would hold over 3 times as much padding as content; pack them (pack_dataset, "
-        "packed_collate_fn)"
+        "rows padded to max_length would hold over 3 times as much padding as content; pack them "
+        "(pack_dataset, packed_collate_fn), or pad to the longest row of a batch"
     ),
 }
 ACTIONS = ("warn", "error", "ignore")
+# Only counted, unless `checks` names it: the data has no padding before a collator adds some.
+_QUIET = {"padding": "ignore"}
 _BITS = {name: 1 << at for at, name in enumerate(CHECKS)}
 
 
@@ -96,12 +98,14 @@ def read_actions(checks: str | Mapping[str, str]) -> dict[str, str]:
     """The action for each check.
 
     Args:
-        checks: one action for all, or actions by name; checks without a name warn.
+        checks: one action for all, or actions by name; checks without a name warn. ``padding`` is
+            ignored unless it is named.
 
     Raises:
         ValueError: if there is no such check or action.
     """
-    given = dict.fromkeys(CHECKS, checks) if isinstance(checks, str) else dict(checks)
+    named = dict.fromkeys(CHECKS, checks) | _QUIET if isinstance(checks, str) else checks
+    given = _QUIET | dict(named)
     if unknown := [name for name in given if name not in CHECKS]:
         raise ValueError(f"checks must name {', '.join(CHECKS)}, got {', '.join(unknown)}")
     if wrong := [action for action in given.values() if action not in ACTIONS]:

@@ -85,7 +85,8 @@ def chat_dataset(
         generation_config: the model's, or ids of tokens, that generation stops at; by default the
             tokenizer's EOS. Used by the checks.
         checks: what to do about problems: ``"warn"``, ``"error"`` or ``"ignore"``, or a mapping
-            from names of checks to these. The first rows are checked before all others.
+            from names of checks to these. The first rows are checked before all others. ``padding``
+            is only counted, unless the mapping names it.
         split: of a name on the hub.
         streaming: read files and names as a stream.
         num_proc: processes; not for streams.

@@ -18,6 +18,12 @@ from .schemas import SCHEMAS, Conversation, read_conversation
 _PART = 200  # rows that are tokenized, without the interpreter's lock, while the next are rendered
 
 
+def check_choice(name: str, given: Any, known: Collection[Any]) -> None:
+    """Raise a ValueError if an option has none of the known values."""
+    if given not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {given!r}")
+
+
 @dataclass(frozen=True)
 class ChatOptions:
     """The options of `chat_dataset` that decide what a row becomes; see there."""
@@ -41,16 +47,9 @@ class ChatOptions:
                 f'loss_on must be "all", "last" or a list of roles, got {self.loss_on!r}'
             )
         optional_at_least_one("max_length", self.max_length)
-        choices = {
-            "truncation": (self.truncation, TRUNCATIONS),
-            "keep": (self.keep, KEEPS),
-            "schema": (self.schema, (None, *SCHEMAS)),
-        }
-        for name, (given, known) in choices.items():
-            if given not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(str, known))}, got {given!r}"
-                )
+        check_choice("truncation", self.truncation, TRUNCATIONS)
+        check_choice("keep", self.keep, KEEPS)
+        check_choice("schema", self.schema, (None, *SCHEMAS))
 
     def stop_ids(self, tokenizer: Any) -> list[int] | None:
         """The tokens that generation stops at, by default the EOS; None if there are none."""

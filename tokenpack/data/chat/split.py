@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ...checks import at_least_one, check_seed
 from .checks import read_actions
 from .dataset import encode_opened
-from .pipeline import ChatOptions
+from .fitting import TRUNCATIONS
+from .pipeline import ChatOptions, check_choice
 from .preview import preview
+from .schemas import SCHEMAS
 from .sources import open_source
 from .templates import ChatTemplate, set_template
 
@@ -37,6 +39,8 @@ class SFTDataConfig:
         template: a preset's name, a `ChatTemplate` or jinja; None uses the tokenizer's own.
         schema: ``"auto"``, or the schema of all rows; see `chat_dataset`.
         truncation_strategy: ``"turn"``, ``"token"``, ``"drop"`` or ``"error"``.
+        generation_config: the model's, or ids of tokens, that generation stops at; by default the
+            tokenizer's EOS. Used by the checks.
         seed: of the division into two parts.
         debug: print a preview of the training data.
         debug_n: rows of the preview.
@@ -48,6 +52,7 @@ class SFTDataConfig:
     template: str | ChatTemplate | None = None
     schema: str = "auto"
     truncation_strategy: str = "turn"
+    generation_config: Any = None
     seed: int = 0
     debug: bool = False
     debug_n: int = 3
@@ -58,6 +63,8 @@ class SFTDataConfig:
         check_seed(self.seed)
         if not 0 < self.split < 1:
             raise ValueError(f"split must be between 0 and 1, got {self.split}")
+        check_choice("schema", self.schema, ("auto", *SCHEMAS))
+        check_choice("truncation_strategy", self.truncation_strategy, TRUNCATIONS)
 
 
 def from_sft_strings(samples: Sequence[Any], tokenizer: Any, cfg: SFTDataConfig) -> Split:
@@ -109,6 +116,7 @@ def _divide(source: Any, tokenizer: Any, cfg: SFTDataConfig, split: str = "train
         max_length=cfg.seq_len,
         truncation=cfg.truncation_strategy,
         schema=None if cfg.schema == "auto" else cfg.schema,
+        generation_config=cfg.generation_config,
     )
     rows, json_column = open_source(source, split, streaming=False)
     if len(rows) < 2:
@@ -117,10 +125,10 @@ def _divide(source: Any, tokenizer: Any, cfg: SFTDataConfig, split: str = "train
     held_out = min(max(round(len(rows) * (1 - cfg.split)), 1), len(rows) - 1)
     parts = rows.train_test_split(held_out, seed=cfg.seed)
     actions = read_actions("warn")
-    train, validation = (
-        encode_opened((parts[name], json_column), tokenizer, options, actions)
-        for name in ("train", "test")
-    )
+    train = encode_opened((parts["train"], json_column), tokenizer, options, actions)
+    warned = [name for name, count in train.chat_report.problems.items() if count]
+    actions |= dict.fromkeys(warned, "ignore")  # said once, not again for the other part
+    validation = encode_opened((parts["test"], json_column), tokenizer, options, actions)
     if cfg.debug:
         shown = preview(train[: cfg.debug_n], tokenizer, n=cfg.debug_n)
         print(shown.render("color" if sys.stdout.isatty() else "marks"))

@@ -86,7 +86,9 @@ def shard_windows(
         overlong: with a strategy, what to do with documents of more than ``seq_len`` tokens: raise
             an "error", "truncate" or "drop" them. ``samples.plan`` lists them.
         split: the share of the tokens that is for training, between 0 and 1. The stream is cut
-            once, at the end of a document if ends are known.
+            once, at the nearest end of a document if ends are known. A single document is cut too,
+            and so are a few long ones, if their ends would change the smaller part by over half.
+            A strategy never cuts documents.
         seed, epoch: of the order.
         shuffle: False keeps the order of the stream.
         labels_shifted: give each input the label of the next token, for a loss that does not shift.
@@ -132,7 +134,7 @@ def shard_windows(
 
     if split is None:
         return make(0, shards.num_tokens, shuffle)
-    cut = _cut(shards, split)
+    cut = _cut(shards, split, whole=strategy is not None)
     return make(0, cut, shuffle), make(cut, shards.num_tokens, False)
 
 
@@ -236,8 +238,8 @@ class ShardDocuments(ShardSamples):
         return make_row(self.shards, parts, self.slots, self.padding_value, self.labels_shifted)
 
 
-def _cut(shards: TokenShards, split: Any) -> int:
-    """The token at which the stream is divided."""
+def _cut(shards: TokenShards, split: Any, whole: bool) -> int:
+    """The token at which the stream is divided; ``whole`` if no document may be cut."""
     if isinstance(split, bool) or not isinstance(split, (int, float)) or not 0 < split < 1:
         raise ValueError(f"split must be between 0 and 1, got {split!r}")
     wanted = round(shards.num_tokens * split)
@@ -245,12 +247,14 @@ def _cut(shards: TokenShards, split: Any) -> int:
     if shards.has_boundaries:
         ends = shards.ends
         ends = ends[(ends >= 2) & (ends <= shards.num_tokens - 2)]
-        if not len(ends):
+        if whole and not len(ends):
             raise ValueError(
                 "split must leave a document of 2 tokens or more on each side, but the shards have "
-                f"{len(shards):,} documents; pass split=None"
+                f"{len(shards):,} documents; pass split=None, or strategy=None, which cuts them"
             )
-        cut = int(ends[np.abs(ends - wanted).argmin()])
+        allowed = min(wanted, shards.num_tokens - wanted) / 2
+        if whole or np.abs(ends - wanted).min(initial=shards.num_tokens) <= allowed:
+            cut = int(ends[np.abs(ends - wanted).argmin()])
     if cut < 2:
         raise ValueError(f"shards must have at least 4 tokens to be split, got {shards.num_tokens}")
     return cut

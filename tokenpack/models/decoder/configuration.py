@@ -305,9 +305,11 @@ class DecoderConfig(SavedCode, PreTrainedConfig):
         else:
             given = [name for name in (*widths, "q_lora_rank") if getattr(self, name) is not None]
             if given or self.rope_interleave:
+                name = (given or ["rope_interleave"])[0]
+                shown = "kv_lora_rank (latent_dim)" if name == "kv_lora_rank" else name
                 raise ValueError(
-                    f"{(given or ['rope_interleave'])[0]} belongs to attention_type='mla', got "
-                    f"attention_type={kind!r}"
+                    f"{shown} belongs to attention_type='mla', got attention_type={kind!r}: leave "
+                    "it out"
                 )
         _at_least("head_dim", self.head_dim, 1)
         if self.position_embedding_type == "rope" and self.head_dim % 2:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import modeling_flash_attention_utils as flash
 
 from tokenpack import packing_stats, patch_model
-from tokenpack.data import PackedBatch, pack_result_to_tensors, packed_collate_fn
+from tokenpack.data import PackedBatch, pack_result_to_tensors, pack_stream, packed_collate_fn
 from tokenpack.packing import pack_lengths
 
 LENGTHS = (5, 1, 9, 3, 12, 2, 7, 4)
@@ -509,3 +509,14 @@ def test_plans_and_labels_must_match_the_ids():
         pack_result_to_tensors(plan, FOUR, [*FOUR[:3], [1]])
     with pytest.raises(ValueError, match=r"at most 2\*\*31 - 1 slots"):
         pack_result_to_tensors(pack_lengths([1] * 2, 2**30, max_sequences=1), [[1], [2]])
+
+
+def test_packed_rows_are_not_samples():
+    rows = [
+        {"input_ids": [1, 2], "seq_lengths": [2]},
+        {"input_ids": [3, 4, 5], "seq_lengths": np.array([1, 2])},
+    ]
+    assert packed_collate_fn(8)(rows[:1]).input_ids[0, :2].tolist() == [1, 2]
+    for pack in (packed_collate_fn(8), lambda rows: list(pack_stream(rows, 8))):
+        with pytest.raises(ValueError, match="must be one sequence, got a packed row of 2"):
+            pack(rows)

@@ -100,8 +100,8 @@ class PackedCollator:
 
         Raises:
             TypeError: if a sample or one of its fields has a type that cannot be packed.
-            ValueError: if there are no samples, one is empty or too long, or its fields have
-                different lengths.
+            ValueError: if there are no samples, one is empty or too long, its fields have different
+                lengths, or it is a packed row (``seq_lengths``) of several sequences.
         """
         ids, labels, name = flatten_samples(samples)
         fills = self.padding_value, self.label_padding_value
@@ -211,6 +211,7 @@ def flatten_samples(
             "samples must be all mappings or all token lists, got a mapping at "
             f"samples[{mappings.index(True)}] and a {type(samples[at]).__name__} at samples[{at}]"
         )
+    _require_one_sequence_each(samples)
     ids_name, labels_name, mask_name = (
         f"{name} of samples" for name in ("input_ids", "labels", "attention_mask")
     )
@@ -225,6 +226,17 @@ def flatten_samples(
         require_same_lengths(ids, ids_name, mask, mask_name)
         ids, labels = _unmasked(ids, labels, mask, mask_name, empty)
     return ids, labels, ids_name
+
+
+def _require_one_sequence_each(samples: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if a sample is a packed row. As one sequence, its tokens would see one another."""
+    for at, sample in enumerate(samples):
+        lengths = sample.get("seq_lengths")
+        if lengths is not None and len(lengths) > 1:
+            raise ValueError(
+                f"samples[{at}] must be one sequence, got a packed row of {len(lengths)} "
+                "(seq_lengths): collate packed rows with collate_packed_rows"
+            )
 
 
 def _field(samples: Sequence[Mapping[str, Any]], name: str) -> list[Any]:

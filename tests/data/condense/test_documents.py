@@ -63,6 +63,8 @@ def test_windows_of_texts_join_to_the_text(tokenizer):
     assert {len(row["prompt_ids"]) for row in made} == {4}
     assert sum(ids[-1] == tokenizer.eos_token_id for ids in made["completion_ids"]) == 2
     assert all(row["is_text"] and row["context_length"] >= 1 for row in made)
+    for row in made:  # nothing of the prompt is in the context
+        assert tokenizer.decode(row["context_ids"]) == tokenizer.decode(row["reference_ids"])
 
 
 def test_no_content_is_on_both_sides():

@@ -160,7 +160,9 @@ def _windows(
         encoded = decoder_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, places = encoded["input_ids"], encoded["offset_mapping"]
         for first, prompt, completion, end in _cuts(len(ids), *sizes):
-            context = text[places[first][0] : places[prompt][0]]
+            # Some tokenizers leave the space in front of a token out of its place.
+            last = min(places[prompt - 1][1], places[prompt][0])
+            context = text[places[first][0] : last]
             if not context:
                 continue
             learned = ids[completion:end]

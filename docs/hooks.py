@@ -4,8 +4,8 @@
 - ``<!-- runs -->`` in `docs/benchmarks.md` is replaced by a section for each results folder with an
   ``environment.json``: summary, plots and ratios. A separate page per run has all tables.
 - ``<!-- families of the README -->`` is replaced by the table of families in README.md.
-- `bench/results/errors.md` and `compile.md` become pages of the site. Links to these files are
-  rewritten to the pages.
+- The tables `errors.md`, `compile.md` and `decoder_examples.md` of `bench/results/` become pages of
+  the site. Links to these files are rewritten to the pages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = "<!-- runs -->"
 FAMILIES = "<!-- families of the README -->"
-TABLES = ("errors.md", "compile.md")
+TABLES = ("errors.md", "compile.md", "decoder_examples.md")
 
 _scratch: list[tempfile.TemporaryDirectory[str]] = []
 _runs = ""
@@ -60,7 +60,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in runs and families, and point links to the two tables at their pages."""
+    """Fill in runs and families, and point links to the tables at their pages."""
     for name in TABLES:
         markdown = markdown.replace(f"](../bench/results/{name}", f"](benchmarks/{name}")
     if FAMILIES in markdown:

@@ -123,6 +123,7 @@ def main(arguments: list[str] | None = None) -> TokenBudgetTrainer:
         processing_class=tokenizer,
     )
     resume = args.resume_from_checkpoint
+    args.eval_on_start = args.eval_on_start and not resume
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     if not trainer.stop_agreed:  # a signal may leave little time before the process is killed
         trainer.save_model()

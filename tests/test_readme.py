@@ -104,6 +104,15 @@ def test_example_in_the_readme_runs():
     assert abs(scope["packed"] - scope["padded"]) < 1e-5
 
 
+def test_the_decoder_in_the_readme_runs():
+    scope = {}
+    exec(block("decoder"), scope)
+    ids = torch.randint(1000, (1, 9))
+    loss = scope["decoder"](ids, labels=ids).loss
+    assert abs(loss.item() - math.log(1000)) < 0.3
+    assert scope["config"].attention_type == "gqa"
+
+
 def test_packing_in_the_readme_runs():
     pytest.importorskip("datasets")
     scope = {}

@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     model_options.add_generate(commands)
     _add_inspect(commands)
     model_options.add_inspect_model(commands)
+    _add_merge_packed(commands)
     _add_pack(commands)
     _add_preview(commands)
     shard_options.add_shards(commands)
@@ -190,6 +191,13 @@ def _add_pack(commands: argparse._SubParsersAction) -> None:
     add_ranks(reading)
     _add_planning(pack.add_argument_group("planning"))
     _add_rows(pack.add_argument_group("rows"))
+
+
+def _add_merge_packed(commands: argparse._SubParsersAction) -> None:
+    summary = "join the parts that several machines packed"
+    texts = help_texts.MERGE_PACKED, help_texts.MERGE_PACKED_EPILOG
+    merge = add_command(commands, "merge-packed", summary, *texts)
+    merge.add_argument("out", type=Path, metavar="OUT", help="the OUT of `tokenpack pack`")
 
 
 def _add_reading(group: argparse._ArgumentGroup) -> None:

@@ -134,14 +134,21 @@ def test_an_answer_stops_where_the_template_ends_it(folder, model, tokenizer, ca
     model.lm_head.weight.data.zero_()
     torch.nn.init.ones_(model.lm_head.weight[end : end + 1].data)
     writer = generate.Writer(model, tokenizer, options_of(temperature=0.0))
-    hook = model.lm_head.register_forward_hook(lambda m, a, out: out.abs())
+    calls = []
+
+    def positive(module, arguments, output):
+        calls.append(output.shape)
+        return output.abs()
+
+    hook = model.lm_head.register_forward_hook(positive)
     try:
         chat = argparse.Namespace(system=None, prompt="Hi")
         generate._chat(writer, chat)
     finally:
         hook.remove()
         model.lm_head.weight.data.copy_(weights)
-    assert capsys.readouterr().out == "\n"  # one token, which is not shown
+    assert len(calls) == 1
+    assert capsys.readouterr().out == "\n"  # the token is not shown
 
 
 def test_ctrl_c_ends_an_answer_and_then_the_chat(model, tokenizer, capsys, monkeypatch):

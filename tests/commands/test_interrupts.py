@@ -49,7 +49,7 @@ def test_a_signal_leaves_no_output_and_the_next_run_succeeds(
         else:
             patched.setattr(dataset, "_make_blocks", interrupted(dataset._make_blocks))
         if where == "cleanup":  # a second signal does not stop it
-            patched.setattr(pack, "_empty", interrupted(pack._empty))
+            patched.setattr(pack, "empty", interrupted(pack.empty))
         assert run(tokens, out) == 128 + number
     assert list(out.iterdir()) == []
     error = capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import shutil
 import tracemalloc
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,6 +406,56 @@ def test_ranks_pack_ranges_of_the_rows(tmp_path, capsys):
     ids = [{token for row in part for token in row["input_ids"] if token} for part in parts]
     assert ids == [set(range(1, 8)), set(range(8, 16)), set(range(16, 24))]
     assert sequences == 23
+    assert main(["merge-packed", str(tmp_path / "out")]) == 0
+    joined = datasets.Dataset.from_file(str(tmp_path / "out/dataset.arrow"))
+    assert joined.to_list() == datasets.concatenate_datasets(parts).to_list()
+    assert joined.features == parts[0].features
+    assert main(["merge-packed", str(tmp_path / "plan")]) == 0
+    plan = PackResult.load(tmp_path / "plan/plan")
+    assert plan.num_sequences == 23
+    for name in ("out", "plan"):
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())["metrics"]
+        expected = plan.metrics._asdict()
+        for timed in ("seconds", "sequences_per_second"):
+            del metrics[timed], expected[timed]
+        assert metrics == pytest.approx(expected)
     options = ["--capacity", "6", "--rank", "1", "--world-size", "24"]
     assert main(["pack", str(path), str(tmp_path / "none"), *options[:3], "0", *options[4:]]) == 2
     assert "--world-size must be at most the number of rows" in capsys.readouterr().err
+
+
+def test_parts_that_do_not_belong_together(tmp_path, capsys):
+    lengths, out = tmp_path / "lengths.npy", tmp_path / "out"
+    np.save(lengths, np.arange(1, 9))
+
+    def merge_after(rank, capacity="8"):
+        options = ["--capacity", capacity, "--rank", str(rank), "--world-size", "2"]
+        folder = Path(f"{out}-0000{rank}-of-00002")
+        shutil.rmtree(folder, ignore_errors=True)
+        assert main(["pack", str(lengths), str(out), *options]) == 0
+        capsys.readouterr()
+        assert main(["merge-packed", str(out)]) == 2
+        assert not out.exists() or not any(out.iterdir())
+        return capsys.readouterr().err
+
+    assert main(["merge-packed", str(out)]) == 2
+    assert (
+        "with the parts out-00000-of-00002 and so on beside it, got none" in capsys.readouterr().err
+    )
+    assert "an unfinished one of rank 1: run `tokenpack pack` with --rank 1" in merge_after(0)
+    assert "was packed with capacity=9, and out-00000-of-00002 with 8" in merge_after(1, "9")
+    Path(f"{out}-00000-of-00003").mkdir()
+    assert "got parts of [2, 3] ranks" in merge_after(1)
+
+
+def test_a_part_that_is_cut(tmp_path, capsys):
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2]}\n' * 6)
+    for rank in ("0", "1"):
+        given = [str(tmp_path / "ids.jsonl"), str(tmp_path / "out"), "--capacity", "4"]
+        assert main(["pack", *given, "--rank", rank, "--world-size", "2"]) == 0
+    path = tmp_path / "out-00001-of-00002/dataset.arrow"
+    content = path.read_bytes()
+    for cut in (content[:-9], content[: len(content) // 2]):
+        path.write_bytes(cut)
+        assert main(["merge-packed", str(tmp_path / "out")]) == 2
+        assert "dataset.arrow" in capsys.readouterr().err

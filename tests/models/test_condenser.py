@@ -114,8 +114,10 @@ def check_close(ours, theirs, tolerance):
         assert (ours[name] - gradient).abs().max() <= tolerance * largest, name
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS)
+CASES = [(name, torch.float64) for name in OPTIONS] + [("slots", torch.float32)]
+
+
+@pytest.mark.parametrize("options, dtype", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_one_document_at_a_time(family, options, dtype):
     """Against models that are not patched. Loss sum, and the gradient of all that is trained."""
@@ -296,6 +298,13 @@ def test_models_that_do_not_fit_are_named():
     config = CondenserConfig(condenser_hidden_size=48, decoder_hidden_size=32)
     with pytest.raises(ValueError, match=r"condenser must have a width of 48.* got a .*width 32"):
         Condenser(config, llama, causal_model("Qwen3"))
+    from peft import PromptTuningConfig, get_peft_model
+
+    prompted = get_peft_model(
+        causal_model("Llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(ValueError, match="adapter inside of its layers, such as LoRA, got PROMPT"):
+        Condenser(CondenserConfig(), prompted, llama)
     with pytest.raises(TypeError, match=r"condenser: model must be a transformers.PreTrainedModel"):
         Condenser(CondenserConfig(), torch.nn.Linear(2, 2), llama)
 

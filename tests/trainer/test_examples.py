@@ -476,3 +476,22 @@ def test_the_presets_of_the_decoder(tmp_path, monkeypatch, texts):
         example.make_config(example.Options(preset="large"), tokenizer)
     with pytest.raises(SystemExit, match="--tokenizer must be given with --shards"):
         example.prepare(example.Options(shards="corpus"), tmp_path)
+
+
+def test_condense_docstrings(texts, monkeypatch, tmp_path, capsys):
+    """For a decoder with random weights, which has nothing to recover."""
+    from tokenpack.data.tokenizers import train_tokenizer
+    from tokenpack.models.decoder import DecoderConfig, DecoderForCausalLM
+
+    example = load("condense_docstrings", monkeypatch, texts[:60])
+    tokenizer = train_tokenizer([text.source for text in texts[:60]], 400)
+    sizes = {"vocab_size": len(tokenizer), "dim": 32, "n_layers": 1, "n_heads": 2}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    DecoderForCausalLM(DecoderConfig(**sizes, **ids)).save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    trainer = example.main(
+        ["--decoder", str(tmp_path / "decoder"), "--steps", "2", "--out", str(tmp_path / "run")]
+    )
+    assert trainer.state.global_step == 2
+    assert "condensed minus each control" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()

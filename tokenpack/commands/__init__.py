@@ -7,6 +7,7 @@
     generate.py        prints what a model generates, and chats
     inspect.py         prints lengths and padding of a file, and how full each strategy packs it
     inspect_model.py   prints what a model computes on one batch
+    merge_packed.py    joins the parts that several machines packed
     pack.py            packs files into rows
     preview.py         shows what is learned of conversations
     shards.py          writes, inspects, merges and converts token shards

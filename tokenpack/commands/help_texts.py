@@ -10,6 +10,7 @@ Padding-free training of Hugging Face models: the same results, computed from th
   tokenpack generate       let your model continue a prompt, or chat with it
   tokenpack inspect        how much of your data's batches is padding, and what removing it saves
   tokenpack inspect-model  what your model computes on your data: values, updates, gradients
+  tokenpack merge-packed   join the parts that several machines packed, after checking them
   tokenpack pack           pack your sequences into full rows, and write them as a dataset
   tokenpack preview        show what is learned of your conversations, and check them
   tokenpack shards         write, inspect, merge and convert token shards of any tool
@@ -263,6 +264,20 @@ examples:
 exit code: 0 if all verdicts are "ok"; 1 if some are not; 2 for bad input.
 """
 
+MERGE_PACKED = """\
+Join the parts OUT-RANK-of-N that N machines wrote with `tokenpack pack ... OUT --rank RANK
+--world-size N`. All parts must be there, complete and of the same input and options. The rows, or
+for lengths the plan, go to OUT in the order of the input, with the metrics of all of them.
+"""
+
+MERGE_PACKED_EPILOG = """\
+example:
+  tokenpack pack corpus.parquet packed --capacity 4096 --rank 3 --world-size 8   # on machine 3
+  tokenpack merge-packed packed
+
+exit code: 0 on success; 2 for bad input, such as a missing part. The parts stay as they are.
+"""
+
 PACK = """\
 Pack the sequences of IN into rows of --capacity tokens with little padding. Write the rows as a
 dataset, and print how full they are.
@@ -279,8 +294,8 @@ OUT is a new or an empty folder. The command writes
                   a copy
   metrics.json    the metrics, the options, and the versions of the dependencies
   plan.png        lengths and fills, if matplotlib is installed
-With --world-size N, each of N machines packs its range of the rows into OUT-RANK-of-N;
-datasets.concatenate_datasets joins them.
+With --world-size N, each of N machines packs its range of the rows into OUT-RANK-of-N, and
+`tokenpack merge-packed OUT` checks and joins them.
 Lengths without tokens make no rows. They are planned in shards, in bounded memory, and OUT holds
   plan            tokenpack.packing.PackResult.load("OUT/plan"): which sequences share a bin
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..data.shards.parts import check_ranks, part_name, part_of
 from ..data.tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
 from ..files import locked_folder
-from ..packing import Packer, PackResult, pack_shards
+from ..packing import Packer, PackMetrics, PackResult, pack_shards
 from ..segments import offsets_of
 from ..table import format_table
 from . import figures, machine
@@ -59,18 +59,18 @@ def run(arguments: argparse.Namespace) -> int:
     make_folder(arguments.out, "OUT")
     with locked_folder(arguments.out, "OUT"):
         _remove_unfinished(arguments.out)
-        _check_empty(arguments.out)
+        check_empty(arguments.out)
         try:
             plan, to_load = (_plan_lengths if only_lengths else _pack_rows)(arguments, packer)
             written = _write_report(arguments, plan)
         except BaseException:
             with uninterrupted():
-                _empty(arguments.out)
+                empty(arguments.out)
             raise
     # Shards and windows may use different strategies.
     by = "several strategies" if plan.strategy == "several" else plan.strategy
     print(f"{arguments.input} at {plan.capacity:,} tokens per row, by {by}\n")
-    print(_format_metrics(plan))
+    print(format_metrics(plan.metrics))
     print(f"\nto load it: {to_load}")
     print("written: " + ", ".join(map(str, written)))
     return 0
@@ -90,7 +90,8 @@ def _check_packages(*names: str) -> None:
             raise ValueError(f"pack needs {name}: pip install 'tokenpack[data]'")
 
 
-def _check_empty(folder: Path) -> None:
+def check_empty(folder: Path) -> None:
+    """Raise ValueError if a file is in OUT."""
     found = next(folder.iterdir(), None)
     if found is not None:
         raise ValueError(f"OUT must be a new or empty folder, got {folder} with {found.name}")
@@ -105,7 +106,7 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(plan)
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
     """Remove all files. The folder was empty before this run."""
     for path in folder.iterdir():
         if path.is_dir():
@@ -346,8 +347,8 @@ def _refuse(
         raise ValueError(f"IN: {name}[{first}], of length {lengths[first]}, {reason}{more}")
 
 
-def _format_metrics(plan: PackResult) -> str:
-    metrics = plan.metrics
+def format_metrics(metrics: PackMetrics) -> str:
+    """The table."""
     counts = {
         "sequences": metrics.num_sequences,
         "rows": metrics.num_bins,

@@ -164,6 +164,11 @@ class CondenseTrainer(TokenBudgetTrainer):
             seed = 0 if args is None else args.seed
             keywords["data_collator"] = CondenseCollator(model.config.ratios, seed=seed)
         super().__init__(model, args, *positional, **keywords)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "fsdp and deepspeed must be off for a Condenser, whose checkpoints hold only parts "
+                "of the model: use DDP (torchrun without them)"
+            )
         self.can_return_loss = True
         self._signature_columns = list(_COLUMNS)
         self.learning_rates = {

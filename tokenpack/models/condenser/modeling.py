@@ -37,6 +37,7 @@ from .layout import (
 from .objectives import ObjectiveSums, Rows, compute_objectives
 from .parts import (
     Head,
+    check_adapter,
     embedding_of,
     embedding_width,
     max_positions,
@@ -109,6 +110,7 @@ class Condenser(CondenserFiles, CondenserTexts, PreTrainedModel):
         """
         pack_part("condenser", condenser)
         pack_part("decoder", decoder)
+        check_adapter(condenser)
         if transformers_model(condenser) is transformers_model(decoder):
             raise ValueError(
                 "condenser and decoder must be two objects, got one: the adapter of the condenser "

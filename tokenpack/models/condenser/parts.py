@@ -45,6 +45,21 @@ def pack_part(name: str, model: Any) -> None:
     patch_model(inner)  # not strict: `generate` runs with a cache, padded
 
 
+def check_adapter(model: Any) -> None:
+    """Check that PEFT's adapter is part of the model's layers, because its wrapper does not run.
+
+    Raises:
+        ValueError: if it adds virtual tokens, or reads the ids of the batch (aLoRA).
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        reads_ids = getattr(config, "alora_invocation_tokens", None) is not None
+        if config.is_prompt_learning or reads_ids:
+            raise ValueError(
+                "condenser must have an adapter inside of its layers, such as LoRA, got "
+                f"{'activated LoRA' if reads_ids else config.peft_type.value}"
+            )
+
+
 def base_of(model: Any) -> Any:
     """The model without its head, inside of PEFT's wrappers. LoRA's layers are part of it."""
     return transformers_model(model).base_model

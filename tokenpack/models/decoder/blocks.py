@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration import DecoderConfig
+from .gate import gated
 from .inputs import PackedInputs
 from .layers import Call, DecoderAttention, DecoderLatentAttention, make_norm
 from .routing import DecoderRouter, balance_loss, choices_per_expert, choose_tokens
@@ -30,7 +31,7 @@ class DecoderMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.has_gate:
-            return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+            return self.down_proj(gated(self.act_fn, self.gate_proj(hidden), self.up_proj(hidden)))
         return self.down_proj(self.act_fn(self.up_proj(hidden)))
 
 
@@ -59,8 +60,9 @@ class DecoderMoE(nn.Module):
         out = self._run_experts(flat, experts, weights)[None]
         if config.ffn_type == "moe_shared":
             out = out + self.shared_experts(hidden)
-        counts = choices_per_expert(experts, config.num_local_experts, inputs.counted)
-        return out, balance_loss(probabilities, counts, inputs.counted), counts
+        counted = inputs.counted()
+        counts = choices_per_expert(experts, config.num_local_experts, counted)
+        return out, balance_loss(probabilities, counts, counted), counts
 
     def _run_experts(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         # torch.nn.functional.grouped_mm has no float64.

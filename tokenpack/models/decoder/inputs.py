@@ -47,14 +47,12 @@ class PackedInputs:
         position_ids: ``(1, total_tokens)`` int64.
         cache: holds the keys of earlier tokens and takes those of the new tokens, or None.
         targets: None without labels.
-        counted: ``(total_tokens,)`` bool, the tokens that balance the experts: those of sequences
-            that have a target. None if there are no labels, so that all tokens count.
         memo: what depends on the layout and is the same for all layers.
     """
 
     __slots__ = (
         *("tokens", "layout", "keys", "rows", "position_ids", "cache"),
-        *("targets", "counted", "sequences", "memo"),
+        *("targets", "sequences", "memo"),
     )
 
     tokens: Tensor
@@ -64,7 +62,6 @@ class PackedInputs:
     position_ids: Tensor
     cache: Any
     targets: Targets | None
-    counted: Tensor | None
     sequences: Tensor | None
     memo: dict[Any, Any]
 
@@ -73,6 +70,18 @@ class PackedInputs:
         if self.sequences is None:
             self.sequences = sequence_ids(self.layout)
         return self.sequences
+
+    def counted(self) -> Tensor | None:
+        """``(total_tokens,)`` bool, the tokens that balance the experts: those of sequences that
+        have a target. None if there are no labels, so that all tokens count."""
+        if self.targets is None:
+            return None
+        if "counted" not in self.memo:
+            layout, sequence = self.layout, self.sequence_ids()
+            per_sequence = torch.zeros(layout.num_seqs, dtype=torch.int32, device=layout.device)
+            valid = (self.targets.labels != IGNORE_INDEX).int()
+            self.memo["counted"] = (per_sequence.index_add(0, sequence, valid) > 0)[sequence]
+        return self.memo["counted"]
 
     def in_rows(self, stream: Tensor) -> Tensor:
         """``(1, total_tokens, ...)`` in the shape of the batch, with 0 at padding."""
@@ -106,7 +115,7 @@ def pack_batch(
     """
     rows, columns = _check_tokens(tokens)
     packed = PackedInputs()
-    packed.cache, packed.targets, packed.counted, packed.sequences = cache, None, None, None
+    packed.cache, packed.targets, packed.sequences = cache, None, None
     packed.memo = {}
     if cu_seqlens is None and cu_seqlens_padded is not None:
         raise ValueError("cu_seqlens must be given with cu_seqlens_padded, got None")
@@ -201,7 +210,7 @@ def _layout_of_rows(
 
 
 def _set_targets(packed: PackedInputs, labels: Tensor, shape: tuple[int, ...]) -> None:
-    """Shift labels within each sequence, and mark the tokens that balance the experts."""
+    """Shift labels within each sequence."""
     if tuple(labels.shape) != shape:
         raise ValueError(
             f"labels must have the shape of input_ids, {shape}, got {tuple(labels.shape)}"
@@ -224,10 +233,6 @@ def _set_targets(packed: PackedInputs, labels: Tensor, shape: tuple[int, ...]) -
         if given != real:
             raise ValueError(f"{_AT_PADDING}, got {given - real} other labels there")
     packed.targets = Targets(targets, num_valid)
-    sequence = packed.sequence_ids()
-    per_sequence = torch.zeros(layout.num_seqs, dtype=torch.int32, device=layout.device)
-    has_target = per_sequence.index_add(0, sequence, valid.int()) > 0
-    packed.counted = has_target[sequence]
 
 
 _AT_PADDING = "labels must be -100 at padding (attention_mask 0)"

@@ -138,11 +138,15 @@ def rotate(hidden: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool = 
         even, odd = part[..., 0::2], part[..., 1::2]
         out = torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     else:
-        # roll is faster than cat, but Inductor does not trace it for sizes that depend on values.
-        in_graph = torch.compiler.is_compiling()
-        first, second = part.split(half, dim=-1)
-        swapped = torch.cat((second, first), dim=-1) if in_graph else part.roll(half, dims=-1)
-        out = part * cos + swapped * sin
+        out = part * cos
+        if torch.compiler.is_compiling():
+            # Inductor does not trace roll for sizes that depend on values.
+            first, second = part.split(half, dim=-1)
+            out = out + torch.cat((second, first), dim=-1) * sin
+        elif out.dtype == part.dtype:
+            out += part.roll(half, dims=-1).mul_(sin)  # in place: two tensors instead of four
+        else:
+            out += part.roll(half, dims=-1) * sin
     out = out.to(hidden.dtype)
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 

@@ -282,6 +282,7 @@ def test_packed_rows_and_positions_that_restart():
         ({"inputs_embeds": torch.zeros(3, 9, 16)}, "one of input_ids and inputs_embeds"),
         ({"output_attentions": True}, "does not support the argument 'output_attentions'"),
         ({"token_type_ids": torch.zeros(3, 9)}, "does not support the argument"),
+        ({"seq_lengths": torch.ones(3, 1)}, "'seq_lengths'; packed rows need data_collator=collat"),
         ({"logits_to_keep": 1, "labels": torch.full((3, 9), -100)}, "logits_to_keep must be 0"),
     ],
 )

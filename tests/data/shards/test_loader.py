@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from tokenpack.data import ShardLoader, TokenShards, blend_shards, shard_windows
 
@@ -105,6 +106,12 @@ def test_a_range_of_samples_is_skipped(tmp_path):
     assert found == in_order(samples, epoch=1)[3:]
     with pytest.raises(ValueError, match="skip must be ranges"):
         ShardLoader(samples, skip=[(4, 2)])
+
+
+def test_a_loader_is_no_dataset_of_a_trainer(tmp_path):
+    loader = ShardLoader(samples_of(tmp_path, 3), 2)
+    with pytest.raises(TypeError, match=r"must be datasets, got a ShardLoader.*attribute samples"):
+        next(iter(DataLoader(loader)))
 
 
 def test_shifted_labels_are_an_attribute(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
 
@@ -98,6 +98,12 @@ class ShardLoader(DataLoader):
             self._batches.position = next(steps)[0]
             yield batch
         self._batches.position = end
+
+    def __getitem__(self, number: Any) -> NoReturn:
+        raise TypeError(
+            "train_dataset and eval_dataset of a trainer must be datasets, got a ShardLoader, "
+            "which has batches: pass its attribute samples"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what decides which samples the numbers are."""

@@ -201,7 +201,9 @@ class DecoderModel(DecoderPreTrainedModel):
             cu_seqlens = flattened.flatten()
         unknown = sorted(name for name, value in others.items() if _matters(name, value))
         if unknown:
-            raise TypeError(f"forward does not support the argument {unknown[0]!r}")
+            packed = "seq_lengths" in unknown  # of rows that torch's collate function stacked
+            hint = "; packed rows need data_collator=collate_packed_rows" if packed else ""
+            raise TypeError(f"forward does not support the argument {unknown[0]!r}{hint}")
         if use_cache is None:
             may_split = position_ids is not None and attention_mask is None
             needs_none = labels is not None or cu_seqlens is not None or may_split

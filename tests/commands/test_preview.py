@@ -66,7 +66,7 @@ def test_a_problem_is_exit_code_1(data, folder, tmp_path, capsys):
     config = tmp_path / "tokenizer/generation_config.json"
     config.write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert run(data, folder) == 1
-    assert "unstopped_terminator: 2 times, first in row 0" in capsys.readouterr().out
+    assert "unstopped_terminator: 2 times in 2 rows, first in row 0" in capsys.readouterr().out
     jinja = tmp_path / "t.jinja"
     jinja.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")
     assert run(data, folder, "--template", str(jinja)) == 0

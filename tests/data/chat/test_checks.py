@@ -112,7 +112,7 @@ def test_padding_is_counted_and_said_only_if_it_is_named(recwarn):
     for checks in ("warn", "error", {"no_target": "error"}):
         report = chat_dataset(row, tokenizer, checks=checks, **options).chat_report
         assert report.problems["padding"] == 1
-        assert "padding: 1 times: rows padded to max_length" in str(report)
+        assert "padding: 1 times in 1 rows: rows padded to max_length" in str(report)
     assert not recwarn
     with pytest.warns(UserWarning, match="padding: 1 times"):
         chat_dataset(row, tokenizer, checks={"padding": "warn"}, **options)
@@ -124,7 +124,7 @@ def test_actions():
     report = ChatReport(rows=1)
     report.add_flags(flag("double_bos", "missing_tools"), 7)
     assert report.first_rows == {"double_bos": 7, "missing_tools": 7}
-    with pytest.warns(UserWarning, match="1 times, first in row 7") as found:
+    with pytest.warns(UserWarning, match="1 times in 1 rows, first in row 7") as found:
         act(report, read_actions("warn"))
     assert len(found) == 2
     act(report, read_actions("ignore"))

@@ -313,7 +313,7 @@ def test_runs_are_whole_answers(tokenizer):
 
 def test_problems_are_warned_about_once(tokenizer):
     with pytest.warns(
-        UserWarning, match="chat data: unstopped_terminator: 33 times, first in row 0"
+        UserWarning, match="chat data: unstopped_terminator: 33 times in 33 rows, first in row 0"
     ):
         chat_dataset(ROWS, tokenizer)
     with warnings.catch_warnings():
@@ -329,14 +329,14 @@ def test_problems_are_warned_about_once(tokenizer):
 def test_a_problem_behind_the_first_rows_is_found(tokenizer):
     rows = [ROWS[0]] * 150 + [[user("only")]]
     options = {"checks": {"unstopped_terminator": "ignore", "no_target": "error"}}
-    with pytest.raises(ValueError, match="got no_target: 1 times, first in row 150: no token is"):
+    with pytest.raises(ValueError, match=r"got no_target: 1 times .* row 150: no token is"):
         chat_dataset(rows, tokenizer, **options)
     stream = chat_dataset(rows, tokenizer, streaming=True, **options)
-    with pytest.raises(ValueError, match="got no_target: 1 times, first in row 150"):
+    with pytest.raises(ValueError, match=r"got no_target: 1 times in \d+ rows, first in row 150"):
         list(stream)
     stream = chat_dataset(
         rows, tokenizer, streaming=True, checks={"unstopped_terminator": "ignore"}
     )
-    with pytest.warns(UserWarning, match="no_target: 1 times, first in row 150") as found:
+    with pytest.warns(UserWarning, match=r"1 times in \d+ rows, first in row 150") as found:
         assert len(list(stream)) == 150
     assert len(found) == 1

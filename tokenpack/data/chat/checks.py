@@ -6,6 +6,7 @@ Each is a mistake that leaves the loss curve looking healthy.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ class ChatReport:
     def describe(self, name: str) -> str:
         """One problem: its count, the first row that has it, and what it means."""
         first = f", first in row {self.first_rows[name]}" if name in self.first_rows else ""
-        return f"{name}: {self.problems[name]:,} times{first}: {CHECKS[name]}"
+        found = f"{self.problems[name]:,} times in {self.rows:,} rows"
+        return f"{name}: {found}{first}: {CHECKS[name]}"
 
 
 def read_actions(checks: str | Mapping[str, str]) -> dict[str, str]:
@@ -129,7 +131,16 @@ def act(report: ChatReport, actions: Mapping[str, str], known: Collection[str] =
         raise ValueError("rows must pass the checks of chat data, got " + "; ".join(errors))
     for name in found:
         if actions[name] == "warn" and name not in known:
-            warnings.warn(f"chat data: {report.describe(name)}", stacklevel=5)
+            warnings.warn(f"chat data: {report.describe(name)}", stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` of the first caller outside this package, for a warning of `act`."""
+    package = __name__.rpartition(".")[0]
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def names_of(flags: int) -> list[str]:

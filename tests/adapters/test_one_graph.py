@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenpack import packing_stats, patch_model
 from tokenpack.adapters import graph
+from tokenpack.adapters.call import ENTRY
 
 from .models import Case, gradient_distance
 from .one_graph import (
@@ -376,15 +377,19 @@ def test_a_named_reason_for_boundaries():
         run(**packed_rows(1), decoder_cu_seqlens=torch.tensor([0, 5, 12]).int())
 
 
-@pytest.mark.parametrize("reason", ["packed rows", "torch is older than 2.13"])
-def test_without_fullgraph_such_calls_run_as_before(reason, monkeypatch):
+def test_before_torch_2_13_nothing_is_traced(monkeypatch):
+    model = patch_model(LLAMA.build())
+    monkeypatch.setattr(graph, "TAKES_OBJECTS", False)
+    reason = graph.untraceable(model, getattr(model, ENTRY), LLAMA.batch("right"))
+    assert reason in graph.UNTRACEABLE
+    assert "older than 2.13" in reason
+
+
+def test_without_fullgraph_such_calls_run_as_before():
     model = patch_model(LLAMA.build())
     eager = patch_model(LLAMA.build())
     run = torch.compile(model, backend="eager")
     batch = packed_rows(2)
-    if reason != "packed rows":
-        monkeypatch.setattr(graph, "TAKES_OBJECTS", False)
-        batch = LLAMA.batch("right")
     ours, theirs = run(**batch).loss, eager(**batch).loss
     ours.backward()
     theirs.backward()

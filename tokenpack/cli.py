@@ -19,6 +19,7 @@ from .commands.arguments import (
     add_command,
     add_ranks,
     add_seed,
+    add_template,
     add_tokenizer,
     positive,
     positive_number,
@@ -289,11 +290,7 @@ def _add_preview(commands: argparse._SubParsersAction) -> None:
         "--data", required=True, metavar="FILE", help="conversations, see below; or a hub name"
     )
     add_tokenizer(preview, required=True)
-    preview.add_argument(
-        "--template",
-        metavar="NAME_OR_FILE",
-        help="chatml, llama3, gemma, alpaca, raw, or a .jinja file (default: the tokenizer's)",
-    )
+    add_template(preview)
     preview.add_argument(
         "--n", type=positive, default=3, metavar="N", help="texts to show (default: 3)"
     )

@@ -68,7 +68,7 @@ def _backward_queries(
         q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
         query = start + column
-        # Behind the last query, lse is +inf and delta is 0: masks would be a fifth of the loop.
+        # Behind the last query, lse is +inf and delta is 0: masks would be a seventh of the loop.
         row_lse, row_delta = tl.load(queries.lse + query), tl.load(queries.delta + query)
         product = dot_transposed(k, RowTile(q, queries.q, start), True, SHAPE)
         raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BN, BM]

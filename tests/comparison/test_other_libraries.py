@@ -6,10 +6,11 @@ from tokenpack import check_patch, packing_stats, patch_model
 from tokenpack.comparison import first_batch
 
 from ..adapters.models import LLAMA
-from ..adapters.test_other_libraries import adapted, batch_of, losses_of_sft
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
+
+from ..adapters.test_other_libraries import adapted, batch_of, losses_of_sft  # noqa: E402
 
 
 @pytest.mark.parametrize("patched", [False, True])

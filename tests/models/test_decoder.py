@@ -27,16 +27,6 @@ from tokenpack.models.decoder.routing import balance_loss, choices_per_expert
 
 from .grid import VOCAB, Options, forms, make_batch, make_model, real_logits
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Several threads divide a product by its size, so that rounding depends on the batch."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---------------------------------------------------------------------------------- configuration
 
 

@@ -24,6 +24,16 @@ def add_tokenizer(parser: argparse._ActionsContainer, required: bool) -> None:
     )
 
 
+def add_template(parser: argparse._ActionsContainer, when: str = "") -> None:
+    """Add ``--template``, which `template_of` reads; ``when`` begins its help."""
+    parser.add_argument(
+        "--template",
+        metavar="NAME_OR_FILE",
+        help=f"{when}chatml, llama3, gemma, alpaca, raw, or a .jinja file (default: the "
+        "tokenizer's)",
+    )
+
+
 def add_ranks(parser: argparse._ActionsContainer) -> None:
     """Add ``--rank`` and ``--world-size``."""
     parser.add_argument(

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 
 from . import help_texts
-from .arguments import add_command, not_negative, positive, probability, temperature
+from .arguments import (
+    add_command,
+    add_template,
+    not_negative,
+    positive,
+    probability,
+    temperature,
+)
 
 
 def add_check(commands: argparse._SubParsersAction) -> None:
@@ -50,11 +57,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     chat = generate.add_argument_group("chat")
     chat.add_argument("--chat", action="store_true", help="answer messages, by the chat template")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
-    chat.add_argument(
-        "--template",
-        metavar="NAME_OR_FILE",
-        help="chatml, llama3, gemma, alpaca, raw, or a .jinja file (default: the tokenizer's)",
-    )
+    add_template(chat)
     _add_sampling(
         generate.add_argument_group("sampling (default: as the model's generation config)")
     )

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 
 from . import help_texts
-from .arguments import add_command, add_ranks, add_tokenizer, not_negative, positive
+from .arguments import (
+    add_command,
+    add_ranks,
+    add_template,
+    add_tokenizer,
+    not_negative,
+    positive,
+)
 
 _FORMATS = ("megatron", "datatrove")
 
@@ -42,12 +49,7 @@ def _add_write(actions: argparse._SubParsersAction) -> None:
         "--no-eos", dest="eos", action="store_false", help="do not put the EOS behind each text"
     )
     write.add_argument("--chat", action="store_true", help="IN holds conversations, see below")
-    write.add_argument(
-        "--template",
-        metavar="NAME_OR_FILE",
-        help="with --chat: chatml, llama3, gemma, alpaca, raw, or a .jinja file (default: the "
-        "tokenizer's)",
-    )
+    add_template(write, "with --chat: ")
     write.add_argument(
         "--max-length", type=positive, metavar="N", help="with --chat: tokens of a conversation"
     )

@@ -133,3 +133,12 @@ def test_bad_rows_are_named(tokenizer):
         split_by_content(Dataset.from_dict({"text": ["a", "a"]}), 0.5)
     with pytest.raises(ValueError, match="got document 1 of a batch with none"):
         CondenseCollator(None)([rows_of()[0], {**rows_of()[1], "context_ids": []}])
+
+
+def test_only_tokens_move_to_a_device(tokenizer):
+    made = tokenize_documents(Dataset.from_dict(TRIPLES), tokenizer, tokenizer)
+    batch = CondenseCollator([2, 4])([made[0], made[1]])
+    moved = batch.to("meta")
+    tokens = {"input_ids", "decoder_input_ids", "labels", "reference_ids"}
+    assert {name for name, value in moved.items() if value.is_meta} == tokens
+    assert torch.equal(moved["cu_seqlens"], batch["cu_seqlens"])

@@ -38,7 +38,12 @@ class CondenseBatch(PackedFields):
         reference_cu_seqlens: ``(num_docs + 1,)`` int32.
         is_text: ``(num_docs,)`` bool, whether the completion continues the context's own text.
         ratios: ``(num_docs,)`` int64, tokens per vector. Absent with a fixed number of vectors.
+
+    `to` moves ids and labels alone. The model lays out its streams on the host, and would have to
+    wait for the other fields to come back from a GPU.
     """
+
+    _host_fields = frozenset({*_STREAMS.values(), *_PER_DOCUMENT})
 
     def _check_boundaries(self) -> None:
         for name, bounds in _STREAMS.items():

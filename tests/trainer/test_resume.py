@@ -236,14 +236,38 @@ class KilledInSaving:
         kill()
 
 
+def use_own_progress_lock():
+    """tqdm's lock is a semaphore shared with the parent: a child killed while it holds the lock
+    would block every later progress bar. A subclass has a lock of its own if it was used first."""
+    lock, kinds = threading.RLock(), [tqdm]
+    while kinds:
+        kind = kinds.pop()
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
+
+
+def test_a_child_shares_no_progress_lock_with_its_parent():
+    class Used(tqdm):
+        pass
+
+    Used.set_lock(tqdm.get_lock())  # as `get_lock` does for the class that is used first
+    child = os.fork()
+    if child == 0:
+        use_own_progress_lock()
+        Used.get_lock().acquire()
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert status_of(child) == -signal.SIGKILL
+    assert tqdm.get_lock().locks[0].acquire(timeout=5)
+    tqdm.get_lock().locks[0].release()
+
+
 def forked(function):
     """Run in a fork of this process, which has imported everything. Returns the process id."""
     child = os.fork()
     if child == 0:
         try:
-            # tqdm's lock is a semaphore shared with the parent: a child killed while it holds the
-            # lock would block every later progress bar of the parent.
-            tqdm.set_lock(threading.RLock())
+            use_own_progress_lock()
             function()
             os._exit(0)
         except BaseException:

@@ -21,9 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._ops import run
 from .layout_ops import (
     INT32_MAX,
+    boundary_layout,
     boundary_layout_reference,
+    mask_layout,
+    position_layout,
     raise_boundary_error,
     raise_mask_error,
     raise_position_error,
@@ -122,9 +126,7 @@ def layout_from_mask(attention_mask: Tensor, *, total_tokens: int | None = None)
     rows, columns = attention_mask.shape
     _require_int32_slots(rows * columns)
     _require_total(total_tokens, rows * columns)
-    cu_seqlens, indices, position_ids, sizes = torch.ops.tokenpack.mask_layout(
-        attention_mask, total_tokens
-    )
+    cu_seqlens, indices, position_ids, sizes = run(mask_layout, attention_mask, total_tokens)
     if total_tokens is None:
         total, longest = sizes.tolist()
         if total < 0:
@@ -224,7 +226,7 @@ def layout_from_position_ids(position_ids: Tensor) -> PackedLayout:
             f"got shape {tuple(position_ids.shape)}"
         )
     _require_int32_slots(position_ids.numel())
-    cu_seqlens, indices, positions, sizes = torch.ops.tokenpack.position_layout(position_ids)
+    cu_seqlens, indices, positions, sizes = run(position_layout, position_ids)
     num_seqs, longest = sizes.tolist()
     if num_seqs < 0:
         raise_position_error(position_ids)
@@ -254,8 +256,10 @@ def _from_boundaries(
     else:
         # On the host the check is cheap, so values are checked even if both numbers are given.
         on_host = boundaries.is_cpu
-        find = boundary_layout_reference if on_host else torch.ops.tokenpack.boundary_layout
-        cu_seqlens, _, _, sizes = find(boundaries, cumulative, None, None)
+        offsets = (boundaries, cumulative, None, None)
+        cu_seqlens, _, _, sizes = (
+            boundary_layout_reference(*offsets) if on_host else run(boundary_layout, *offsets)
+        )
         total, longest = sizes.tolist()
         if total < 0:
             raise_boundary_error(boundaries, cumulative)
@@ -266,8 +270,8 @@ def _from_boundaries(
             raise ValueError(f"max_seqlen must be the longest length, {longest}, got {max_seqlen}")
         boundaries, cumulative = cu_seqlens, True
     _require_int32_slots(num_seqs * longest)
-    cu_seqlens, indices, position_ids, _ = torch.ops.tokenpack.boundary_layout(
-        _move(boundaries, target), cumulative, total, longest
+    cu_seqlens, indices, position_ids, _ = run(
+        boundary_layout, _move(boundaries, target), cumulative, total, longest
     )
     return PackedLayout(cu_seqlens, indices, position_ids, total, longest, (num_seqs, longest))
 

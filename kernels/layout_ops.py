@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._triton import on_triton, triton
+from ._ops import define_op, on_triton
+from ._triton import triton
 from .layout_kernels import (
     _boundary_layout_kernel,
     _mask_layout_kernel,
@@ -32,19 +33,21 @@ Layout = tuple[Tensor, Tensor, Tensor, Tensor]
 # ----------------------------------------------------------------- references: CPU path and oracle
 
 
-@torch.library.custom_op("tokenpack::mask_layout", mutates_args=())
-def _mask_layout(mask: Tensor, total_tokens: int | None) -> Layout:
+@define_op("tokenpack::mask_layout")
+def mask_layout(mask: Tensor, total_tokens: int | None) -> Layout:
+    """The op: the layout of a mask."""
     real = mask != 0
-    if mask.dtype != torch.bool and bool((real & (mask != 1)).any()):
+    if mask.dtype != torch.bool and not torch.equal(mask, real.to(mask.dtype)):
         raise_mask_error(mask)
     lengths = real.sum(dim=1, dtype=torch.int32)
-    indices = real.flatten().nonzero().squeeze(1).to(torch.int32)
+    slots = real.flatten().nonzero().squeeze(1)
+    indices = slots.to(torch.int32)
     if total_tokens not in (None, indices.numel()):
         raise ValueError(
             f"total_tokens must be the number of ones in attention_mask, {indices.numel()}, "
             f"got {total_tokens}"
         )
-    positions = real.cumsum(dim=1, dtype=torch.int32).sub_(1)[real]
+    positions = real.cumsum(dim=1, dtype=torch.int32).flatten().index_select(0, slots).sub_(1)
     # Without total_tokens, the output has room for every slot of the mask.
     unused = 0 if total_tokens is not None else mask.numel() - indices.numel()
     return (
@@ -55,10 +58,11 @@ def _mask_layout(mask: Tensor, total_tokens: int | None) -> Layout:
     )
 
 
-@torch.library.custom_op("tokenpack::boundary_layout", mutates_args=())
-def _boundary_layout(
+@define_op("tokenpack::boundary_layout")
+def boundary_layout(
     boundaries: Tensor, cumulative: bool, total_tokens: int | None, max_seqlen: int | None
 ) -> Layout:
+    """The op: the layout of offsets or lengths."""
     return boundary_layout_reference(boundaries, cumulative, total_tokens, max_seqlen)
 
 
@@ -88,8 +92,9 @@ def boundary_layout_reference(
     return cu_seqlens, indices, positions, _sizes(total, longest, boundaries)
 
 
-@torch.library.custom_op("tokenpack::position_layout", mutates_args=())
-def _position_layout(position_ids: Tensor) -> Layout:
+@define_op("tokenpack::position_layout")
+def position_layout(position_ids: Tensor) -> Layout:
+    """The op: the layout of sequences that begin at each position 0."""
     flat = position_ids.flatten().to(torch.int64)
     starts = flat == 0
     continues = flat[1:] == flat[:-1] + 1
@@ -125,7 +130,7 @@ _ONE_LAUNCH_SEQS = 2**12
 _MANY_ROWS = 2048  # from this number on, a program lays out 32 rows instead of 1
 
 
-@on_triton(_mask_layout)
+@on_triton(mask_layout)
 def mask_layout_triton(mask: Tensor, total_tokens: int | None) -> Layout:
     """The op ``mask_layout``: one launch up to 65,536 slots, else two."""
     mask = mask.contiguous()
@@ -168,7 +173,7 @@ def mask_layout_triton(mask: Tensor, total_tokens: int | None) -> Layout:
     return cu_seqlens, indices, position_ids, sizes
 
 
-@on_triton(_boundary_layout)
+@on_triton(boundary_layout)
 def boundary_layout_triton(
     boundaries: Tensor, cumulative: bool, total_tokens: int | None, max_seqlen: int | None
 ) -> Layout:
@@ -197,7 +202,7 @@ def boundary_layout_triton(
     return cu_seqlens, indices, position_ids, sizes
 
 
-@on_triton(_position_layout)
+@on_triton(position_layout)
 def position_layout_triton(position_ids: Tensor) -> Layout:
     """The op ``position_layout``: one launch up to 65,536 tokens, else two."""
     total = position_ids.numel()
@@ -243,13 +248,13 @@ def _new_int32(like: Tensor, *lengths: int) -> Any:
 # ------------------------------------------------------------------------- fakes for torch.compile
 
 
-@_mask_layout.register_fake
+@mask_layout.register_fake
 def _(mask: Tensor, total_tokens: int | None) -> Layout:
     capacity = mask.numel() if total_tokens is None else total_tokens
     return _new_int32(mask, mask.shape[0] + 1, capacity, capacity, 2)
 
 
-@_boundary_layout.register_fake
+@boundary_layout.register_fake
 def _(
     boundaries: Tensor, cumulative: bool, total_tokens: int | None, max_seqlen: int | None
 ) -> Layout:
@@ -257,7 +262,7 @@ def _(
     return _new_int32(boundaries, boundaries.numel() + 1 - cumulative, total, total, 2)
 
 
-@_position_layout.register_fake
+@position_layout.register_fake
 def _(position_ids: Tensor) -> Layout:
     total = position_ids.numel()
     return _new_int32(position_ids, total + 1, total, total, 2)

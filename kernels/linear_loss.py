@@ -16,11 +16,13 @@ softmax.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .loss import Options, check_options
+from ._ops import define_op, run, runs_eagerly
+from .loss import Options, check_options, cross_entropy, cross_entropy_backward_
 from .reduction import TokenStats, plan_reduction
 
 
@@ -93,12 +95,13 @@ def packed_linear_cross_entropy(
     options = (label_smoothing, z_loss, softcap or 0.0, scale, compute, num_valid)
     needs = _needs_gradient(hidden, weight, bias)
     if any(needs) and reduction not in ("none", "sequence"):
-        total, token_loss, correct, *_ = torch.ops.tokenpack.linear_cross_entropy_and_gradients(
-            reduce.weights, *head, *options, *needs
-        )
+        is_eager = runs_eagerly(hidden, weight)
+        compute_total = _EagerTotal.apply if is_eager else _linear_cross_entropy_and_gradients
+        total, token_loss, correct, *_ = compute_total(reduce.weights, *head, *options, *needs)
         loss = reduce.divide(total)
     else:
-        token_loss, correct = torch.ops.tokenpack.linear_cross_entropy(*head, *options)
+        op = _linear_cross_entropy if any(needs) else partial(run, _linear_cross_entropy)
+        token_loss, correct = op(*head, *options)
         loss = reduce(token_loss)
     if return_stats:
         return loss, TokenStats(token_loss.detach(), correct, reduce.targets >= 0)
@@ -136,7 +139,7 @@ def _needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
 # -------------------------------------------------------------------------------------------- ops
 
 
-@torch.library.custom_op("tokenpack::linear_cross_entropy", mutates_args=())
+@define_op("tokenpack::linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -161,8 +164,7 @@ def _linear_cross_entropy(
     return token_loss, correct
 
 
-@torch.library.custom_op("tokenpack::linear_cross_entropy_and_gradients", mutates_args=())
-def _linear_cross_entropy_and_gradients(
+def _total_and_gradients(
     dloss: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -188,24 +190,33 @@ def _linear_cross_entropy_and_gradients(
     dhidden, dweight, dbias = gradients = _new_gradients(
         hidden, weight, compute, (needs_hidden, needs_weight, needs_bias)
     )
-    for gradient in gradients:
-        gradient.zero_()
     chunks = _chunks(
         hidden, weight, bias, targets, options, compute, num_valid, token_loss, correct
     )
+    is_first = True
     with _without_autocast(hidden):
         for rows, inputs, matrix, logits, lse in chunks:
-            torch.ops.tokenpack.cross_entropy_backward_(
-                dloss[rows], logits, lse, targets[rows], *options
-            )
+            run(cross_entropy_backward_, dloss[rows], logits, lse, targets[rows], *options)
             dlogits = logits  # overwritten in place
+            if is_first and isinstance(rows, Tensor):
+                dhidden.zero_()  # no chunk has the rows without a target
             if needs_bias:
-                dbias += dlogits.sum(0, dtype=dbias.dtype)
+                part = dlogits.sum(0, dtype=dbias.dtype)
+                (dbias.copy_ if is_first else dbias.add_)(part)
             if needs_hidden:
                 dhidden[rows] = (dlogits @ matrix).to(dhidden.dtype)
             if needs_weight:
-                _add_product(dweight, dlogits, inputs)
+                _add_product(dweight, dlogits, inputs, is_first)
+            is_first = False
+    if is_first:  # no token has a target
+        for gradient in gradients:
+            gradient.zero_()
     return (dloss * token_loss).sum(), token_loss, correct, *gradients
+
+
+_linear_cross_entropy_and_gradients = define_op("tokenpack::linear_cross_entropy_and_gradients")(
+    _total_and_gradients
+)
 
 
 # ----------------------------------------------------------------------------------------- chunks
@@ -227,12 +238,14 @@ def _chunks(
     Yields for each chunk: its rows, the ``(rows, hidden_size)`` inputs, the weight of the head, the
     ``(rows, num_classes)`` logits, which the caller may overwrite, and their ``(rows,)`` logsumexp.
     """
-    token_loss.zero_()
-    correct.zero_()
     matrix = weight.to(compute)
     offset = None if bias is None else bias.to(compute)
     memory = None  # reused by all chunks, so that only one chunk of logits exists
-    for rows in _split(targets, num_valid, _rows_per_chunk(hidden, weight)):
+    chunks = _split(targets, num_valid, _rows_per_chunk(hidden, weight))
+    if not chunks or isinstance(chunks[0], Tensor):  # some tokens are in no chunk
+        token_loss.zero_()
+        correct.zero_()
+    for rows in chunks:
         inputs = hidden[rows].to(compute)
         if memory is None:  # no later chunk is larger than the first
             memory = inputs.new_empty(inputs.shape[0], weight.shape[0])
@@ -241,8 +254,8 @@ def _chunks(
             torch.mm(inputs, matrix.mT, out=logits)
         else:
             torch.addmm(offset, inputs, matrix.mT, out=logits)
-        token_loss[rows], lse, correct[rows] = torch.ops.tokenpack.cross_entropy(
-            logits, targets[rows], *options, False
+        token_loss[rows], lse, correct[rows] = run(
+            cross_entropy, logits, targets[rows], *options, False
         )
         yield rows, inputs, matrix, logits, lse
 
@@ -265,10 +278,12 @@ def _split(targets: Tensor, num_valid: int | None, at_most: int) -> list[slice] 
     else:
         matches = is_valid.sum() == num_valid
         message = f"num_valid must be the number of tokens with a target, got {num_valid}"
-        if matches.device.type == "cpu" and not matches:
+        if matches.device.type != "cpu":
+            torch._assert_async(matches, message)
+        elif not matches:
             raise ValueError(f"{message} for {int(is_valid.sum())}")
-        torch._assert_async(matches, message)
-        rows = torch.nonzero_static(is_valid, size=num_valid).squeeze(1)
+        if num_valid < total:
+            rows = torch.nonzero_static(is_valid, size=num_valid).squeeze(1)
     if num_valid == 0:
         return []
     num_chunks = -(-num_valid // at_most)
@@ -297,19 +312,24 @@ def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
 _SLICE = 4096  # classes of a 16-bit gradient that are cast to float32 at a time
 
 
-def _add_product(total: Tensor, dlogits: Tensor, inputs: Tensor) -> None:
-    """``total += dlogits.T @ inputs``, without rounding the product to 16 bits."""
+def _add_product(total: Tensor, dlogits: Tensor, inputs: Tensor, is_first: bool) -> None:
+    """``total += dlogits.T @ inputs``, without rounding the product to 16 bits.
+
+    If ``is_first``, the total has no values yet. With a beta of 0, PyTorch does not read it.
+    """
+    beta = 0 if is_first else 1
     if dlogits.dtype == total.dtype:
-        total.addmm_(dlogits.mT, inputs)
+        total.addmm_(dlogits.mT, inputs, beta=beta)
         return
     mm_casts = dlogits.is_cuda and torch.version.cuda is not None  # torch.mm(out_dtype=) works
     if not mm_casts:
         inputs = inputs.to(total.dtype)
     for part, columns in zip(total.split(_SLICE), dlogits.split(_SLICE, dim=1), strict=True):
         if mm_casts:
-            part += torch.mm(columns.mT, inputs, out_dtype=total.dtype)
+            product = torch.mm(columns.mT, inputs, out_dtype=total.dtype)
+            (part.copy_ if is_first else part.add_)(product)
         else:
-            part.addmm_(columns.mT.to(total.dtype), inputs)
+            part.addmm_(columns.mT.to(total.dtype), inputs, beta=beta)
 
 
 def _new_rows(hidden: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -359,7 +379,7 @@ def _backward_of_losses(ctx, dtoken_loss: Tensor, _dcorrect):
     _require_first_derivative()
     hidden, weight, bias, targets = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:3])
-    _, _, _, *gradients = torch.ops.tokenpack.linear_cross_entropy_and_gradients(
+    _, _, _, *gradients = _linear_cross_entropy_and_gradients(
         dtoken_loss, hidden, weight, bias, targets, *ctx.options, *needs
     )
     gradients = [
@@ -385,9 +405,7 @@ def _backward_of_total(ctx, dtotal: Tensor | None, *_):
     tensors = ctx.saved_tensors
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:  # an earlier backward has returned them
-        _, _, _, *gradients = torch.ops.tokenpack.linear_cross_entropy_and_gradients(
-            *tensors, *ctx.options
-        )
+        _, _, _, *gradients = _linear_cross_entropy_and_gradients(*tensors, *ctx.options)
     # The mean over zero targets has an infinite derivative, and infinity * 0 is NaN.
     dtotal = torch.where((tensors[4] >= 0).any(), dtotal, 0.0)
     needs = ctx.options[-3:]
@@ -417,3 +435,15 @@ _linear_cross_entropy.register_autograd(_backward_of_losses, setup_context=_save
 _linear_cross_entropy_and_gradients.register_autograd(
     _backward_of_total, setup_context=_save_for_total
 )
+
+
+class _EagerTotal(torch.autograd.Function):
+    """`linear_cross_entropy_and_gradients` without the dispatch of an op."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _total_and_gradients(*inputs)
+        _save_for_total(ctx, inputs, output)  # setup_context would inspect the signature each time
+        return output
+
+    backward = staticmethod(_backward_of_total)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import on_triton
+from ._ops import define_op, on_triton
 from .loss_kernels import _cross_entropy_backward_kernel, _cross_entropy_kernel
 from .reduction import TokenStats, plan_reduction
 
@@ -123,8 +123,8 @@ class Options(NamedTuple):
 _BLOCK_ELEMENTS = 2**20  # logits cast to float32 at a time, to avoid a second full-size tensor
 
 
-@torch.library.custom_op("tokenpack::cross_entropy", mutates_args=())
-def _cross_entropy(
+@define_op("tokenpack::cross_entropy")
+def cross_entropy(
     logits: Tensor,
     targets: Tensor,
     label_smoothing: float,
@@ -133,28 +133,38 @@ def _cross_entropy(
     scale: float,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    token_loss, lse, correct = _new_rows(logits)
-    for rows in _row_blocks(logits):
-        z = _scaled_and_capped(logits[rows], Options(label_smoothing, z_loss, softcap, scale))
-        target = targets[rows].long()
-        largest = z.amax(dim=1)
-        target_z = z.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
-        mean = z.mean(dim=1) if label_smoothing else 0.0
-        is_copy = (logits[rows].dtype != z.dtype) or softcap or scale != 1.0
-        shifted = z.sub_(largest[:, None]) if is_copy else z - largest[:, None]
-        row_lse = largest + shifted.exp_().sum(dim=1).log_()
-        row_loss = row_lse - target_z
-        if label_smoothing:
-            row_loss = (1 - label_smoothing) * row_loss + label_smoothing * (row_lse - mean)
-        row_loss = row_loss + z_loss * row_lse.square() if z_loss else row_loss
-        token_loss[rows] = row_loss.masked_fill_(target < 0, 0.0)
-        lse[rows] = row_lse
-        correct[rows] = (target_z >= largest) & (target >= 0)
+    """The op: loss, logsumexp, and whether the target has the largest logit, of each row."""
+    options = Options(label_smoothing, z_loss, softcap, scale)
+    blocks = [_losses(logits[rows], targets[rows], options) for rows in _row_blocks(logits)]
+    if len(blocks) == 1:
+        return blocks[0]
+    token_loss, lse, correct = map(torch.cat, zip(*blocks, strict=True))
     return token_loss, lse, correct
 
 
-@torch.library.custom_op("tokenpack::cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward(
+def _losses(logits: Tensor, targets: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of some rows, their logsumexp, and whether the target has the largest logit."""
+    z = _scaled_and_capped(logits, options)
+    target = targets[:, None].long()
+    is_absent = target < 0
+    largest = z.amax(dim=1, keepdim=True)
+    target_z = z.gather(1, target.clamp(min=0))
+    smoothing, z_loss = options.label_smoothing, options.z_loss
+    mean = z.mean(dim=1, keepdim=True) if smoothing else 0.0
+    is_copy = logits.dtype != z.dtype or options.softcap or options.scale != 1.0
+    shifted = z.sub_(largest) if is_copy else z - largest
+    lse = shifted.exp_().sum(dim=1, keepdim=True).log_().add_(largest)
+    loss = lse - target_z
+    if smoothing:
+        loss = (1 - smoothing) * loss + smoothing * (lse - mean)
+    loss = loss + z_loss * lse.square() if z_loss else loss
+    loss.masked_fill_(is_absent, 0.0)
+    correct = (target_z >= largest).masked_fill_(is_absent, False)
+    return loss.squeeze(1), lse.squeeze(1), correct.squeeze(1)
+
+
+@define_op("tokenpack::cross_entropy_backward")
+def cross_entropy_backward(
     dloss: Tensor,
     logits: Tensor,
     lse: Tensor,
@@ -164,14 +174,15 @@ def _cross_entropy_backward(
     softcap: float,
     scale: float,
 ) -> Tensor:
+    """The op: the gradient of the logits."""
     dlogits = torch.empty_like(logits)
     options = Options(label_smoothing, z_loss, softcap, scale)
     _write_gradient(dlogits, dloss, logits, lse, targets, options)
     return dlogits
 
 
-@torch.library.custom_op("tokenpack::cross_entropy_backward_", mutates_args=("logits",))
-def _cross_entropy_backward_(
+@define_op("tokenpack::cross_entropy_backward_", mutates_args=("logits",))
+def cross_entropy_backward_(
     dloss: Tensor,
     logits: Tensor,
     lse: Tensor,
@@ -181,6 +192,7 @@ def _cross_entropy_backward_(
     softcap: float,
     scale: float,
 ) -> None:
+    """The op: overwrite the logits with their gradient."""
     options = Options(label_smoothing, z_loss, softcap, scale)
     _write_gradient(logits, dloss, logits, lse, targets, options)
 
@@ -206,7 +218,9 @@ def _write_gradient(
             dz.sub_(options.label_smoothing / logits.shape[1])
         hit = torch.full_like(target, -(1.0 - options.label_smoothing), dtype=dz.dtype)
         dz.scatter_add_(1, target.clamp(min=0), hit)
-        factor = dloss[rows, None].to(dz.dtype) * options.scale
+        factor = dloss[rows, None].to(dz.dtype)
+        if options.scale != 1.0:
+            factor = factor * options.scale
         dz.mul_(factor if dsoftcap is None else dsoftcap.mul_(factor))
         if bool((target < 0).any()):
             dz.masked_fill_(target < 0, 0.0)
@@ -225,7 +239,8 @@ def _scaled_and_capped(logits: Tensor, options: Options) -> Tensor:
 
 def _row_blocks(logits: Tensor) -> list[slice]:
     step = max(_BLOCK_ELEMENTS // logits.shape[1], 1)
-    return [slice(first, first + step) for first in range(0, logits.shape[0], step)]
+    # Without rows, there is one empty block.
+    return [slice(first, first + step) for first in range(0, max(logits.shape[0], 1), step)]
 
 
 def _new_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +253,7 @@ def _new_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # --------------------------------------------------------------------------------------- launches
 
 
-@on_triton(_cross_entropy)
+@on_triton(cross_entropy)
 def cross_entropy_triton(
     logits: Tensor,
     targets: Tensor,
@@ -274,7 +289,7 @@ def cross_entropy_triton(
     return token_loss, lse, correct
 
 
-@on_triton(_cross_entropy_backward)
+@on_triton(cross_entropy_backward)
 def cross_entropy_backward_triton(
     dloss: Tensor,
     logits: Tensor,
@@ -289,7 +304,7 @@ def cross_entropy_backward_triton(
     return dlogits
 
 
-@on_triton(_cross_entropy_backward_)
+@on_triton(cross_entropy_backward_)
 def cross_entropy_backward_inplace_triton(
     dloss: Tensor,
     logits: Tensor,
@@ -344,17 +359,17 @@ def _with_contiguous_rows(logits: Tensor) -> Tensor:
 # --------------------------------------------------------------- fakes for torch.compile, autograd
 
 
-@_cross_entropy.register_fake
+@cross_entropy.register_fake
 def _(logits, targets, label_smoothing, z_loss, softcap, scale, inplace_backward):
     return _new_rows(logits)
 
 
-@_cross_entropy_backward.register_fake
+@cross_entropy_backward.register_fake
 def _(dloss, logits, lse, targets, *options) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@_cross_entropy_backward_.register_fake
+@cross_entropy_backward_.register_fake
 def _(dloss, logits, lse, targets, *options) -> None:
     return None
 
@@ -379,4 +394,4 @@ def _backward(ctx, dloss: Tensor, _dlse, _dcorrect):
     return dlogits, None, None, None, None, None, None
 
 
-_cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)
+cross_entropy.register_autograd(_backward, setup_context=_save_for_backward)

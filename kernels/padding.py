@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from ._triton import next_power_of_2, on_triton, tl, triton
+from ._ops import define_op, on_triton, run
+from ._triton import next_power_of_2, tl, triton
 from .layout import PackedLayout
 
 
@@ -50,7 +51,7 @@ def unpad(tensors: Tensor | Sequence[Tensor], layout: PackedLayout) -> Tensor | 
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
         _require_leading(position, tensor, layout.padded_shape, "layout.padded_shape", layout)
-    streams = torch.ops.tokenpack.unpad(several, layout.indices)
+    streams = _run(_unpad, several, layout.indices)
     return streams[0] if isinstance(tensors, Tensor) else streams
 
 
@@ -96,22 +97,28 @@ def repad(
     for value, tensor in zip(fills, several, strict=True):
         _require_fill(value, tensor.dtype)
     rows, columns = layout.padded_shape
-    flat = torch.ops.tokenpack.repad(
-        several, layout.indices, rows * columns, list(map(float, fills))
-    )
+    flat = _run(_repad, several, layout.indices, rows * columns, list(map(float, fills)))
     padded = [tensor.unflatten(0, (rows, columns)) for tensor in flat]
     return padded[0] if isinstance(tensors, Tensor) else padded
+
+
+def _run(op: Any, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        results: list[Tensor] = op(tensors, *args)
+    else:
+        results = run(op, tensors, *args)
+    return results
 
 
 # ------------------------------------------------------------------ reference: CPU path and oracle
 
 
-@torch.library.custom_op("tokenpack::unpad", mutates_args=())
+@define_op("tokenpack::unpad")
 def _unpad(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
     return [tensor.flatten(0, 1).index_select(0, indices) for tensor in tensors]
 
 
-@torch.library.custom_op("tokenpack::repad", mutates_args=())
+@define_op("tokenpack::repad")
 def _repad(
     tensors: Sequence[Tensor], indices: Tensor, num_slots: int, fills: Sequence[float]
 ) -> list[Tensor]:

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import on_triton, tl, triton
+from ._ops import define_op, on_triton, run
+from ._triton import tl, triton
 
 REDUCTIONS = ("mean", "sum", "none", "sequence_mean", "sequence")
 
@@ -118,7 +119,8 @@ def plan_reduction(
         )
     if isinstance(num_items, Tensor):
         num_items = num_items.to(like.device)
-    targets, weights = torch.ops.tokenpack.token_targets(
+    targets, weights = run(
+        _token_targets,
         labels,
         cu_seqlens,
         sequence_weights,
@@ -183,7 +185,7 @@ def _check_sequences(
 # ------------------------------------------------------------------ reference: CPU path and oracle
 
 
-@torch.library.custom_op("tokenpack::token_targets", mutates_args=())
+@define_op("tokenpack::token_targets")
 def _token_targets(
     labels: Tensor,
     cu_seqlens: Tensor | None,
@@ -194,6 +196,10 @@ def _token_targets(
     ignore_index: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is None and sequence_weights is None and not shift and not per_sequence:
+        valid = labels != ignore_index
+        _check_targets(labels, valid, num_classes, ignore_index)
+        return labels.masked_fill(~valid, -1).to(torch.int32), valid.to(dtype)
     total = labels.numel()
     if cu_seqlens is None:
         bounds = torch.tensor([0, total], device=labels.device)
@@ -213,12 +219,7 @@ def _token_targets(
         is_last[bounds[1:][lengths > 0] - 1] = True
         targets.masked_fill_(is_last, ignore_index)
     valid = targets != ignore_index
-    invalid = valid & ((targets < 0) | (targets >= num_classes))
-    if bool(invalid.any()):
-        raise ValueError(
-            f"labels must be from 0 to {num_classes - 1} or ignore_index = {ignore_index}, "
-            f"got {int(targets[invalid][0])}"
-        )
+    _check_targets(targets, valid, num_classes, ignore_index)
     token_weight = lengths.new_ones(lengths.numel(), dtype=dtype)  # [num_seqs]
     if sequence_weights is not None:
         token_weight = sequence_weights.to(dtype)
@@ -227,6 +228,18 @@ def _token_targets(
         token_weight = token_weight / counts.clamp(min=1)
     weights = torch.where(valid, token_weight[sequence], 0.0)
     return targets.masked_fill(~valid, -1).to(torch.int32), weights
+
+
+def _check_targets(targets: Tensor, valid: Tensor, num_classes: int, ignore_index: int) -> None:
+    if not targets.numel():
+        return
+    smallest, largest = map(int, targets.where(valid, 0).aminmax())
+    if smallest < 0 or largest >= num_classes:
+        invalid = valid & ((targets < 0) | (targets >= num_classes))
+        raise ValueError(
+            f"labels must be from 0 to {num_classes - 1} or ignore_index = {ignore_index}, "
+            f"got {int(targets[invalid][0])}"
+        )
 
 
 # ------------------------------------------------------------------------------------------ Triton

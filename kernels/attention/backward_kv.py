@@ -123,18 +123,18 @@ def _backward_all_queries(
 # What changes from batch to batch is not specialized; see the forward kernel.
 @triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
 def _attention_backward_kv_kernel(
-    dout,
     q,
     k,
     v,
-    lse,
-    delta,
     table,
     seed,
-    cu_seqlens_q,
-    cu_seqlens_k,
+    dout,
+    delta,
+    lse,
     dk,
     dv,
+    cu_seqlens_q,
+    cu_seqlens_k,
     num_seqs,
     total_q,
     dout_stride,

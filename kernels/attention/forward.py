@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._triton import tl, triton
-from .launch import shared_arguments
+from .launch import Launch, shared_arguments, tile_arguments
 from .primitives import (
     DistanceLimits,
     Features,
@@ -143,10 +143,10 @@ def _attention_forward_kernel(
     q,
     k,
     v,
-    out,
-    lse,
     table,
     seed,
+    lse,
+    out,
     cu_seqlens_q,
     cu_seqlens_k,
     num_seqs,
@@ -207,19 +207,25 @@ def _attention_forward_kernel(
 def attention_forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """``(total_q, heads, head_dim)`` out, and ``(heads, total_q)`` float32 logsumexp."""
     q = inputs.q
-    total_q, heads, _ = q.shape
     out = q.new_empty(q.shape)
-    lse = q.new_empty(heads, total_q, dtype=torch.float32)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    forward_launch(inputs, spec, out, lse).run()
+    return out, lse
+
+
+def forward_launch(
+    inputs: AttentionInputs, spec: AttentionSpec, out: Tensor, lse: Tensor
+) -> Launch:
+    """The launch that writes ``out`` and ``lse``, both contiguous."""
+    q = inputs.q
+    total_q, heads, _ = q.shape
     num_seqs = inputs.cu_seqlens_q.numel() - 1
     bias, dropout = inputs.table is not None, spec.dropout_p > 0.0
     tile = tile_for("forward", q, bias=bias, dropout=dropout)
-    if out.numel():
-        _attention_forward_kernel[(num_tiles(total_q, num_seqs, tile.queries), heads)](
-            **shared_arguments(inputs, lse, spec),
-            out=out,
-            QUERIES=tile.queries,
-            KEYS=tile.keys,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    return out, lse
+    tiles = num_tiles(total_q, num_seqs, tile.queries) if out.numel() else 0
+    arguments = {
+        **shared_arguments(inputs, lse, spec),
+        "out": out,
+        **tile_arguments(tile),
+    }
+    return Launch(_attention_forward_kernel, (tiles, heads), arguments)

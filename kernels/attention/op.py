@@ -12,7 +12,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from .._triton import DEVICES, on_triton
+from .._ops import define_op, on_triton
+from .._triton import DEVICES
 from .backward import attention_backward
 from .explicit import (
     KeepMask,
@@ -22,11 +23,10 @@ from .explicit import (
 )
 from .forward import attention_forward
 from .grouping import Group
-from .primitives import TABLE_PADDING
+from .launch import table_for_kernels
 from .slots import SlotPlan
 from .spec import AttentionInputs, AttentionSpec
 
-_LOG2_E = 1.4426950408889634
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -48,7 +48,7 @@ def is_ampere_or_newer() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-@torch.library.custom_op("tokenpack::varlen_attention", mutates_args=())
+@define_op("tokenpack::varlen_attention")
 def _varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -70,7 +70,7 @@ def _varlen_attention(
     )
 
 
-@torch.library.custom_op("tokenpack::varlen_attention_backward", mutates_args=())
+@define_op("tokenpack::varlen_attention_backward")
 def _varlen_attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -224,7 +224,7 @@ def _with_positive_scale(
 
 
 def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
-    """The inputs as the kernels read them. The table becomes base-2, float32 and extended."""
+    """The inputs as the kernels read them."""
     q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
     return AttentionInputs(
         _with_contiguous_rows(q),
@@ -232,15 +232,9 @@ def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
         _with_contiguous_rows(v),
         cu_seqlens_q.contiguous(),
         cu_seqlens_k.contiguous(),
-        None if table is None else _extended(table.float() * _LOG2_E),
+        None if table is None else table_for_kernels(table),
         seed,
     )
-
-
-def _extended(table: Tensor) -> Tensor:
-    """The table with ``TABLE_PADDING`` more copies of each row's first and last entry."""
-    padding = (TABLE_PADDING.value, TABLE_PADDING.value)
-    return torch.nn.functional.pad(table[None], padding, "replicate")[0]
 
 
 def _with_contiguous_rows(side: Tensor) -> Tensor:

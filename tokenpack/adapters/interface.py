@@ -290,20 +290,31 @@ def _packed_attention(
             "does not support: this model cannot be patched"
         )
     role = getattr(module, ROLE, "self")
-    if role not in ("cross", *call.layouts):
+    if role != "cross" and role not in call.layouts:
         raise RuntimeError(
             f"{type(module).__name__} was added after patch_model: call unpatch_model before the "
             "change and patch_model after it"
         )
     causal = _is_causal(role, module, kwargs)
-    layer = Layer(causal, scaling, sliding_window, softcap, bias, dropout)
     if call.traced:
+        layer = Layer(causal, scaling, sliding_window, softcap, bias, dropout)
         out, choice = attention_in_graph(query, key, value, call.streams, role, layer, call.backend)
         note_attention(call.state.key, role, f"{choice.backend} ({choice.reason})")
         return out
-    options: dict[str, Any] = layer._asdict()
     out, choice = layout_attention(
-        query, key, value, call.streams, role, **options, backend=call.backend, memo=call.memo
+        query,
+        key,
+        value,
+        call.streams,
+        role,
+        causal=causal,
+        scale=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        relative_bias=bias,
+        dropout_p=dropout,
+        backend=call.backend,
+        memo=call.memo,
     )
     call.attention_calls += 1
     call.choices[role] = choice

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels import PackedLayout
 from ..kernels.attention import (
     HostPlan,
+    LayerKernels,
     Lines,
     attend_on_host,
     cast_for_autocast,
@@ -23,7 +24,7 @@ from ..kernels.attention import (
     plan_reference,
 )
 from .backends import TABLE, AttentionCall, Backend, Options
-from .kernel_node import attend_on_kernel, can_be_one_node
+from .kernel_node import attend_on_kernel, can_be_one_node, layer_kernels
 from .one_call import OneCall, plan_one_call
 
 BACKENDS = tuple(backend.name for backend in TABLE)
@@ -127,6 +128,8 @@ class Prepared:
         self.choice = choice
         self._kind, self._layouts = kind, layouts
         self._is_reference = choice.backend == "reference"
+        self._is_triton = choice.backend == "triton"
+        self._kernels: LayerKernels | None = None
         self.totals = layouts[0].total_tokens, layouts[1].total_tokens
         self._options = options
         self._offsets = layouts[0].cu_seqlens, layouts[1].cu_seqlens
@@ -143,8 +146,11 @@ class Prepared:
         if self._is_reference:
             return self._on_host(query, key, value, relative_bias)
         options = self._options
-        if self.choice.backend == "triton" and can_be_one_node(query):
-            return attend_on_kernel(query, key, value, self._offsets, relative_bias, options)
+        if self._is_triton and can_be_one_node(query, options):
+            if self._kernels is None:
+                self._kernels = layer_kernels(self._offsets, options)
+            dropout_p = self._kind.dropout_p
+            return attend_on_kernel(query, key, value, relative_bias, dropout_p, self._kernels)
         if relative_bias is not None:
             options = {**options, "relative_bias": relative_bias}
         # The backward of [0] writes a tensor of zeros and copies the gradient into it. The backward

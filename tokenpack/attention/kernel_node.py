@@ -2,7 +2,8 @@
 
 The op ``tokenpack::varlen_attention`` is for graphs of torch.compile. Its dispatch costs the host
 more than Triton's launch does, and autograd records the views around it. A layer that is not
-traced calls the op's launchers itself. The kernels and their arguments are the same.
+traced launches the same kernels through `LayerKernels`, which prepares them once for all layers of
+a batch.
 """
 
 from __future__ import annotations
@@ -13,67 +14,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.attention.op import varlen_attention_backward_triton, varlen_attention_triton
+from ..kernels._ops import runs_eagerly
+from ..kernels.attention import AttentionSpec, LayerKernels, Saved
 from .backends import Options
 
 
-def can_be_one_node(query: Tensor) -> bool:
-    """Whether the tensors have data that a kernel can read. Fake tensors do not."""
-    return type(query) is Tensor and not torch.compiler.is_compiling()
+def can_be_one_node(query: Tensor, options: Options) -> bool:
+    """Whether nothing has to see the op, and the kernels take the scale, which the op mends."""
+    return options["scale"] > 0.0 and runs_eagerly(query)
+
+
+def layer_kernels(offsets: tuple[Tensor, Tensor], options: Options) -> LayerKernels:
+    """The kernels of all layers of one batch that have these options.
+
+    Args:
+        offsets: ``cu_seqlens_q`` and ``cu_seqlens_k``.
+        options: those of `varlen_attention`.
+    """
+    spec = AttentionSpec(
+        options["causal"],
+        options["scale"],
+        options["window"],
+        options["softcap"],
+        options["dropout_p"],
+    )
+    return LayerKernels(*offsets, spec)
 
 
 def attend_on_kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    offsets: tuple[Tensor, Tensor],
     relative_bias: Tensor | None,
-    options: Options,
+    dropout_p: float,
+    kernels: LayerKernels,
 ) -> Tensor:
     """`varlen_attention` of a layer, which has checked its arguments.
 
     Args:
         query, key, value: ``(1, heads, total, head_dim)`` each.
-        offsets: ``cu_seqlens_q`` and ``cu_seqlens_k``.
         relative_bias: ``(heads, 2 * reach + 1)`` or None.
-        options: those of `varlen_attention`.
+        dropout_p: probability that a weight is dropped, that of ``kernels``.
+        kernels: those of the batch and of this kind of layer.
 
     Returns:
         ``(1, total_q, heads, head_dim)``.
     """
-    left, right = options["window"] or (-1, -1)
-    dropout_p, softcap = options["dropout_p"], options["softcap"] or 0.0
-    limits = left, 0 if options["causal"] else right
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(2**62, (1,), device=query.device)
-    numbers = (options["scale"], *limits, softcap, dropout_p)
-    out: Tensor = _OnKernel.apply(query, key, value, relative_bias, *offsets, seed, numbers)
+    out: Tensor = _OnKernel.apply(query, key, value, relative_bias, seed, kernels)
     return out
 
 
 class _OnKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, table, cu_seqlens_q, cu_seqlens_k, seed, numbers):
-        q, k, v = (side.squeeze(0).transpose(0, 1) for side in (query, key, value))
-        rest = cu_seqlens_q, cu_seqlens_k, table, seed
-        with _device_of(q):
-            out, lse = varlen_attention_triton(q, k, v, *rest, *numbers)
-        ctx.numbers = numbers
-        ctx.save_for_backward(q, k, v, out, lse, *rest)
-        return out[None]
+    def forward(ctx, query, key, value, table, seed, kernels):
+        with _device_of(query):
+            saved = kernels.forward(query, key, value, table, seed)
+        ctx.kernels = kernels
+        ctx.table_dtype = None if table is None else table.dtype
+        ctx.save_for_backward(*saved)
+        return saved.out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        tensors = ctx.saved_tensors  # read once: checkpointing allows one unpack
-        table, needs_table = tensors[7], ctx.needs_input_grad[3]
+        # Saved tensors are read once: checkpointing allows one unpack.
+        saved, needs_table = Saved(*ctx.saved_tensors), ctx.needs_input_grad[3]
         with _device_of(dout):
-            *gradients, dtable = varlen_attention_backward_triton(
-                dout.squeeze(0), *tensors, *ctx.numbers, needs_table
-            )
-        sides = [side.transpose(0, 1)[None] for side in gradients]
-        return *sides, dtable.to(table.dtype) if needs_table else None, None, None, None, None
+            dq, dk, dv, dtable = ctx.kernels.backward(dout, saved, needs_table)
+        if dtable is not None:
+            dtable = dtable.to(ctx.table_dtype)
+        return dq, dk, dv, dtable, None, None
 
 
 def _device_of(tensor: Tensor) -> Any:

@@ -12,26 +12,24 @@ from torch import Tensor
 
 from .backward_kv import _attention_backward_kv_kernel
 from .backward_q import _attention_backward_q_kernel
-from .launch import Launch, shared_arguments, tile_arguments
+from .launch import (
+    SIZES,
+    LayerKernel,
+    constant_arguments,
+    head_unit,
+    shared_arguments,
+    tile_arguments,
+)
 from .primitives import QUERY_PADDING, TABLE_PADDING
 from .spec import AttentionInputs, AttentionSpec
-from .tiles import num_tiles, tile_for
+from .tiles import Tile, num_tiles, tile_for
 
 
-class BackwardOutputs(NamedTuple):
-    """What the kernels of the backward write.
+class BackwardTiles(NamedTuple):
+    """The tiles of the two kernels."""
 
-    The memory of ``dq``, ``dk`` and ``dv`` is contiguous ``(total, heads, head_dim)``. ``delta``
-    and ``base2_lse`` have room for `padded_rows` queries of each head. ``partials`` is zero before,
-    and None if the gradient of the table is not needed.
-    """
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    delta: Tensor
-    base2_lse: Tensor
-    partials: Tensor | None
+    dq: Tile
+    dkv: Tile
 
 
 def attention_backward(
@@ -46,58 +44,70 @@ def attention_backward(
     q, k, v = inputs.q, inputs.k, inputs.v
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows = padded_rows(q.shape[0], inputs.cu_seqlens_q.numel() - 1)
-    delta, base2_lse = lse.new_empty((2, q.shape[1], rows))
-    partials = None
-    if needs_table:
-        partials = lse.new_zeros(partials_shape(inputs, spec))
-    outputs = BackwardOutputs(dq, dk, dv, delta, base2_lse, partials)
-    for launch in backward_launches(dout, out, lse, inputs, spec, outputs):
-        launch.run()
+    tiles = backward_tiles(inputs, spec)
+    grid_dq, grid_dkv = backward_grids(inputs, tiles)
+    partials = lse.new_zeros(partials_shape(inputs, grid_dq)) if needs_table else None
+    unit = head_unit(q, k, v, dout)
+    shared = shared_arguments(inputs, lse, spec, unit)
+    shared |= {"dout": dout, "dout_stride": dout.stride(0)}
+    shared["dout_head_stride"] = dout.stride(1) // unit
+    shared["delta"], base2_lse = lse.new_empty((2, q.shape[1], rows))
+    if dq.numel():
+        _attention_backward_q_kernel[grid_dq](
+            **shared,
+            out=out,
+            dq=dq,
+            base2_lse=base2_lse,
+            partials=lse if partials is None else partials,
+            DTABLE=needs_table,
+            **tile_arguments(tiles.dq),
+        )
+    if dk.numel():
+        _attention_backward_kv_kernel[grid_dkv](
+            **{**shared, "lse": base2_lse}, dk=dk, dv=dv, **tile_arguments(tiles.dkv)
+        )
     return dq, dk, dv, None if partials is None else sum_partials(partials)
 
 
-def backward_launches(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    inputs: AttentionInputs,
-    spec: AttentionSpec,
-    outputs: BackwardOutputs,
-) -> tuple[Launch, Launch]:
-    """The launches that write ``outputs``, in this order."""
-    q, k = inputs.q, inputs.k
-    num_seqs = inputs.cu_seqlens_q.numel() - 1
+def backward_kernels(
+    dout: Tensor, inputs: AttentionInputs, spec: AttentionSpec, unit: int, needs_table: bool
+) -> tuple[LayerKernel, LayerKernel]:
+    """The kernels of all layers with inputs, options and gradients of this kind."""
+    shared = constant_arguments(inputs, spec, unit) | {"dout_stride": dout.stride(0)}
+    tiles = backward_tiles(inputs, spec)
+    sides = ("q", "k", "v", "table", "seed", "dout", "delta", "lse")
+    offsets, sizes = ("cu_seqlens_q", "cu_seqlens_k"), (*SIZES, "dout_head_stride")
+    dq = LayerKernel(
+        _attention_backward_q_kernel,
+        (*sides, "out", "dq", "base2_lse", "partials", *offsets),
+        sizes,
+        shared | tile_arguments(tiles.dq) | {"DTABLE": needs_table},
+    )
+    dkv = LayerKernel(
+        _attention_backward_kv_kernel,
+        (*sides, "dk", "dv", *offsets),
+        sizes,
+        shared | tile_arguments(tiles.dkv),
+    )
+    return dq, dkv
+
+
+def backward_tiles(inputs: AttentionInputs, spec: AttentionSpec) -> BackwardTiles:
+    """The tiles of the two kernels."""
+    q = inputs.q
     options = {"bias": inputs.table is not None, "dropout": spec.dropout_p > 0.0}
-    shared = shared_arguments(inputs, lse, spec)
-    dout_stride, dout_head_stride, _ = dout.stride()
-    shared |= {
-        "dout": dout,
-        "dout_stride": dout_stride,
-        "dout_head_stride": dout_head_stride,
-        "delta": outputs.delta,
-    }
-    partials = outputs.partials
-    tile = tile_for("dq", q, **options)
-    of_dq = {
-        "out": out,
-        "dq": outputs.dq,
-        "base2_lse": outputs.base2_lse,
-        "partials": lse if partials is None else partials,
-        "DTABLE": partials is not None,
-        **tile_arguments(tile),
-    }
-    tiles = num_tiles(q.shape[0], num_seqs, tile.queries) if outputs.dq.numel() else 0
-    dq = Launch(_attention_backward_q_kernel, (tiles, q.shape[1]), shared | of_dq)
-    grouped = k.shape[1] != q.shape[1]
-    tile = tile_for("dkv, grouped" if grouped else "dkv", q, **options)
-    of_dkv = {
-        "lse": outputs.base2_lse,
-        "dk": outputs.dk,
-        "dv": outputs.dv,
-        **tile_arguments(tile),
-    }
-    tiles = num_tiles(k.shape[0], num_seqs, tile.keys) if outputs.dk.numel() else 0
-    return dq, Launch(_attention_backward_kv_kernel, (tiles, k.shape[1]), shared | of_dkv)
+    dkv = "dkv" if inputs.k.shape[1] == q.shape[1] else "dkv, grouped"
+    return BackwardTiles(tile_for("dq", q, **options), tile_for(dkv, q, **options))
+
+
+def backward_grids(
+    inputs: AttentionInputs, tiles: BackwardTiles
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The programs of the two kernels."""
+    (total_q, heads, _), (total_k, kv_heads, _) = inputs.q.shape, inputs.k.shape
+    num_seqs = inputs.cu_seqlens_q.numel() - 1
+    dq = num_tiles(total_q, num_seqs, tiles.dq.queries), heads
+    return dq, (num_tiles(total_k, num_seqs, tiles.dkv.keys), kv_heads)
 
 
 def padded_rows(total_q: int, num_seqs: int) -> int:
@@ -105,13 +115,10 @@ def padded_rows(total_q: int, num_seqs: int) -> int:
     return total_q + num_seqs * QUERY_PADDING.value
 
 
-def partials_shape(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[int, int, int]:
+def partials_shape(inputs: AttentionInputs, grid: tuple[int, int]) -> tuple[int, int, int]:
     """A row per program of dq: 2 * reach + 1 distances, and a total for each side beyond them."""
-    q, table = inputs.q, inputs.table
-    assert table is not None
-    tile = tile_for("dq", q, bias=True, dropout=spec.dropout_p > 0.0)
-    tiles = num_tiles(q.shape[0], inputs.cu_seqlens_q.numel() - 1, tile.queries)
-    return tiles, q.shape[1], table.shape[1] - 2 * TABLE_PADDING.value + 2
+    assert inputs.table is not None
+    return *grid, inputs.table.shape[1] - 2 * TABLE_PADDING.value + 2
 
 
 def sum_partials(partials: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._triton import tl, triton
+from .launch import SIZES
 from .primitives import (
     QUERY_PADDING,
     DistanceLimits,
@@ -121,7 +122,7 @@ def _backward_all_queries(
 
 
 # What changes from batch to batch is not specialized; see the forward kernel.
-@triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
+@triton.jit(do_not_specialize=[*SIZES, "dout_head_stride", "left", "right"])
 def _attention_backward_kv_kernel(
     q,
     k,
@@ -137,20 +138,20 @@ def _attention_backward_kv_kernel(
     cu_seqlens_k,
     num_seqs,
     total_q,
-    dout_stride,
-    dout_head_stride,
-    q_stride,
+    reach,
     q_head_stride,
-    k_stride,
     k_head_stride,
-    v_stride,
     v_head_stride,
+    dout_head_stride,
+    dout_stride,
+    q_stride,
+    k_stride,
+    v_stride,
     scale: tl.float32,
     softcap: tl.float32,
     dropout_p: tl.float32,
     left,
     right,
-    reach,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -158,6 +159,7 @@ def _attention_backward_kv_kernel(
     DROPOUT: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEAD_UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -173,10 +175,10 @@ def _attention_backward_kv_kernel(
     )
     if first_key >= span_k.count:  # the grid has a few programs without a tile
         return
-    k_rows = select_rows(k, span_k, k_stride, kv_head, k_head_stride)
-    v_rows = select_rows(v, span_k, v_stride, kv_head, v_head_stride)
-    dk_rows = select_rows(dk, span_k, kv_heads * HEAD_DIM, kv_head, HEAD_DIM)  # contiguous
-    dv_rows = select_rows(dv, span_k, kv_heads * HEAD_DIM, kv_head, HEAD_DIM)
+    k_rows = select_rows(k, span_k, k_stride, kv_head, k_head_stride, HEAD_UNIT)
+    v_rows = select_rows(v, span_k, v_stride, kv_head, v_head_stride, HEAD_UNIT)
+    dk_rows = select_rows(dk, span_k, kv_heads * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
+    dv_rows = select_rows(dv, span_k, kv_heads * HEAD_DIM, kv_head, HEAD_DIM, 1)
     limits = DistanceLimits(left, right, reach)
     last_key = tl.minimum(first_key + KEYS, span_k.count) - 1
     offset = span_k.count - span_q.count
@@ -188,8 +190,8 @@ def _attention_backward_kv_kernel(
     grads = _KeyGrads(zeros, zeros)
     for member in range(GROUP):  # the query heads that share these keys
         head = kv_head * GROUP + member
-        q_rows = select_rows(q, span_q, q_stride, head, q_head_stride)
-        dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride)
+        q_rows = select_rows(q, span_q, q_stride, head, q_head_stride, HEAD_UNIT)
+        dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride, HEAD_UNIT)
         stored = padded_start(head, seq, span_q, total_q, num_seqs)
         queries = _Queries(q_rows, dout_rows, lse + stored, delta + stored)
         params = params_of_head(scale, softcap, table, head, limits, FEATURES)

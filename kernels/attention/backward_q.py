@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._triton import tl, triton
+from .launch import SIZES
 from .primitives import (
     QUERY_PADDING,
     DistanceLimits,
@@ -215,7 +216,7 @@ def _backward_all_keys(
 
 
 # What changes from batch to batch is not specialized; see the forward kernel.
-@triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
+@triton.jit(do_not_specialize=[*SIZES, "dout_head_stride", "left", "right"])
 def _attention_backward_q_kernel(
     q,
     k,
@@ -233,20 +234,20 @@ def _attention_backward_q_kernel(
     cu_seqlens_k,
     num_seqs,
     total_q,
-    dout_stride,
-    dout_head_stride,
-    q_stride,
+    reach,
     q_head_stride,
-    k_stride,
     k_head_stride,
-    v_stride,
     v_head_stride,
+    dout_head_stride,
+    dout_stride,
+    q_stride,
+    k_stride,
+    v_stride,
     scale: tl.float32,
     softcap: tl.float32,
     dropout_p: tl.float32,
     left,
     right,
-    reach,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -255,6 +256,7 @@ def _attention_backward_q_kernel(
     DROPOUT: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEAD_UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -269,10 +271,10 @@ def _attention_backward_q_kernel(
     )
     if first >= span_q.count:  # the grid has a few programs without a tile
         return
-    q_rows = select_rows(q, span_q, q_stride, head, q_head_stride)
-    dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride)
-    out_rows = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)  # contiguous
-    dq_rows = select_rows(dq, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)
+    q_rows = select_rows(q, span_q, q_stride, head, q_head_stride, HEAD_UNIT)
+    dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride, HEAD_UNIT)
+    out_rows = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM, 1)  # contiguous
+    dq_rows = select_rows(dq, span_q, num_heads * HEAD_DIM, head, HEAD_DIM, 1)
     q_tile = RowTile(load_rows(q_rows, first, QUERIES, True, SHAPE), q_rows, first)
     dout_tile = RowTile(load_rows(dout_rows, first, QUERIES, True, SHAPE), dout_rows, first)
     out_tile = load_rows(out_rows, first, QUERIES, True, SHAPE)
@@ -289,8 +291,8 @@ def _attention_backward_q_kernel(
     nothing = tl.zeros([QUERY_PADDING], tl.float32)
     tl.store(delta + stored + behind, nothing, mask=is_last)
     tl.store(base2_lse + stored + behind, nothing + float("inf"), mask=is_last)
-    keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride)
-    values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
+    keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride, HEAD_UNIT)
+    values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride, HEAD_UNIT)
     limits = DistanceLimits(left, right, reach)
     params = params_of_head(scale, softcap, table, head, limits, FEATURES)
     dropout = dropout_params(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)

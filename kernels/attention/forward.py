@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from .._triton import tl, triton
-from .launch import Launch, shared_arguments, tile_arguments
+from .launch import (
+    SIZES,
+    LayerKernel,
+    constant_arguments,
+    head_unit,
+    shared_arguments,
+    tile_arguments,
+)
 from .primitives import (
     DistanceLimits,
     Features,
@@ -41,7 +48,7 @@ from .primitives import (
     visible_keys,
 )
 from .spec import AttentionInputs, AttentionSpec
-from .tiles import num_tiles, tile_for
+from .tiles import Tile, num_tiles, tile_for
 
 
 class _Softmax(NamedTuple):
@@ -136,9 +143,9 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
     # fmt: on
 
 
-# num_seqs, total_q, left, right and reach change from batch to batch: without specialization no
-# value of theirs (1, or a multiple of 16) compiles the kernel again.
-@triton.jit(do_not_specialize=["num_seqs", "total_q", "left", "right", "reach"])
+# Sizes change from batch to batch, and windows from layer to layer: without specialization no value
+# of theirs (1, or a multiple of 16) compiles the kernel again. `LayerKernel` relies on it.
+@triton.jit(do_not_specialize=[*SIZES, "left", "right"])
 def _attention_forward_kernel(
     q,
     k,
@@ -151,18 +158,18 @@ def _attention_forward_kernel(
     cu_seqlens_k,
     num_seqs,
     total_q,
-    q_stride,
+    reach,
     q_head_stride,
-    k_stride,
     k_head_stride,
-    v_stride,
     v_head_stride,
+    q_stride,
+    k_stride,
+    v_stride,
     scale: tl.float32,
     softcap: tl.float32,
     dropout_p: tl.float32,
     left,
     right,
-    reach,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -170,6 +177,7 @@ def _attention_forward_kernel(
     DROPOUT: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEAD_UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -185,11 +193,11 @@ def _attention_forward_kernel(
     )
     if first_query >= span_q.count:  # the grid has a few programs without a tile
         return
-    queries = select_rows(q, span_q, q_stride, head, q_head_stride)
+    queries = select_rows(q, span_q, q_stride, head, q_head_stride, HEAD_UNIT)
     q_tile = RowTile(load_rows(queries, first_query, QUERIES, True, SHAPE), queries, first_query)
-    keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride)
-    values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride)
-    outs = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM)  # out is contiguous
+    keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride, HEAD_UNIT)
+    values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride, HEAD_UNIT)
+    outs = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM, 1)  # out is contiguous
     limits = DistanceLimits(left, right, reach)
     params = params_of_head(scale, softcap, table, head, limits, FEATURES)
     dropout = dropout_params(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
@@ -209,23 +217,30 @@ def attention_forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[Ten
     q = inputs.q
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    forward_launch(inputs, spec, out, lse).run()
+    tile = forward_tile(inputs, spec)
+    if out.numel():
+        unit = head_unit(q, inputs.k, inputs.v)
+        _attention_forward_kernel[forward_grid(inputs, tile)](
+            **shared_arguments(inputs, lse, spec, unit), out=out, **tile_arguments(tile)
+        )
     return out, lse
 
 
-def forward_launch(
-    inputs: AttentionInputs, spec: AttentionSpec, out: Tensor, lse: Tensor
-) -> Launch:
-    """The launch that writes ``out`` and ``lse``, both contiguous."""
-    q = inputs.q
-    total_q, heads, _ = q.shape
-    num_seqs = inputs.cu_seqlens_q.numel() - 1
+def forward_kernel(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> LayerKernel:
+    """The kernel of all layers with inputs and options of this kind."""
+    constants = constant_arguments(inputs, spec, unit)
+    constants |= tile_arguments(forward_tile(inputs, spec))
+    tensors = ("q", "k", "v", "table", "seed", "lse", "out", "cu_seqlens_q", "cu_seqlens_k")
+    return LayerKernel(_attention_forward_kernel, tensors, SIZES, constants)
+
+
+def forward_tile(inputs: AttentionInputs, spec: AttentionSpec) -> Tile:
+    """The tile of the kernel."""
     bias, dropout = inputs.table is not None, spec.dropout_p > 0.0
-    tile = tile_for("forward", q, bias=bias, dropout=dropout)
-    tiles = num_tiles(total_q, num_seqs, tile.queries) if out.numel() else 0
-    arguments = {
-        **shared_arguments(inputs, lse, spec),
-        "out": out,
-        **tile_arguments(tile),
-    }
-    return Launch(_attention_forward_kernel, (tiles, heads), arguments)
+    return tile_for("forward", inputs.q, bias=bias, dropout=dropout)
+
+
+def forward_grid(inputs: AttentionInputs, tile: Tile) -> tuple[int, int]:
+    """The programs of the kernel."""
+    total_q, heads, _ = inputs.q.shape
+    return num_tiles(total_q, inputs.cu_seqlens_q.numel() - 1, tile.queries), heads

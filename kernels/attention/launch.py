@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,70 +14,70 @@ from .tiles import Tile, chunk_for, padded_head_dim, precision
 _LOG2_E = 1.4426950408889634
 
 
-class Launch(NamedTuple):
-    """A kernel, its grid, and all its arguments by name. A grid with a 0 launches nothing."""
-
-    kernel: Any
-    grid: tuple[int, int]
-    arguments: dict[str, Any]
-
-    def run(self) -> Any:
-        """Launch the kernel. Returns Triton's compiled kernel, or None if there is none."""
-        return self.kernel[self.grid](**self.arguments) if 0 not in self.grid else None
-
-
-class RepeatedLaunch:
-    """A launch that is repeated with other tensors, whose sizes and strides are the same.
+class LayerKernel:
+    """A kernel whose launches differ only in tensors, in sizes of the batch, and in the grid.
 
     For each launch, Triton binds all arguments by name and specializes the kernel on them, which
-    takes longer than the launch itself. Between the layers of one batch, only the addresses of
-    tensors change. So the first launch goes through Triton, and the next ones call the compiled
-    kernel that it returned. The kernel relies on the alignment of the addresses. So a launch with
-    an address that is not a multiple of 16 goes through Triton, as all launches do that Triton
-    interprets.
+    takes longer than the launch itself. So the first launch goes through Triton, and the next ones
+    call the compiled kernel that it returned. It fits them all: the kernels do not specialize on
+    sizes, and constants are the same. It relies on the alignment of addresses and on sizes of 32
+    bits. Other launches go through Triton, as all launches do that Triton interprets.
 
     Args:
-        launch: the first launch.
-        names: the arguments that change, all of which are tensors: the kernel's first parameters.
+        kernel: its parameters are tensors, then sizes, then constants.
+        tensors: the names of the tensors.
+        sizes: the names of the sizes.
+        constants: all other arguments, and options of the compiler.
     """
 
-    def __init__(self, launch: Launch, *names: str) -> None:
-        order = tuple(launch.kernel.arg_names)
-        assert order[: len(names)] == names, f"the first parameters must be {names}, got {order}"
-        # The tensors of the first launch must not stay in memory.
-        arguments = {**launch.arguments, **dict.fromkeys(names)}
-        self._names, self._launch = names, launch._replace(arguments=arguments)
-        self._unchanged = tuple(arguments[name] for name in order[len(names) :])
+    def __init__(
+        self, kernel: Any, tensors: tuple[str, ...], sizes: tuple[str, ...], constants: dict
+    ) -> None:
+        order, changing = tuple(kernel.arg_names), len(tensors) + len(sizes)
+        assert order[:changing] == (*tensors, *sizes), f"parameters of the kernel: {order}"
+        self._kernel = kernel
+        self._constants = tuple(constants[name] for name in order[changing:])
+        self._options = {name: constants[name] for name in constants.keys() - set(order)}
         self._compiled: Any = None
 
-    def __call__(self, *tensors: Tensor) -> None:
-        """Launch with these tensors, in the order of the names."""
+    def __call__(
+        self, grid: tuple[int, int], tensors: tuple[Tensor, ...], sizes: tuple[int, ...]
+    ) -> None:
+        """Launch the kernel. A grid with a 0 launches nothing."""
+        if 0 in grid:
+            return
         addresses = 0
         for tensor in tensors:
             addresses |= tensor.data_ptr()
-        is_aligned = addresses % 16 == 0
-        if is_aligned and self._compiled is not None:
-            self._compiled(*tensors, *self._unchanged)
+        fits = addresses % 16 == 0 and max(sizes) < 2**31
+        if fits and self._compiled is not None:
+            self._compiled[(*grid, 1)](*tensors, *sizes, *self._constants)
             return
-        changed = dict(zip(self._names, tensors, strict=True))
-        launch = self._launch._replace(arguments={**self._launch.arguments, **changed})
-        kernel = launch.run()
-        if is_aligned and kernel is not None:
-            self._compiled = kernel[(*launch.grid, 1)]
+        kernel = self._kernel[grid](*tensors, *sizes, *self._constants, **self._options)
+        if fits:
+            self._compiled = kernel
 
 
-def shared_arguments(inputs: AttentionInputs, lse: Tensor, spec: AttentionSpec) -> dict[str, Any]:
+SIZES = (
+    "num_seqs",
+    "total_q",
+    "reach",
+    "q_head_stride",
+    "k_head_stride",
+    "v_head_stride",
+)
+"""The sizes that all kernels take. See `size_arguments`."""
+
+
+def shared_arguments(
+    inputs: AttentionInputs, lse: Tensor, spec: AttentionSpec, unit: int
+) -> dict[str, Any]:
     """The arguments that all three kernels take, by name.
 
     The table is extended, and the scale is positive (see `op`). Kernels need a pointer for each
     tensor. ``lse`` stands in for an absent table or seed, which no kernel then reads.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
-    q_stride, q_head_stride, _ = q.stride()
-    k_stride, k_head_stride, _ = k.stride()
-    v_stride, v_head_stride, _ = v.stride()
-    total_q, heads, head_dim = q.shape
-    left, right = spec.limits
     return {
         "q": q,
         "k": k,
@@ -87,27 +87,50 @@ def shared_arguments(inputs: AttentionInputs, lse: Tensor, spec: AttentionSpec) 
         "seed": lse if seed is None else seed,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
-        "num_seqs": cu_seqlens_q.numel() - 1,
-        "total_q": total_q,
-        "q_stride": q_stride,
-        "q_head_stride": q_head_stride,
-        "k_stride": k_stride,
-        "k_head_stride": k_head_stride,
-        "v_stride": v_stride,
-        "v_head_stride": v_head_stride,
+        **dict(zip(SIZES, size_arguments(inputs, unit), strict=True)),
+        **constant_arguments(inputs, spec, unit),
+    }
+
+
+def head_unit(*sides: Tensor) -> int:
+    """In which unit of elements kernels take the strides of heads: 16 if it divides all, else 1.
+
+    The stride of a head grows with the batch in some layouts. So Triton must not specialize on it,
+    and would not know that it is a multiple of 16, which wide loads need.
+    """
+    return 16 if all(side.stride(1) % 16 == 0 for side in sides) else 1
+
+
+def size_arguments(inputs: AttentionInputs, unit: int) -> tuple[int, ...]:
+    """The values of `SIZES`: what changes from batch to batch."""
+    q, k, v, cu_seqlens_q, _, table, _ = inputs
+    reach = 0 if table is None else table.shape[1] // 2 - TABLE_PADDING.value
+    strides = (side.stride(1) // unit for side in (q, k, v))
+    return cu_seqlens_q.numel() - 1, q.shape[0], reach, *strides
+
+
+def constant_arguments(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> dict[str, Any]:
+    """What is the same for all layers of one kind, in all batches."""
+    q, k, v, _, _, table, _ = inputs
+    left, right = spec.limits
+    head_dim = q.shape[2]
+    return {
+        "q_stride": q.stride(0),
+        "k_stride": k.stride(0),
+        "v_stride": v.stride(0),
         "scale": spec.scale,
         "softcap": spec.softcap or 1.0,
         "dropout_p": spec.dropout_p,
         "left": left,
         "right": right,
-        "reach": 0 if table is None else table.shape[1] // 2 - TABLE_PADDING.value,
         "LEFT": left >= 0,
         "RIGHT": right >= 0,
         "SOFTCAP": spec.softcap is not None,
         "BIAS": table is not None,
         "DROPOUT": spec.dropout_p > 0.0,
-        "GROUP": heads // k.shape[1],
+        "GROUP": q.shape[1] // k.shape[1],
         "HEAD_DIM": head_dim,
+        "HEAD_UNIT": unit,
         "COLUMNS": padded_head_dim(head_dim),
         "CHUNK": chunk_for(head_dim, q.dtype),
         "PRECISION": precision(q.dtype),

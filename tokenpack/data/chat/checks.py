@@ -190,6 +190,11 @@ class RowChecks:
             found |= flag("merged_boundary")
         conversation, text = rendering.conversation, rendering.text
         for at, message in enumerate(conversation.messages):
+            content = message.get("content")
+            if len(message) == 2 and isinstance(content, str) and "think>" not in content:
+                if not _written(content, text):  # all that there is to write, in most messages
+                    found |= flag("missing_content")
+                continue
             if not all(_written(each, text) for each in _contents(message)):
                 found |= flag("missing_content")
             if at in rendering.learned and not all(
@@ -197,9 +202,11 @@ class RowChecks:
             ):
                 found |= flag("missing_reasoning")
         for span in rendering.spans:  # a list of tools may name the functions too
-            calls = conversation.messages[span.message].get("tool_calls", ())
+            calls = conversation.messages[span.message].get("tool_calls")
+            if not calls or span.message < 0:
+                continue
             inside = text[span.begin : span.end]
-            if span.message >= 0 and not all(function_name(call) in inside for call in calls):
+            if not all(function_name(call) in inside for call in calls):
                 found |= flag("missing_content")
         if not all(name in text for name in map(function_name, conversation.tools or ())):
             found |= flag("missing_tools")

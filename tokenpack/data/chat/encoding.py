@@ -7,12 +7,14 @@ span:
 
 So a token that joins the last character of a header with the first one of an answer is context. At
 inference the header is tokenized alone, and the model could not begin in the middle of a token.
-Such tokens are counted. The offsets of the tokenizer are never compared with decoded text.
+Such tokens are counted. The starts are the tokenizer's offsets, or, for a byte-level tokenizer,
+sums of the lengths of tokens (`byte_lengths`). They are never found by decoding ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ...checks import IGNORE_INDEX
+from .byte_lengths import byte_lengths
 from .rendering import Rendering
 
 
@@ -33,6 +36,7 @@ class Encoded(NamedTuple):
         weights: ``(tokens,)`` float32, the weight of each token in the loss.
         spans: ``(spans, 2)`` int64, first and last (exclusive) token of each learned span.
         merged: number of tokens that join a header with an answer.
+        targets: number of learned tokens.
         begin: the first of the text's tokens, if some are cut off.
     """
 
@@ -42,21 +46,19 @@ class Encoded(NamedTuple):
     weights: NDArray[np.float32]
     spans: NDArray[np.int64]
     merged: int
+    targets: int
     begin: int = 0
-
-    @property
-    def targets(self) -> int:
-        """Number of learned tokens."""
-        return int(np.count_nonzero(self.labels != IGNORE_INDEX))
 
     def cut(self, kept: slice) -> Encoded:
         """Some of the tokens, in place of all."""
         first, stop, _ = kept.indices(len(self.ids))
+        labels = self.labels[kept]
         return self._replace(
             ids=self.ids[kept],
-            labels=self.labels[kept],
+            labels=labels,
             weights=self.weights[kept],
             spans=np.clip(self.spans, first, stop) - first,
+            targets=int(np.count_nonzero(labels != IGNORE_INDEX)),
             begin=self.begin + first,
         )
 
@@ -79,7 +81,9 @@ class Encoder:
                 "tokenizer must be one of transformers that is backed by the tokenizers library, "
                 f"which gives the offsets of tokens, got {type(tokenizer).__name__}"
             )
-        self._tokenizer = Tokenizer.from_str(backend.to_str())  # a copy: the user's keeps its state
+        description = backend.to_str()
+        self._tokenizer = Tokenizer.from_str(description)  # a copy: the user's keeps its state
+        self._lengths = byte_lengths(description)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         split = getattr(tokenizer, "split_special_tokens", False)
@@ -97,29 +101,110 @@ class Encoder:
 
     def encode(self, renderings: Sequence[Rendering]) -> list[Encoded]:
         """Tokenize texts, and label the tokens of their learned spans."""
-        texts = [each.text for each in renderings]
-        found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [_label(*each) for each in zip(renderings, found)]
+        placed = self._by_length(renderings)
+        others = [at for at, each in enumerate(placed) if each is None]
+        texts = [renderings[at].text for at in others]
+        found = self._tokenizer.encode_batch(texts, add_special_tokens=False) if texts else []
+        for at, encoding in zip(others, found):
+            placed[at] = _by_offset(renderings[at], encoding)
+        return _label(renderings, [each for each in placed if each is not None])
+
+    def _by_length(self, renderings: Sequence[Rendering]) -> list[_Placed | None]:
+        """The tokens of texts whose places follow from the ids, and None for the others."""
+        placed: list[_Placed | None] = [None] * len(renderings)
+        lengths = self._lengths
+        if lengths is None:
+            return placed
+        numbers = [
+            at
+            for at, each in enumerate(renderings)
+            if not lengths.ascii_only or each.text.isascii()
+        ]
+        chosen = [renderings[at] for at in numbers]
+        if not chosen:
+            return placed
+        texts = [each.text for each in chosen]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        lists = [each.ids for each in encodings]
+        # The texts one behind the other: text k has the tokens edges[k] to edges[k + 1].
+        edges = [0, *accumulate(map(len, lists))]
+        ids = np.fromiter(chain.from_iterable(lists), np.int32, edges[-1])
+        starts = np.concatenate([[0], np.cumsum(lengths.of[ids])])  # in bytes
+        begins = starts[edges].tolist()
+        places = [
+            begin + _bytes(each.text, place)
+            for each, begin in zip(chosen, begins)
+            for span in each.spans
+            for place in (span.begin, span.end)
+        ]
+        tokens = np.searchsorted(starts, places).clip(max=len(ids)).reshape(-1, 2)
+        merged = starts[tokens[:, 0]] > places[::2]
+        done = 0
+        for at, each, (token, stop), (begin, end) in zip(
+            numbers, chosen, pairwise(edges), pairwise(begins)
+        ):
+            own = slice(done, done := done + len(each.spans))
+            if end - begin == _bytes(each.text):
+                placed[at] = _Placed(ids[token:stop], tokens[own] - token, int(merged[own].sum()))
+        return placed
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The first and the last character (exclusive) of each token."""
         return self._tokenizer.encode(text, add_special_tokens=False).offsets
 
 
-def _label(rendering: Rendering, encoding: Encoding) -> Encoded:
+class _Placed(NamedTuple):
+    """The tokens of a text, and where its spans are; see `Encoded`."""
+
+    ids: NDArray[np.int32]
+    spans: NDArray[np.int64]
+    merged: int
+
+
+def _bytes(text: str, stop: int | None = None) -> int:
+    """The bytes of a text, or of its first characters."""
+    if text.isascii():
+        return len(text) if stop is None else stop
+    return len(text[:stop].encode())
+
+
+def _by_offset(rendering: Rendering, encoding: Encoding) -> _Placed:
     ids = np.array(encoding.ids, np.int32)
-    labels = np.full_like(ids, IGNORE_INDEX)
-    weights = np.zeros(len(ids), np.float32)
     spans = np.empty((len(rendering.spans), 2), np.int64)
     merged = 0
     for at, span in enumerate(rendering.spans):
         first = _first_token(encoding, span.begin, len(ids))
-        last = _first_token(encoding, span.end, len(ids), first)
-        labels[first:last] = ids[first:last]
-        weights[first:last] = span.weight
-        spans[at] = first, last
+        spans[at] = first, _first_token(encoding, span.end, len(ids), first)
         merged += first > 0 and _characters(encoding, first - 1)[1] > span.begin
-    return Encoded(rendering, ids, labels, weights, spans, merged)
+    return _Placed(ids, spans, merged)
+
+
+def _label(renderings: Sequence[Rendering], placed: Sequence[_Placed]) -> list[Encoded]:
+    """The labels of texts, which are views into arrays of all of them."""
+    edges = [0, *accumulate(len(each.ids) for each in placed)]
+    ids = np.concatenate([each.ids for each in placed]) if placed else np.empty(0, np.int32)
+    labels = np.full_like(ids, IGNORE_INDEX)
+    weights = np.zeros(len(ids), np.float32)
+    for rendering, each, edge in zip(renderings, placed, edges):
+        for span, (first, last) in zip(rendering.spans, (each.spans + edge).tolist()):
+            labels[first:last] = ids[first:last]
+            weights[first:last] = span.weight
+    learned = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)])
+    targets = np.diff(learned[edges]).tolist()
+    return [
+        Encoded(
+            rendering,
+            ids[begin:end],
+            labels[begin:end],
+            weights[begin:end],
+            each.spans,
+            each.merged,
+            count,
+        )
+        for rendering, each, (begin, end), count in zip(
+            renderings, placed, pairwise(edges), targets
+        )
+    ]
 
 
 def _first_token(encoding: Encoding, character: int, count: int, least: int = 0) -> int:

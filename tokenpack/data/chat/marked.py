@@ -1,6 +1,6 @@
 """Texts whose learned parts are colored, marked, or neither.
 
-    color    context in cyan, targets in green and bold
+    color    context in cyan, targets in green and bold, problems in red
     marks    targets between ⟦ and ⟧
     plain    the text alone, byte for byte
     HTML     a page of its own, without scripts and other files
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 STYLES = ("color", "marks", "plain")
 _CONTEXT, _TARGET, _RESET = "\x1b[36m", "\x1b[1;32m", "\x1b[0m"
+_TITLE, _PROBLEM = "\x1b[1m", "\x1b[1;31m"
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 _PAGE = """\
@@ -25,6 +26,7 @@ _PAGE = """\
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>tokenpack preview</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
@@ -148,10 +150,16 @@ class Preview:
 def _terminal(sequence: MarkedSequence, style: str) -> str:
     mark = _colored if style == "color" else _marked
     text = "".join(map(mark, sequence.pieces))
-    lines = [f"── {sequence.title}", f"   {sequence.shares}", text]
-    lines += [f"   {boundary.translate(_PICTURES)}" for boundary in sequence.boundaries]
-    found = "; ".join(sequence.problems) or "nothing"
-    return "\n".join([*lines, f"   checks found {found}"])
+    title, found = f"── {sequence.title}", f"checks found {_found(sequence)}"
+    if style == "color":
+        title = f"{_TITLE}{title}{_RESET}"
+        found = f"{_PROBLEM}{found}{_RESET}" if sequence.problems else found
+    boundaries = [f"   {boundary.translate(_PICTURES)}" for boundary in sequence.boundaries]
+    return "\n".join([title, f"   {sequence.shares}", text, *boundaries, f"   {found}"])
+
+
+def _found(sequence: MarkedSequence) -> str:
+    return "; ".join(sequence.problems) or "nothing"
 
 
 def _colored(piece: Piece) -> str:
@@ -174,10 +182,10 @@ def _section(sequence: MarkedSequence) -> str:
         for piece in sequence.pieces
     )
     boundaries = html.escape("\n".join(sequence.boundaries).translate(_PICTURES))
-    details = f"<details><summary>token ids at the boundaries</summary>\n<pre>{boundaries}</pre>"
-    found = html.escape("; ".join(sequence.problems) or "nothing")
+    summary = "<summary>token ids at the boundaries</summary>"
+    details = f"\n<details>{summary}\n<pre>{boundaries}</pre></details>" if boundaries else ""
     kind = ' class="problem"' if sequence.problems else ""
     return (
         f"<h2>{html.escape(sequence.title)}</h2>\n<p>{html.escape(sequence.shares)}</p>\n"
-        f"<pre>{text}</pre>\n<p{kind}>checks found {found}</p>\n{details}</details>"
+        f"<pre>{text}</pre>\n<p{kind}>checks found {html.escape(_found(sequence))}</p>{details}"
     )

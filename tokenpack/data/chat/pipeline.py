@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ from ...checks import optional_at_least_one
 from .checks import ChatReport, RowChecks, flag
 from .encoding import Encoded, Encoder
 from .fitting import KEEPS, TRUNCATIONS, Truncation
-from .rendering import Renderer, RenderError, Rendering
+from .rendering import Renderer, Rendering
 from .schemas import SCHEMAS, Conversation, read_conversation
+from .writing import RenderError
 
-_PART = 200  # rows that are tokenized, without the interpreter's lock, while the next are rendered
+# Rows that are tokenized together, without the interpreter's lock, while others are rendered. With
+# two parts at a time, the tokenizer works while the thread of one waits for the lock.
+_PART = 100
+_WAITING = 2
 
 
 def check_choice(name: str, given: Any, known: Collection[Any]) -> None:
@@ -129,38 +134,56 @@ class ChatPipeline:
                 write it, or if it is too long and that is an error.
         """
         samples: list[Sample] = []
-        waiting: Future[list[Encoded]] | None = None
-        numbers: list[int] = []
-        with ThreadPoolExecutor(1) as thread:
+        waiting: deque[tuple[list[int], Future[list[Encoded]]]] = deque()
+        wrong: Exception | None = None
+        with ThreadPoolExecutor(_WAITING) as threads:
             for part in _parts(rows):
-                rendered = self._render(part, sparse)
-                encoding = thread.submit(self._encoder.encode, [each for _, each in rendered])
-                if waiting is not None:
-                    samples += self._fit_all(numbers, waiting.result())
-                waiting, numbers = encoding, [number for number, _ in rendered]
-            if waiting is not None:
-                samples += self._fit_all(numbers, waiting.result())
+                rendered, wrong = self._render(part, sparse)
+                encoding = threads.submit(self._encoder.encode, [each for _, each in rendered])
+                waiting.append(([number for number, _ in rendered], encoding))
+                if len(waiting) > _WAITING:
+                    samples += self._fit_all(*waiting.popleft())
+                if wrong is not None:
+                    break
+            while waiting:
+                samples += self._fit_all(*waiting.popleft())
+        if wrong is not None:  # an error of an earlier row came first
+            raise wrong
         return samples
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The first and the last character (exclusive) of each token of a text."""
         return self._encoder.offsets(text)
 
-    def _render(self, rows: list[tuple[int, Any]], sparse: bool) -> list[tuple[int, Rendering]]:
+    def _render(
+        self, rows: list[tuple[int, Any]], sparse: bool
+    ) -> tuple[list[tuple[int, Rendering]], Exception | None]:
+        """The texts of rows up to the first that is wrong, and its error."""
         found: list[tuple[int, Rendering]] = []
+        conversations: list[Conversation] = []
+        wrong: Exception | None = None
         for number, row in rows:
-            where = f"row {number}"
-            conversation = read_conversation(row, where, self._options.schema, sparse=sparse)
-            self._require_weights(conversation, where)
             try:
-                rendered = self._renderer.render(conversation)
+                conversations.append(self._read(row, f"row {number}", sparse))
+            except (TypeError, ValueError) as error:
+                wrong = error
+                break
+        written = self._renderer.write_all(conversations)
+        for (number, _), conversation, text in zip(rows, conversations, written):
+            try:
+                rendered = self._renderer.render(conversation, written=text)
             except RenderError as error:
-                raise ValueError(f"{where}: {error}") from None
+                return found, ValueError(f"row {number}: {error}")
             found += [(number, each) for each in rendered]
-        return found
+        return found, wrong
 
-    def _fit_all(self, numbers: list[int], encoded: list[Encoded]) -> list[Sample]:
-        return [sample for each in zip(numbers, encoded) for sample in self._fit(*each)]
+    def _read(self, row: Any, where: str, sparse: bool) -> Conversation:
+        conversation = read_conversation(row, where, self._options.schema, sparse=sparse)
+        self._require_weights(conversation, where)
+        return conversation
+
+    def _fit_all(self, numbers: list[int], encoding: Future[list[Encoded]]) -> list[Sample]:
+        return [sample for each in zip(numbers, encoding.result()) for sample in self._fit(*each)]
 
     def _fit(self, row: int, encoded: Encoded) -> list[Sample]:
         if not len(encoded.spans):

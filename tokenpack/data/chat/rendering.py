@@ -21,18 +21,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from .schemas import Conversation, with_json_arguments
+from .schemas import Conversation
+from .writing import RenderError, Writer, Written
 
 _PROBE = "\ue000\ue001\ue000"  # private use: no template writes it
 _REASONING_PROBE = "\ue002\ue001\ue002"
 _EMPTY_BLOCK = re.compile(r"\s*(?:<(\w+)>\s*</\1>|\[(\w+)\]\s*\[/\2\])\s*")
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -70,10 +66,6 @@ class Rendering(NamedTuple):
     spans: list[Span]
 
 
-class RenderError(ValueError):
-    """The template cannot write a conversation, or its spans cannot be found."""
-
-
 class _UnstableError(RenderError):
     """The template writes a beginning of the conversation differently when more follows."""
 
@@ -97,13 +89,15 @@ class Renderer:
         stop_tokens: Sequence[str] = (),
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._writer = Writer(tokenizer, template_kwargs or {})
         self._loss_on = loss_on if isinstance(loss_on, str) else frozenset(loss_on)
         self._on_terminator = train_on_terminator
-        self._variables = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
         # The longest first, because one may end in another.
         self._special = tuple(sorted(special | set(stop_tokens), key=len, reverse=True))
+        # The leftmost match is the longest.
+        self._last_special = re.compile(f"(?:{'|'.join(map(re.escape, self._special))})\\Z")
+        self._longest = max(map(len, self._special), default=0)
         self._stops = tuple(stop_tokens)
         self._prompt, self._header, self._lead, self._has_prompt = "", "", "", True
         self._probe_template()
@@ -122,47 +116,60 @@ class Renderer:
         return {at: 1.0 if given is None else given for at, given in weights.items() if given != 0}
 
     def render(
-        self, conversation: Conversation, learned: dict[int, float] | None = None
+        self,
+        conversation: Conversation,
+        learned: dict[int, float] | None = None,
+        written: Written | None = None,
     ) -> list[Rendering]:
         """Render a conversation; into several texts if the template is not stable.
 
         Args:
             conversation: to render.
             learned: the learned messages with their weights; by default `learned`.
+            written: what the template writes, if `write_all` gave it.
 
         Raises:
             RenderError: if the template raises an error, or if the spans cannot be found.
         """
         learned = self.learned(conversation) if learned is None else learned
+        if written is None:
+            written = self._writer.write(conversation, conversation.messages, marked=True)
+        text = written.text
         if not learned:
-            return [Rendering(conversation, {}, self.text(conversation), [])]
-        roles = {conversation.messages[at]["role"] for at in learned}
-        if roles == {"assistant"} and has_markers(self._template(conversation)):
-            marked = self._by_markers(conversation, learned)
+            return [Rendering(conversation, {}, text, [])]
+        answers_only = all(conversation.messages[at]["role"] == "assistant" for at in learned)
+        if answers_only and self._writer.marks(conversation):
+            marked = self._by_markers(conversation, learned, written)
             if marked is not None:
                 return [marked]
         try:
-            text = self.text(conversation)
             spans = [self._locate(conversation, at, text, learned[at]) for at in sorted(learned)]
             return [Rendering(conversation, learned, text, _filled(spans))]
         except _UnstableError:
             return self._beginnings(conversation, learned)
 
+    def write_all(self, conversations: Sequence[Conversation]) -> list[Written | None]:
+        """What the template writes for each, or None where `render` must write it by itself."""
+        return self._writer.write_all(conversations)
+
     # ------------------------------------------------------------------------------------ markers
 
     def _by_markers(
-        self, conversation: Conversation, learned: dict[int, float]
+        self, conversation: Conversation, learned: dict[int, float], written: Written
     ) -> Rendering | None:
         """The spans of the template's markers, or None if they leave out an answer or a call, or if
         they are not one for each answer and it matters which is which."""
         messages = conversation.messages
-        text, found = self._run(conversation, messages, marked=True)
-        found = [(begin, end) for begin, end in found if end > begin]
+        text = written.text
+        found = [(begin, end) for begin, end in written.marked if end > begin]
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        inside = "".join(text[begin:end] for begin, end in found)
-        calls = [call for at in answers for call in messages[at].get("tool_calls", ())]
-        if len(found) < len(answers) or any(function_name(call) not in inside for call in calls):
+        if len(found) < len(answers):
             return None
+        calls = [call for at in answers for call in messages[at].get("tool_calls", ())]
+        if calls:
+            inside = "".join(text[begin:end] for begin, end in found)
+            if any(function_name(call) not in inside for call in calls):
+                return None
         paired = len(found) == len(answers) and all(
             _holds(text[begin:end], messages[at]) for (begin, end), at in zip(found, answers)
         )
@@ -242,7 +249,7 @@ class Renderer:
         messages = conversation.messages
         probe = {**_probe_of(messages[at]), "reasoning_content": _REASONING_PROBE}
         try:
-            text, _ = self._run(conversation, [*messages[:at], probe])
+            text, _ = self._writer.write(conversation, [*messages[:at], probe])
         except RenderError:
             return False
         block = text[begin : text.rfind(_PROBE)]
@@ -262,7 +269,7 @@ class Renderer:
         self, conversation: Conversation, messages: list[dict[str, Any]], prompt: bool = False
     ) -> str:
         try:
-            return self._run(conversation, messages, prompt=prompt)[0]
+            return self._writer.write(conversation, messages, prompt=prompt)[0]
         except RenderError as error:
             raise _UnstableError(
                 f"the chat template cannot write the first {len(messages)} messages alone, which "
@@ -290,7 +297,8 @@ class Renderer:
         written = text[begin:end].rstrip()
         terminator = None
         if written.endswith(self._special):
-            terminator = next(each for each in self._special if written.endswith(each))
+            found = self._last_special.search(written, max(len(written) - self._longest, 0))
+            terminator = found[0] if found else None
             end = begin + len(written)
         else:
             terminator = next((each for each in self._stops if text.startswith(each, end)), None)
@@ -304,9 +312,9 @@ class Renderer:
         user = {"role": "user", "content": "a"}
         asked = Conversation([user, {"role": "assistant", "content": _PROBE}], [None, None])
         try:
-            text, found = self._run(asked, asked.messages, marked=True)
-            plain, _ = self._run(asked, [user])
-            prompt, _ = self._run(asked, [user], prompt=True)
+            text, found = self._writer.write(asked, asked.messages, marked=True)
+            plain, _ = self._writer.write(asked, [user])
+            prompt, _ = self._writer.write(asked, [user], prompt=True)
         except RenderError:  # a template for other conversations
             return
         self._has_prompt, self._prompt = prompt != plain, prompt.removeprefix(plain)
@@ -332,48 +340,7 @@ class Renderer:
         Raises:
             RenderError: if it raises an error.
         """
-        return self._run(conversation, conversation.messages)[0]
-
-    def _template(self, conversation: Conversation) -> str:
-        return self._tokenizer.get_chat_template(None, conversation.tools)
-
-    def _run(
-        self,
-        conversation: Conversation,
-        messages: list[dict[str, Any]],
-        *,
-        prompt: bool = False,
-        marked: bool = False,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of the messages, and the spans of the markers if ``marked``."""
-        template = self._template(conversation)
-        marked = marked and has_markers(template)
-
-        def rendered(messages: list[dict[str, Any]]) -> Any:
-            return render_jinja_template(
-                [messages],
-                tools=conversation.tools,
-                documents=conversation.documents,
-                chat_template=template,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=prompt,
-                **{**self._variables, **conversation.template_kwargs},
-            )
-
-        try:
-            try:
-                texts, spans = rendered(messages)
-            except TypeError:  # DeepSeek-V3 joins the arguments of a call as a text
-                texts, spans = rendered(with_json_arguments(messages))
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise RenderError(f"the chat template cannot write the conversation: {error}") from None
-        return texts[0], spans[0] if marked else []
-
-
-@lru_cache
-def has_markers(template: str) -> bool:
-    """Whether a template has ``{% generation %}`` markers."""
-    return _MARKER.search(template) is not None
+        return self._writer.write(conversation, conversation.messages)[0]
 
 
 def texts_of(message: dict[str, Any]) -> list[str]:
@@ -423,6 +390,8 @@ def _common(one: str, other: str) -> int:
 
 def _writes(message: dict[str, Any], lead: str) -> bool:
     """Whether the message itself has what the template would add."""
+    if not lead:
+        return True
     words = lead.split()
     return not words or any(words[0] in text for text in texts_of(message))
 

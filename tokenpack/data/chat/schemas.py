@@ -31,6 +31,8 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _READ = ("system", "tools", "documents", "chat_template_kwargs")
 _PAYLOADS = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
 
+_MAPPINGS = (dict, Mapping)  # dict first: whether a class is a Mapping takes longer to find out
+
 
 class Conversation(NamedTuple):
     """One conversation.
@@ -74,14 +76,20 @@ def read_conversation(
     """
     if isinstance(row, (list, tuple)):
         row = {"messages": row}
-    if not isinstance(row, Mapping):
+    if not isinstance(row, _MAPPINGS):
         raise TypeError(
             f"{where} must be a mapping or a list of messages, got {type(row).__name__}"
         )
     columns = _columns_of(row, where, schema)
     messages, weights = _messages_of(row, columns, where)
     if sparse:
-        messages = [_without_none(message) for message in messages]
+        messages = [
+            message
+            if all(isinstance(each, str) for each in message.values())
+            # Values of None are gone from a message already, but not from what it holds.
+            else _without_none(message)
+            for message in messages
+        ]
         row = {name: _without_none(row.get(name)) for name in _READ}
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -161,7 +169,7 @@ def _message_list(value: Any, where: str) -> tuple[list[dict[str, Any]], list[fl
 
 
 def _read_message(given: Any, where: str) -> tuple[dict[str, Any], float | None]:
-    if not isinstance(given, Mapping):
+    if not isinstance(given, _MAPPINGS):
         raise ValueError(f"{where} must be a mapping, got {type(given).__name__}")
     message = {key: value for key, value in given.items() if value is not None}
     if "role" not in message and "from" in message:
@@ -169,7 +177,8 @@ def _read_message(given: Any, where: str) -> tuple[dict[str, Any], float | None]
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")
     role = message.get("role")
-    if not isinstance(role, str) or not any(name in message for name in _PAYLOADS):
+    has_payload = "content" in message or any(name in message for name in _PAYLOADS)
+    if not isinstance(role, str) or not has_payload:
         raise ValueError(
             f"{where} must have role and content (or from and value), got "
             f"{', '.join(map(str, message)) or 'no keys'}"
@@ -272,7 +281,7 @@ def _json(text: str, where: str) -> Any:
 def _without_none(value: Any) -> Any:
     if isinstance(value, str):
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, _MAPPINGS):
         return {key: _without_none(each) for key, each in value.items() if each is not None}
     if isinstance(value, (list, tuple)):
         return [_without_none(each) for each in value]

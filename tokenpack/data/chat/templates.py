@@ -195,8 +195,9 @@ def _write(preset: str, form: _Format) -> str:
         "{{- bos_token or '' -}}\n" if form.bos else "",
         _HEAD.replace("PRESET", preset),
         "{%- for message in messages -%}\n",
-        "{%- set role = message.role -%}\n",
-        "{%- set content = message.content -%}\n",
+        "{%- set role = message['role'] -%}\n",
+        "{%- set content = message['content'] -%}\n",
+        # A key is faster than an attribute, which is looked for in vain first.
         # Two keys are role and content alone. This is the usual case, and a macro takes time.
         "{%- if content is not string or message | length > 2 -%}\n",
         "{%- set content = text_of(message) -%}\n",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ._triton import next_power_of_2, on_triton, tl, triton
-from .layout import PackedLayout
+from .layout import PackedLayout, require_padded_form
 
 
 @overload
@@ -47,6 +47,7 @@ def unpad(tensors: Tensor | Sequence[Tensor], layout: PackedLayout) -> Tensor | 
         ValueError: the shape of a tensor does not start with ``layout.padded_shape``, or a tensor
             and the layout are on different devices.
     """
+    require_padded_form(layout)
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
         _require_leading(position, tensor, layout.padded_shape, "layout.padded_shape", layout)
@@ -87,6 +88,7 @@ def repad(
             the layout are on different devices, the number of fills is not the number of tensors,
             or a tensor cannot represent its fill.
     """
+    require_padded_form(layout)
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
         _require_leading(position, tensor, (layout.total_tokens,), "layout.total_tokens", layout)

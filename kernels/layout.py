@@ -41,7 +41,8 @@ class PackedLayout:
     Attributes:
         cu_seqlens: ``(num_seqs + 1,)`` int32. Non-decreasing from 0 to ``total_tokens``.
         indices: ``(total_tokens,)`` int32. The slot of each token in the padded batch flattened
-            to ``(rows * columns, ...)``.
+            to ``(rows * columns, ...)``. Empty if int32 cannot hold ``rows * columns``: such a
+            layout has everything but a padded form.
         position_ids: ``(total_tokens,)`` int32. The position of each token in its own sequence,
             from 0.
         total_tokens: number of real tokens.
@@ -79,6 +80,7 @@ class PackedLayout:
 
         This differs from ``position_ids`` if a row is left-padded or its mask has gaps.
         """
+        require_padded_form(self)
         return self.indices % max(self.padded_shape[1], 1)
 
     def to(self, device: torch.device | str) -> PackedLayout:
@@ -230,10 +232,9 @@ def layout_from_position_ids(position_ids: Tensor) -> PackedLayout:
     num_seqs, longest = sizes.tolist()
     if num_seqs < 0:
         raise_position_error(position_ids)
-    _require_int32_slots(num_seqs * longest)
     return PackedLayout(
         cu_seqlens[: num_seqs + 1],
-        indices,
+        _slots_or_none(indices, num_seqs * longest),
         positions,
         positions.numel(),
         longest,
@@ -269,10 +270,10 @@ def _from_boundaries(
         if max_seqlen not in (None, longest):
             raise ValueError(f"max_seqlen must be the longest length, {longest}, got {max_seqlen}")
         boundaries, cumulative = cu_seqlens, True
-    _require_int32_slots(num_seqs * longest)
     cu_seqlens, indices, position_ids, _ = run(
         boundary_layout, _move(boundaries, target), cumulative, total, longest
     )
+    indices = _slots_or_none(indices, num_seqs * longest)
     return PackedLayout(cu_seqlens, indices, position_ids, total, longest, (num_seqs, longest))
 
 
@@ -299,6 +300,21 @@ def _require_integers(name: str, value: Tensor) -> None:
 def _require_int32_slots(slots: int) -> None:
     if slots > INT32_MAX:
         raise ValueError(f"rows * columns must be less than 2**31, got {slots} slots")
+
+
+def require_padded_form(layout: PackedLayout) -> None:
+    """Raise ValueError if the padded batch has too many slots for ``layout.indices``."""
+    rows, columns = layout.padded_shape
+    if rows * columns > INT32_MAX:
+        raise ValueError(
+            f"layout must have less than 2**31 slots to have a padded form, got {rows} rows of "
+            f"{columns} columns: pad fewer sequences at a time"
+        )
+
+
+def _slots_or_none(indices: Tensor, slots: int) -> Tensor:
+    """``indices``, or none of them if int32 cannot hold them all."""
+    return indices if slots <= INT32_MAX else indices[:0]
 
 
 def _require_total(total_tokens: int | None, slots: int) -> None:

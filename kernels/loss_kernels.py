@@ -49,8 +49,9 @@ def _load_z(
 
 # num_classes is specialized, because it does not change from batch to batch: the compiler emits
 # 16-byte loads only if it can prove that the mask is uniform over 16 bytes. The float options are
-# passed as float64, which is exact, and cast to the dtype of the loss.
-@triton.jit
+# passed as float64, which is exact, and cast to the dtype of the loss. Tensors with one number per
+# row are not specialized by their alignment: chunks of tokens begin anywhere.
+@triton.jit(do_not_specialize_on_alignment=["targets", "token_loss", "token_lse", "correct"])
 def _cross_entropy_kernel(
     logits,
     targets,
@@ -104,7 +105,7 @@ def _cross_entropy_kernel(
     tl.store(correct + token, has_target & (target_z >= top))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["dloss", "token_lse", "targets"])
 def _cross_entropy_backward_kernel(
     dloss,
     logits,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._ops import define_op, on_triton, run
 from ._triton import next_power_of_2, tl, triton
-from .layout import PackedLayout
+from .layout import PackedLayout, require_padded_form
 
 
 @overload
@@ -48,6 +48,7 @@ def unpad(tensors: Tensor | Sequence[Tensor], layout: PackedLayout) -> Tensor | 
         ValueError: the shape of a tensor does not start with ``layout.padded_shape``, or a tensor
             and the layout are on different devices.
     """
+    require_padded_form(layout)
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
         _require_leading(position, tensor, layout.padded_shape, "layout.padded_shape", layout)
@@ -88,6 +89,7 @@ def repad(
             the layout are on different devices, the number of fills is not the number of tensors,
             or a tensor cannot represent its fill.
     """
+    require_padded_form(layout)
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
         _require_leading(position, tensor, (layout.total_tokens,), "layout.total_tokens", layout)

@@ -267,7 +267,7 @@ def machine(monkeypatch):
             stand_in.varlen_attn = TORCH[torch_version]
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", stand_in)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
         forget_probes()
 
     pretend()

@@ -85,7 +85,7 @@ def varlen_attention(
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias)
     spec = _spec(q.shape[-1], causal, scale, window, softcap, dropout_p)
     _check_seed(dropout_seed, q)
-    on_kernel = kernel_lacks(q.device.type, q.dtype, q.shape[2]) is None
+    on_kernel = kernel_lacks(q.device, q.dtype, q.shape[2]) is None
     if not (on_kernel or return_lse or dropout_seed is not None or torch.compiler.is_compiling()):
         return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
     if spec.dropout_p > 0.0 and dropout_seed is None:

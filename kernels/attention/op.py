@@ -30,11 +30,16 @@ from .spec import AttentionInputs, AttentionSpec
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def kernel_lacks(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the Triton kernel cannot run a call on the current device, or None if it can."""
-    if device_type not in DEVICES:
-        return f"needs a CUDA device and Triton, not {device_type}"
-    if device_type == "cuda" and not is_ampere_or_newer():
+def kernel_lacks(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernel cannot run a call on a device, or None if it can.
+
+    ``"cuda"`` without an index is the current device.
+    """
+    if isinstance(device, str):
+        device = torch.device(device)
+    if device.type not in DEVICES:
+        return f"needs a CUDA device and Triton, not {device.type}"
+    if device.type == "cuda" and not is_ampere_or_newer(device.index):
         return "needs compute capability 8.0 or newer"
     if dtype not in _DTYPES:
         return f"needs float16, bfloat16 or float32, not {dtype}"
@@ -43,9 +48,9 @@ def kernel_lacks(device_type: str, dtype: torch.dtype, head_dim: int) -> str | N
     return None
 
 
-def is_ampere_or_newer() -> bool:
-    """Whether the current CUDA device exists and has compute capability 8.0 or newer."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+def is_ampere_or_newer(index: int | None = None) -> bool:
+    """Whether a CUDA device has compute capability 8.0 or newer: by default the current one."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 @define_op("tokenpack::varlen_attention")
@@ -173,7 +178,7 @@ def varlen_attention_triton(
     """The op ``varlen_attention`` in one launch."""
     inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed)
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
-    if kernel_lacks(q.device.type, q.dtype, q.shape[2]):
+    if kernel_lacks(q.device, q.dtype, q.shape[2]):
         return _forward_in_torch(inputs, spec)
     inputs, spec, _ = _with_positive_scale(inputs, spec)
     return attention_forward(_for_kernels(inputs), spec)
@@ -201,7 +206,7 @@ def varlen_attention_backward_triton(
     """The op ``varlen_attention_backward`` in two launches, and the sum of the table's partials."""
     inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed)
     spec = _spec(scale, left, right, softcap, dropout_p, seed)
-    if kernel_lacks(q.device.type, q.dtype, q.shape[2]):
+    if kernel_lacks(q.device, q.dtype, q.shape[2]):
         return _backward_in_torch(dout, inputs, spec, needs_table)
     inputs, spec, sign = _with_positive_scale(inputs, spec)
     dq, dk, dv, dtable = attention_backward(

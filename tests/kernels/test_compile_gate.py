@@ -332,7 +332,10 @@ def compile_batches() -> tuple[set[str], set[str]]:
         logits = torch.zeros(rows * columns, 32, dtype=torch.bfloat16)
         options = (0.0, 0.0, 0.0, 1.0)
         token_loss, lse, _ = loss.cross_entropy_triton(logits, target, *options, False)
-        loss.cross_entropy_backward_triton(token_loss, logits, lse, target, *options)
+        first = int(torch.randint(0, rows * columns, (), generator=generator))  # of a chunk
+        loss.cross_entropy_triton(logits[first:], target[first:], *options, False)
+        chunk = (one[first:] for one in (token_loss, logits, lse, target))
+        loss.cross_entropy_backward_triton(*chunk, *options)
         q = torch.zeros(rows * columns, 4, 64, dtype=torch.bfloat16)
         table = torch.zeros(4, 2 * columns + 1)
         rest = (layout.cu_seqlens, layout.cu_seqlens, table, None, 0.125, -1, 0, 0.0, 0.0)

@@ -14,6 +14,7 @@ from tokenpack.kernels import (
     layout_from_lengths,
     layout_from_mask,
     layout_from_position_ids,
+    repad,
 )
 from tokenpack.kernels._triton import INTERPRETED
 
@@ -275,6 +276,22 @@ def test_bad_cu_seqlens(cu_seqlens, total_tokens, shown):
 def test_cu_seqlens_that_are_not_integers():
     with pytest.raises(TypeError, match=r"cu_seqlens must be integers, got torch\.float32"):
         layout_from_cu_seqlens(torch.tensor([0.0, 2.0]))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="many sequences take minutes in the interpreter")
+def test_one_long_sequence_among_many_has_no_padded_form():
+    """70,000 x 32,768 slots are more than int32 counts, but attention needs none of them."""
+    lengths = [32_768] + [1] * 69_999
+    layout = layout_from_lengths(lengths)
+    assert layout.cu_seqlens[-1] == layout.total_tokens == layout.position_ids.numel() == 102_767
+    assert (layout.max_seqlen, layout.num_seqs) == (32_768, 70_000)
+    again = layout_from_position_ids(layout.position_ids)
+    assert again.cu_seqlens.equal(layout.cu_seqlens)
+    for one in (layout, again):
+        with pytest.raises(ValueError, match=r"layout must have .*, got 70000 rows of 32768"):
+            repad(torch.zeros(102_767), one)
+        with pytest.raises(ValueError, match="padded form"):
+            _ = one.columns
 
 
 @pytest.mark.parametrize(

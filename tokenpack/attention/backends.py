@@ -48,6 +48,7 @@ class AttentionCall(NamedTuple):
     relative_bias: bool
     dropout: bool
     flash_scratch_fits: bool  # 32-bit offsets address the scratch of flash attention's backward
+    device_index: int | None = None  # None is the current device of the type
 
 
 class Options(TypedDict):
@@ -207,7 +208,7 @@ def _flash_kernels_lack(call: AttentionCall) -> str | None:
         return f"needs float16 or bfloat16, not {call.dtype}"
     if call.head_dim > 256 or call.head_dim % 8:
         return f"needs a head_dim that is a multiple of 8 up to 256, not {call.head_dim}"
-    if not is_ampere_or_newer():
+    if not is_ampere_or_newer(call.device_index):
         return "needs compute capability 8.0 or newer"
     if not call.flash_scratch_fits:
         return "its backward fails past 2**31 scratch elements"
@@ -239,7 +240,9 @@ def _require_found(found: Found | str) -> Found:
 
 
 def _triton_lacks(call: AttentionCall) -> str | None:
-    return kernel_lacks(call.device_type, call.dtype, call.head_dim)
+    index = call.device_index
+    device = call.device_type if index is None else f"{call.device_type}:{index}"
+    return kernel_lacks(device, call.dtype, call.head_dim)
 
 
 def _run_triton(tensors: Tensors, max_seqlens: tuple[int, int], options: Options) -> Tensor:

@@ -228,7 +228,7 @@ def _prepare(layouts: Mapping[str, PackedLayout], kind: _Kind) -> Prepared:
     call = _describe(
         (layout_q.total_tokens, kind.heads, kind.head_dim),
         kind.kv_heads,
-        kind.device.type,
+        kind.device,
         kind.dtype,
         layout_q.num_seqs,
         options,
@@ -302,7 +302,7 @@ def packed_attention(
     call = _describe(
         q.shape,
         k.shape[1],
-        q.device.type,
+        q.device,
         q.dtype,
         cu_seqlens_q.numel() - 1,
         options,
@@ -317,7 +317,7 @@ def packed_attention(
 def _describe(
     shape: tuple[int, ...],
     kv_heads: int,
-    device_type: str,
+    device: torch.device,
     dtype: torch.dtype,
     num_seqs: int,
     options: Options,
@@ -328,7 +328,8 @@ def _describe(
     # Elements of the scratch tensor that flash attention's backward allocates.
     scratch = (total + 128 * (num_seqs + 1)) * heads * -(-head_dim // 32) * 32
     return AttentionCall(
-        device_type=device_type,
+        device_type=device.type,
+        device_index=device.index,
         dtype=dtype,
         heads=heads,
         kv_heads=kv_heads,
@@ -386,6 +387,7 @@ def backend_report(device: torch.device | None = None) -> list[BackendStatus]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plain = AttentionCall(
         device_type=device.type,
+        device_index=device.index,
         dtype=torch.bfloat16,
         heads=8,
         kv_heads=8,

@@ -58,6 +58,7 @@ def attention_in_graph(
     chosen = _choose(
         backend,
         device_type=query.device.type,
+        device_index=query.device.index,
         dtype=query.dtype,
         heads=heads,
         kv_heads=kv_heads,
@@ -78,7 +79,7 @@ def attention_in_graph(
     no_dropout = not _truth(dropout_p > 0.0)
     if chosen.backend == "reference" and no_dropout and q.device.type == "cpu":
         return attend_on_host_in_graph(tensors, options)[None], chosen
-    if chosen.backend == "reference" and kernel_lacks(q.device.type, q.dtype, q.shape[2]):
+    if chosen.backend == "reference" and kernel_lacks(q.device, q.dtype, q.shape[2]):
         out = varlen_attention(*tensors, **options)  # the op runs the reference
         assert isinstance(out, Tensor)
         return out[None], chosen

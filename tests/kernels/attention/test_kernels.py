@@ -370,6 +370,19 @@ def test_kernel_lacks():
         assert reason is None if lack is None else reason.endswith(lack)
 
 
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs Triton")
+def test_kernel_lacks_asks_the_device_of_the_call(monkeypatch):
+    """The first GPU is too old, the second one is not, and the current one is the first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda index=None: [(7, 5), (9, 0)][index or 0]
+    )
+    for device, lack in (("cuda", "capability 8.0"), ("cuda:0", "capability 8.0"), ("cuda:1", "")):
+        for given in (device, torch.device(device)):
+            reason = op.kernel_lacks(given, torch.float16, 64)
+            assert (lack in reason) if lack else reason is None
+
+
 def test_no_two_sequences_share_a_tile_number():
     """The numbering of `tiles`, and its bound on the number of programs."""
     for size in (16, 64, 128):

@@ -1,12 +1,12 @@
 """Packed attention compared with the alternatives, in one layer.
 
 The alternatives are padded attention at its best setting (PyTorch's fused kernel), FlexAttention on
-the packed stream, and FlashAttention. Padded causal attention with padding on the right needs no
-mask and runs without one. Padded attention with a bias needs a dense bias that includes the padding
-mask. As in models, this bias is built before the first layer. The other contenders take the table
-from which it would be built. All compute the gradient of the bias. Rates count the operations of
-real tokens and unmasked pairs, even if a contender computes more. The limit is the rate at which
-this device multiplies large square matrices.
+the packed stream, FlashAttention, and the attention of two T5 libraries (`t5_peers`). Padded causal
+attention with padding on the right needs no mask and runs without one. Padded attention with a bias
+needs a dense bias that includes the padding mask. As in models, this bias is built before the first
+layer. The other contenders take the table from which it would be built. All compute the gradient of
+the bias. Rates count the operations of real tokens and unmasked pairs, even if a contender computes
+more. The limit is the rate at which this device multiplies large square matrices.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from tokenpack.attention import packed_attention
-from tokenpack.kernels import PackedLayout, layout_from_mask, unpad
+from tokenpack.kernels import PackedLayout, layout_from_mask, repad, unpad
+from tokenpack.kernels.attention import t5_bias_table
 
+from . import t5_peers
 from .common import DEVICE, DTYPE, ON_GPU, RaggedBatch, make_batch, measure
 
 SLOTS, LENGTHS, HEADS = (65_536, [512, 2048, 8192], 16) if ON_GPU else (4096, [128, 512], 4)
@@ -31,6 +33,9 @@ LIMITS = ("matrix product",)
 # On a CPU "auto" is the reference, the only backend there.
 CONTENDERS = ["padded", "packed, FlexAttention", "packed, reference"]
 CONTENDERS += ["packed, auto", "packed, torch", "packed, triton", "packed, FlashAttention"] * ON_GPU
+# Their outputs and gradients are compared with ours before they are timed.
+PEERS = ["packed, turbot5", "padded, nai-t5"]
+CONTENDERS += PEERS * ON_GPU
 
 pytestmark = pytest.mark.benchmark(max_time=0.5)
 
@@ -91,22 +96,26 @@ def _packed(problem, table, backend):
     qkv = _packed_qkv(problem)
     if table is not None:
         table.requires_grad_()
-    layout = problem.layout
 
     def forward():
-        return packed_attention(
-            *qkv,
-            layout.cu_seqlens,
-            layout.cu_seqlens,
-            layout.max_seqlen,
-            layout.max_seqlen,
-            scale=problem.head_dim**-0.5,
-            backend=backend,
-            causal=problem.causal,
-            relative_bias=table,
-        )[0]
+        return _attend(problem, qkv, table, backend)
 
     return forward, qkv + [table] * (table is not None)
+
+
+def _attend(problem, qkv, table, backend):
+    layout = problem.layout
+    return packed_attention(
+        *qkv,
+        layout.cu_seqlens,
+        layout.cu_seqlens,
+        layout.max_seqlen,
+        layout.max_seqlen,
+        scale=problem.head_dim**-0.5,
+        backend=backend,
+        causal=problem.causal,
+        relative_bias=table,
+    )[0]
 
 
 def _flash(problem, table):
@@ -151,6 +160,42 @@ def _flex(problem, table):
     return forward, qkv + [table] * (table is not None)
 
 
+def _turbot5(problem, table):
+    """turbot5 has the weights of T5's buckets in place of the table."""
+    if table is None:
+        pytest.skip("turbot5 is for T5, which has a bias")
+    qkv = _packed_qkv(problem)
+    buckets = torch.randn(t5_peers.BUCKETS, HEADS, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    scale = problem.head_dim**-0.5
+    t5_peers.turbot5_attention()
+
+    def forward():
+        return t5_peers.turbot5(qkv, buckets, problem.layout, problem.causal, scale)
+
+    def expected():
+        return _attend(problem, qkv, t5_bias_table(buckets, not problem.causal), "auto")
+
+    return forward, [*qkv, buckets], expected
+
+
+def _nai_t5(problem, table):
+    """nai-t5 reads a dense bias of one row, which T5's encoder shares between rows and layers."""
+    if table is None or problem.causal:
+        pytest.skip("nai-t5 has FlexAttention in T5's encoder, with a bias and both ways")
+    mask, layout = problem.batch.mask, problem.layout
+    qkv = [each.transpose(1, 2).detach().requires_grad_() for each in problem.padded_qkv()]
+    positions = torch.arange(mask.shape[1], device=DEVICE)
+    distance = (positions - positions[:, None]).clamp(-REACH, REACH)
+    bias = table[:, distance + REACH].requires_grad_()
+    forward = t5_peers.nai_t5(qkv, bias, mask, problem.head_dim**-0.5)
+
+    def expected():
+        packed = unpad([each.transpose(1, 2) for each in qkv], layout)
+        return repad(_attend(problem, packed, table, "auto"), layout).transpose(1, 2)
+
+    return forward, [*qkv, bias], expected
+
+
 def _make(by, problem, table):
     """The forward of a contender, and the inputs that need gradients."""
     if by == "padded":
@@ -180,7 +225,12 @@ def test_attention(benchmark, head_dim, passes, direction, bias, longest, by):
     table = None
     if bias == "relative bias":
         table = torch.randn(HEADS, 2 * REACH + 1, dtype=DTYPE, device=DEVICE)
-    forward, inputs = _make(by, problem, table)
+    if by in PEERS:
+        make = _turbot5 if by == "packed, turbot5" else _nai_t5
+        forward, inputs, expected = make(problem, table)
+        benchmark.extra_info["differs from ours"] = differences(forward, expected, inputs[:4])
+    else:
+        forward, inputs = _make(by, problem, table)
     out = forward()
     incoming = torch.ones_like(out)
 
@@ -195,6 +245,28 @@ def test_attention(benchmark, head_dim, passes, direction, bias, longest, by):
     }[passes]
     measure(benchmark, timed, batch=batch)
     _note_rate(benchmark, problem.operations * products / 2)
+
+
+def differences(forward, expected, inputs):
+    """Which of the output and the gradients of the inputs differ from ours by more than 5 %.
+
+    An output that differs fails: its time would be that of something else. Gradients are only
+    noted. Inputs that ours has no gradient for are left out.
+    """
+    results = []
+    for attend in (forward, expected):
+        out = attend()
+        slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device)
+        grads = torch.autograd.grad(out, inputs, slope.view(out.shape), allow_unused=True)
+        results.append([out, *grads])
+    different = []
+    for name, theirs, ours in zip(("out", "dq", "dk", "dv", "dbias"), *results, strict=False):
+        if ours is not None and theirs is not None:
+            error = (theirs.double() - ours.double()).abs().max() / ours.double().abs().max()
+            if not error < 0.05:
+                different.append(f"{name} by {error:.2g}")
+    assert not any(each.startswith("out ") for each in different), different
+    return ", ".join(different) or "nothing"
 
 
 @pytest.mark.benchmark(group="attention, the limit: one matrix product")

@@ -91,12 +91,21 @@ def _liger(name, size, batch):
     return model, batch
 
 
+def _nai_t5(name, size, batch):
+    if name != "T5":
+        pytest.skip("nai-t5 is for T5, and runs there only")
+    from .t5_peers import NaiT5
+
+    return NaiT5(make_model(name, size, "sdpa")), batch
+
+
 CONTENDERS = {
     "padded, SDPA": _padded("sdpa"),
     "padded, eager": _padded("eager"),
     "packed": _packed,
     "DataCollatorWithFlattening": _flattened,
     "padded, Liger": _liger,
+    "padded, nai-t5": _nai_t5,
 }
 
 

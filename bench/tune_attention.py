@@ -43,13 +43,14 @@ def candidates(kernel: str, bias: bool) -> Iterator[Tile]:
 
 @contextmanager
 def using(kernel: str, row: tuple[int, int], tile: Tile) -> Iterator[None]:
-    """Replace one row of one kernel's table for the duration of a block."""
-    before = tiles._TILES[kernel][row]
-    tiles._TILES[kernel][row] = Tiles(tile, tile, tile, tile)
+    """Replace a row of a kernel in this GPU's table for the duration of a block."""
+    rows = tiles.table_of_device()[kernel]
+    before = rows[row]
+    rows[row] = Tiles(tile, tile, tile, tile)
     try:
         yield
     finally:
-        tiles._TILES[kernel][row] = before
+        rows[row] = before
 
 
 def fastest(

@@ -43,7 +43,8 @@ def varlen_attention(
     float32 and for a head_dim from 16 to 256 (`docs/attention.md`). It never synchronizes with the
     host and does not validate the values in ``cu_seqlens``. All other calls run in plain PyTorch,
     as `varlen_attention_reference` does; `kernel_lacks` gives the reason. Results are deterministic
-    on the kernel: two runs give the same bits, gradients included.
+    on the kernel: two runs give the same bits, gradients included. Gradients are of first order:
+    differentiating them again raises an error, as `torch.func.grad` does.
 
     Args:
         q: ``(total_q, heads, head_dim)``, floating point, with any strides.

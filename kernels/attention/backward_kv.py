@@ -5,7 +5,8 @@
 
 One program computes a tile of keys of one key head. It loops over the query heads that share these
 keys, and over the queries that see them, so grouped heads need no atomics. It computes transposed
-tiles, [keys, queries], so that both sums are plain products. `backward_q` computes ``delta`` and
+tiles, [keys, queries], so that both sums are plain products; of wide rows see `backward_kv_wide`.
+`backward_q` computes ``delta`` and
 ``lse`` in base 2.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._triton import tl, triton
+from .backward_kv_wide import backward_queries_wide
 from .launch import SIZES
 from .primitives import (
     QUERY_PADDING,
@@ -51,8 +53,14 @@ class _Queries(NamedTuple):
 class _KeyGrads(NamedTuple):
     """The sums of the loop over queries, in float32."""
 
-    dk: tl.tensor  # [BN, COLUMNS], without the factor scale
-    dv: tl.tensor  # [BN, COLUMNS]
+    dk: tl.tensor  # [BN, COLUMNS], or transposed if `_is_wide`, without the factor scale
+    dv: tl.tensor  # [BN, COLUMNS], or transposed if `_is_wide`
+
+
+@triton.jit
+def _is_wide(SHAPE: tl.constexpr):
+    """Whether the tile is for the loop of `backward_kv_wide`."""
+    return SHAPE.COLUMNS > 128 and SHAPE.CHUNK == 0 and SHAPE.QUERIES >= 64
 
 
 @triton.jit
@@ -97,6 +105,22 @@ def _backward_queries(
 
 
 @triton.jit
+def _add_queries(
+    grads, k, v, queries, params, dropout, tiles, FEATURES: tl.constexpr, SHAPE: tl.constexpr
+):
+    """Add the gradients of one range of query tiles with the loop for the width of rows."""
+    if _is_wide(SHAPE):
+        dk, dv = grads
+        dk, dv = backward_queries_wide(
+            dk, dv, k, v, queries, params, dropout, tiles, FEATURES, SHAPE
+        )
+        grads = _KeyGrads(dk, dv)
+    else:
+        grads = _backward_queries(grads, k, v, queries, params, dropout, tiles, FEATURES, SHAPE)
+    return grads
+
+
+@triton.jit
 def _backward_all_queries(
     grads, k, v, queries, params, dropout, ranges, FEATURES: tl.constexpr, SHAPE: tl.constexpr
 ):
@@ -104,17 +128,17 @@ def _backward_all_queries(
     first, near, far, end = ranges
     LIMITED: tl.constexpr = FEATURES.LEFT or FEATURES.RIGHT
     # fmt: off
-    grads = _backward_queries(
+    grads = _add_queries(
         grads, k, v, queries, params, dropout,
         TileRange(first, tl.minimum(near, end), params.bias_after, LIMITED, False), FEATURES, SHAPE,
     )
     if FEATURES.BIAS:
-        grads = _backward_queries(
+        grads = _add_queries(
             grads, k, v, queries, params, dropout,
             TileRange(near, tl.minimum(far, end), params.bias_after, LIMITED, True),
             FEATURES, SHAPE,
         )
-    return _backward_queries(
+    return _add_queries(
         grads, k, v, queries, params, dropout,
         TileRange(far, end, params.bias_before, FEATURES.LEFT, False), FEATURES, SHAPE,
     )
@@ -186,7 +210,10 @@ def _attention_backward_kv_kernel(
     k_tile = RowTile(load_rows(k_rows, first_key, KEYS, True, SHAPE), k_rows, first_key)
     v_tile = RowTile(load_rows(v_rows, first_key, KEYS, True, SHAPE), v_rows, first_key)
     seed_value = tl.load(seed) if DROPOUT else 0
-    zeros = tl.zeros([KEYS, COLUMNS], tl.float32)
+    if _is_wide(SHAPE):
+        zeros = tl.zeros([COLUMNS, KEYS], tl.float32)
+    else:
+        zeros = tl.zeros([KEYS, COLUMNS], tl.float32)
     grads = _KeyGrads(zeros, zeros)
     for member in range(GROUP):  # the query heads that share these keys
         head = kv_head * GROUP + member
@@ -199,5 +226,8 @@ def _attention_backward_kv_kernel(
         grads = _backward_all_queries(
             grads, k_tile, v_tile, queries, params, dropout, ranges, FEATURES, SHAPE
         )
-    store_rows(dk_rows, grads.dk * scale, first_key, KEYS, SHAPE)
-    store_rows(dv_rows, grads.dv, first_key, KEYS, SHAPE)
+    dk_tile, dv_tile = grads
+    if _is_wide(SHAPE):
+        dk_tile, dv_tile = tl.trans(dk_tile), tl.trans(dv_tile)
+    store_rows(dk_rows, dk_tile * scale, first_key, KEYS, SHAPE)
+    store_rows(dv_rows, dv_tile, first_key, KEYS, SHAPE)

@@ -43,15 +43,23 @@ def _tiles(plain: Tile, dropout: Tile | None = None) -> Tiles:
 
 
 # Tiles for Hopper GPUs. The key is (largest head_dim, bytes of an element). They were chosen by the
-# instructions of a tile and by the ceilings that follow from them (`make compile` counts both):
+# instructions of a tile and by the ceilings that follow from them (`make compile` counts both). No
+# warp computes what another one computes:
 #
 # - The matrix units of Hopper multiply 64 rows per four warps: the queries in "forward" and "dq",
 #   the keys in "dkv". With fewer rows, all warps compute the same products. So eight warps have 128
-#   rows. Below 64 rows, Triton uses the instruction of older GPUs, at half of the rate.
+#   rows. Below 64 rows, Triton uses the instruction of older GPUs, at 62 % of the rate.
+# - "dkv" of 256 columns needs eight warps for the sums of 64 keys. With 64 queries it takes the
+#   loop of `backward_kv_wide`, which divides 64 rows among eight warps.
+# - float32 rows, and some of "dq", use the older instruction. It takes 16 rows per warp: 64 rows
+#   for four warps. If a "dkv" tile has more queries than keys, Triton divides it by columns, 8 per
+#   warp.
 # - Where fewer registers suffice, two or three programs share a multiprocessor, and one multiplies
 #   while another computes exponentials.
 # - Some calls spill registers, nearly all outside of the loops, once for each program. This costs
-#   less than a smaller tile.
+#   less than a smaller tile. In float32, up to a tenth of a loop moves spilled registers, and the
+#   largest tile without spills would still take longer by the count: half of its instructions split
+#   the operands, once for each row that a tile loads.
 #
 # float32 products are three tf32 products each, so above a head_dim of 64 they are computed in
 # chunks of columns (`chunk_for`). With a bias, a "dq" tile must not have more queries than keys:
@@ -65,9 +73,9 @@ _TILES = {
             Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)
         ),
         (256, 2): _tiles(Tile(128, 32, 8, 2)),
-        (64, 4): _tiles(Tile(32, 32, 4, 2)),
-        (128, 4): _tiles(Tile(32, 64, 8, 2), dropout=Tile(32, 32, 8, 2)),
-        (256, 4): _tiles(Tile(32, 32, 8, 2)),
+        (64, 4): _tiles(Tile(64, 32, 4, 2)),
+        (128, 4): _tiles(Tile(64, 32, 4, 2)),
+        (256, 4): _tiles(Tile(64, 16, 4, 2)),
     },
     "dq": {
         (64, 2): Tiles(
@@ -76,10 +84,14 @@ _TILES = {
         (128, 2): Tiles(
             Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 2), Tile(32, 64, 4, 1)
         ),
-        (256, 2): _tiles(Tile(32, 32, 8, 1)),
-        (64, 4): _tiles(Tile(16, 32, 8, 2)),
-        (128, 4): _tiles(Tile(16, 32, 8, 2)),
-        (256, 4): _tiles(Tile(16, 32, 8, 2)),
+        (256, 2): Tiles(
+            Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 1)
+        ),
+        (64, 4): Tiles(
+            Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)
+        ),
+        (128, 4): _tiles(Tile(64, 64, 4, 1)),
+        (256, 4): _tiles(Tile(16, 32, 4, 1)),
     },
     "dkv": {
         (64, 2): Tiles(
@@ -88,10 +100,10 @@ _TILES = {
         (128, 2): Tiles(
             Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)
         ),
-        (256, 2): _tiles(Tile(32, 32, 8, 2)),
-        (64, 4): _tiles(Tile(32, 32, 8, 2)),
-        (128, 4): _tiles(Tile(16, 32, 8, 2)),
-        (256, 4): _tiles(Tile(16, 16, 8, 2)),
+        (256, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(64, 32, 8, 2)),
+        (64, 4): _tiles(Tile(16, 64, 4, 2)),
+        (128, 4): _tiles(Tile(16, 64, 4, 1)),
+        (256, 4): _tiles(Tile(32, 16, 4, 1)),
     },
     "dkv, grouped": {
         (64, 2): Tiles(
@@ -100,48 +112,116 @@ _TILES = {
         (128, 2): Tiles(
             Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)
         ),
-        (256, 2): _tiles(Tile(16, 32, 8, 2), dropout=Tile(16, 32, 8, 1)),
-        (64, 4): _tiles(Tile(16, 32, 8, 2), dropout=Tile(16, 32, 8, 1)),
-        (128, 4): _tiles(Tile(16, 32, 8, 2)),
-        (256, 4): _tiles(Tile(16, 16, 8, 2)),
+        (256, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(64, 32, 8, 2)),
+        (64, 4): _tiles(Tile(16, 64, 4, 2)),
+        (128, 4): _tiles(Tile(32, 16, 4, 1)),
+        (256, 4): _tiles(Tile(32, 16, 4, 1)),
     },
 }
 
-# 16-bit tiles for other GPUs, whose matrix units divide a product among warps in both dimensions.
-_OTHER_GPUS = {
+# Tiles for GPUs with compute capability 8, and for AMD. A warp multiplies 16 rows by 8 columns, at
+# the same rate everywhere. Triton gives each warp rows of its own if the sums have at least as many
+# rows as columns, else columns.
+_AMPERE = {
     "forward": {
-        (64, 2): _tiles(Tile(128, 64, 8, 3)),
-        (128, 2): _tiles(Tile(128, 64, 8, 2), dropout=Tile(128, 32, 8, 3)),
-        (256, 2): _tiles(Tile(64, 32, 8, 2)),
+        (64, 2): Tiles(
+            Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)
+        ),
+        (128, 2): _tiles(Tile(128, 64, 8, 2)),
+        (256, 2): _tiles(Tile(64, 32, 4, 2)),
+        (64, 4): _tiles(Tile(64, 32, 4, 2)),
+        (128, 4): _tiles(Tile(64, 32, 4, 2)),
+        (256, 4): _tiles(Tile(32, 32, 4, 1)),
     },
     "dq": {
-        (64, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 4, 1)),
-        (128, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 8, 2)),
+        (64, 2): Tiles(
+            Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)
+        ),
+        (128, 2): Tiles(
+            Tile(128, 32, 8, 2), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)
+        ),
+        (256, 2): _tiles(Tile(32, 32, 4, 2)),
+        (64, 4): _tiles(Tile(32, 32, 4, 1)),
+        (128, 4): _tiles(Tile(32, 64, 4, 1)),
+        (256, 4): _tiles(Tile(16, 32, 4, 1)),
     },
     "dkv": {
-        (64, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 4, 2)),
-        (128, 2): _tiles(Tile(32, 64, 8, 2)),
+        (64, 2): Tiles(
+            Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)
+        ),
+        (128, 2): _tiles(Tile(32, 64, 4, 2)),
+        (256, 2): Tiles(
+            Tile(32, 32, 4, 1), Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)
+        ),
+        (64, 4): _tiles(Tile(16, 64, 4, 2)),
+        (128, 4): _tiles(Tile(16, 64, 4, 1)),
+        (256, 4): _tiles(Tile(32, 16, 4, 1)),
     },
     "dkv, grouped": {
-        (64, 2): _tiles(Tile(32, 64, 8, 2), dropout=Tile(32, 32, 8, 2)),
-        (128, 2): _tiles(Tile(32, 32, 8, 2), dropout=Tile(16, 32, 8, 2)),
+        (64, 2): _tiles(Tile(32, 64, 4, 2)),
+        (128, 2): _tiles(Tile(32, 64, 4, 1)),
+        (256, 2): _tiles(Tile(32, 16, 4, 2)),
+        (64, 4): _tiles(Tile(16, 64, 4, 2)),
+        (128, 4): _tiles(Tile(32, 16, 4, 1)),
+        (256, 4): _tiles(Tile(32, 16, 4, 1)),
+    },
+}
+
+# Tiles for GPUs with compute capability 10. Their matrix units multiply 128 rows at a time, into
+# memory of their own, and 64 rows take as long as 128. With a bias, that bound by diagonals leaves
+# 64 rows in "dq". float32 and the smallest tiles use the older instruction.
+_BLACKWELL = {
+    "forward": {
+        **_TILES["forward"],
+        (64, 2): _tiles(Tile(128, 64, 4, 3), dropout=Tile(128, 64, 8, 2)),
+        (128, 2): _tiles(Tile(128, 64, 8, 2)),
+        (256, 2): _tiles(Tile(128, 32, 8, 2)),
+    },
+    "dq": {
+        **_TILES["dq"],
+        (64, 2): Tiles(
+            Tile(128, 64, 4, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)
+        ),
+        (128, 2): Tiles(
+            Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(128, 64, 8, 1), Tile(64, 64, 4, 1)
+        ),
+        (256, 2): Tiles(
+            Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)
+        ),
+    },
+    "dkv": {
+        **_TILES["dkv"],
+        (64, 2): _tiles(Tile(64, 128, 8, 2), dropout=Tile(32, 128, 8, 2)),
+        (128, 2): Tiles(
+            Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 128, 8, 1)
+        ),
+        (256, 2): Tiles(
+            Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)
+        ),
+    },
+    "dkv, grouped": {
+        **_TILES["dkv, grouped"],
+        (64, 2): _tiles(Tile(32, 128, 8, 2)),
+        (128, 2): _tiles(Tile(32, 128, 8, 1)),
+        (256, 2): _tiles(Tile(64, 64, 8, 1), dropout=Tile(64, 32, 8, 1)),
     },
 }
 
 # Shared memory available to one program, in KiB, by CUDA compute capability and by backend.
 _SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 _LEAST_SHARED_KIB = {"cuda": 99, "hip": 64}
+# Targets for which every row of their table was compiled and fits. Others get smaller tiles by an
+# estimate, which is generous.
+_TUNED = {("cuda", 80), ("cuda", 90), ("cuda", 100)}
 
 
 def tile_for(kernel: str, q: Tensor, *, bias: bool, dropout: bool) -> Tile:
     """The tile of a kernel on this device. ``dkv, grouped`` is for query heads that share keys."""
     head_dim = q.shape[2]
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    row = width, q.element_size()
-    rows = (
-        _TILES[kernel][row] if _is_hopper() else _OTHER_GPUS[kernel].get(row, _TILES[kernel][row])
-    )
-    tile = rows[bias + 2 * dropout]
+    tile = table_of_device()[kernel][width, q.element_size()][bias + 2 * dropout]
+    if INTERPRETED or _target() in _TUNED:
+        return tile
     return _fit(tile, kernel, head_dim, q.dtype, bias, _shared_memory())
 
 
@@ -153,8 +233,11 @@ def _fit(
     while _bytes_needed(tile, kernel, head_dim, dtype, bias) > available:
         if tile.stages > 1:
             tile = tile._replace(stages=tile.stages - 1)
+        elif max(tile.queries, tile.keys) > 16:
+            smaller = max(tile.queries // 2, 16), max(tile.keys // 2, 16)
+            tile = tile._replace(queries=smaller[0], keys=smaller[1])
         else:
-            tile = tile._replace(queries=tile.queries // 2, keys=tile.keys // 2)
+            break  # the estimate is generous: let the compiler say so if it does not fit
     return tile
 
 
@@ -167,10 +250,10 @@ def _bytes_needed(tile: Tile, kernel: str, head_dim: int, dtype: torch.dtype, bi
     scores = tile.queries * tile.keys * 4
     # The backward exchanges float32 scores between threads: for diagonals, and between products.
     exchanged = 0 if kernel == "forward" else scores
-    if chunk := chunk_for(head_dim, dtype):
-        # Chunks of both sides are in flight, and one whole tile for the second product.
-        in_flight = tile.stages * (fixed_rows + moving_rows) * chunk * dtype.itemsize
-        return in_flight + moving_rows * row + exchanged
+    if chunk_for(head_dim, dtype):
+        # All chunks of both sides are in flight, and the parts that some of them are split in.
+        held, moved = (2, 4) if kernel == "forward" else (4, 6)
+        return max(tile.stages, 2) * (held * fixed_rows + moved * moving_rows) * row // 2
     fixed = fixed_rows * row * (1 if kernel == "forward" else 2)
     biases = (tile.stages - 1) * scores if bias else 0
     return fixed + 2 * tile.stages * moving_rows * row + biases + exchanged
@@ -185,9 +268,14 @@ def _shared_memory() -> int:
     return 1024 * (_SHARED_KIB.get(arch, least) if backend == "cuda" else least)
 
 
-def _is_hopper() -> bool:
-    """Whether the current device is a Hopper GPU. The interpreter counts as one."""
-    return INTERPRETED or _target() == ("cuda", 90)
+def table_of_device() -> dict[str, dict[tuple[int, int], Tiles]]:
+    """The rows of each kernel for the current device. The interpreter has those of Hopper."""
+    if INTERPRETED:
+        return _TILES
+    backend, arch = _target()
+    if backend == "cuda" and 90 <= arch < 120:
+        return _TILES if arch == 90 else _BLACKWELL
+    return _AMPERE  # compute capability 12 has Ampere's instructions, too
 
 
 def _target() -> tuple[str, int]:

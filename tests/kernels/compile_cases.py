@@ -73,7 +73,8 @@ ATTENTION = {  # kv_heads of 4, causal, bias, dropout, window, softcap
     "bias, causal, dropout": (4, True, True, 0.1, (-1, -1), 0.0),
     "everything": (2, False, True, 0.1, (9, 9), 3.0),
 }
-
+# The kinds that have a tile of their own: the others are for what they do to the code.
+ALL_TILES = ("bias", "causal", "causal, dropout", "bias, causal, dropout", "causal, grouped")
 
 # Grouped heads only change the kernel for the gradients of k and v. "everything" has the others.
 ONLY = {kind: {"_attention_backward_kv_kernel"} for kind in ("bias, grouped", "causal, grouped")}
@@ -99,18 +100,23 @@ def attention(kind, head_dim):
 
 
 def attention_cases(target, dtype):
-    """Every tile of the table for the target it is tuned for, and a selection for the others.
+    """Every tile of the table of a target, or a selection for gfx942, which has no table.
 
-    The table has the same tiles for fp16 and bf16, and the kernels differ only in the type of their
-    operands. So fp16 is compiled for one kind of call and one head_dim.
+    The tables have the same tiles for fp16 and bf16, and the kernels differ only in the type of
+    their operands. So fp16 is compiled for one kind of call and one head_dim. In fp32, most kinds
+    of call share a tile.
     """
-    head_dims = (64, 96, 128, 256) if (target, dtype) == ("sm_90", "bf16") else (64, 96, 256)
+    head_dims = (64, 96, 128, 256) if (target, dtype) == ("sm_90", "bf16") else (64, 128, 256)
     if dtype == "fp16":
         kinds, head_dims = ["bias, causal, dropout" if target == "sm_90" else "causal"], (64,)
-    elif target == "sm_90":
-        kinds = list(ATTENTION)
+    elif dtype == "bf16":
+        kinds = list(ATTENTION) if target == "sm_90" else [*ALL_TILES]
     else:
-        kinds = ["bias", "causal"] if dtype == "bf16" else ["bias"]
+        kinds = ["bias", "causal", "bias, causal, dropout", "causal, grouped"]
+    if target == "gfx942":
+        kinds = kinds[:2]
+    elif target != "sm_90" and dtype == "fp32":
+        kinds = ["bias", "causal, grouped"]
     return [attention(kind, head_dim) for kind in kinds for head_dim in head_dims]
 
 
@@ -146,7 +152,7 @@ def all_jobs() -> list[Job]:
 def checked_jobs() -> list[Job]:
     """The jobs of `make compile-check`.
 
-    Tiles are tuned for sm_90. Of attention, it has three kinds of call with a head_dim of 64, one
+    Of attention, sm_90 has three kinds of call with a head_dim of 64, one
     with each other head_dim, and one fp32 call. The other targets have one attention call, and bf16
     for the other ops. The yardstick is not among them: the table has its counts.
     """

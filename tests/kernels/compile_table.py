@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from .tile_counts import LoopCount
+from .tile_counts import MODEL, LoopCount
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench/results/compile.md"
@@ -67,9 +67,10 @@ def write(path: Path, rows: list[Row], counts: list[LoopCount], triton: str) -> 
         f"# What the kernels compile to\n\nTriton {triton}, no GPU needed. Code {fingerprint()}. "
         "`make compile` writes this.\n\n"
         f"{table(Row._fields, [row.line() for row in rows])}\n\n"
-        "## What attention issues for one tile on sm_90\n\n"
-        "Counted in bf16 from the machine code of each loop (tests/kernels/tile_counts.py). The\n"
-        "last two columns are ceilings of a model, in TFLOP/s of an H100, not measurements.\n\n"
+        "## What attention issues for one tile\n\n"
+        "Counted from the machine code of each loop (tests/kernels/tile_counts.py). The last two\n"
+        "columns are ceilings of a model, in TFLOP/s of an A100, H100 or B200, not measurements.\n"
+        f"Model {MODEL}.\n\n"
         f"{table(LoopCount._fields, [count.line() for count in counts])}\n",
         encoding="utf-8",
     )
@@ -84,8 +85,13 @@ def read(path: Path = COMMITTED) -> tuple[str, str, set[str]]:
     return head[1], head[2], {line for line in text.splitlines() if line.startswith("| _")}
 
 
-def read_ceilings(path: Path = COMMITTED) -> dict[tuple[str, str, int], int]:
-    """The serial ceiling of each loop of attention, by kernel, case and number of the loop."""
+def read_ceilings(path: Path = COMMITTED) -> dict[tuple[str, str, str, int], int]:
+    """The serial ceiling of each loop of attention, by kernel, case, target and number of the loop.
+
+    Empty for a table that was made with another model of the ceilings.
+    """
+    if f"\nModel {MODEL}.\n" not in path.read_text(encoding="utf-8"):
+        return {}
     rows = (line.strip("| ").split(" | ") for line in read(path)[2])
     loops = (row for row in rows if len(row) == len(LoopCount._fields))
-    return {(row[0], row[1], int(row[3])): int(row[-1]) for row in loops}
+    return {(*row[:3], int(row[4])): int(row[-1]) for row in loops}

@@ -258,6 +258,17 @@ def test_a_table_of_another_dtype_keeps_it(table_dtype):
     assert (results["dtable"] - expected["dtable"]).norm() < 0.02 * expected["dtable"].norm()
 
 
+def test_second_derivatives_raise():
+    q, k, v = torch.randn(3, 5, 2, 16, requires_grad=True)
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    out = varlen_attention(q, k, v, bounds, bounds)
+    (dv,) = torch.autograd.grad(out.square().sum(), v, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dv.sum().backward()
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda q: varlen_attention(q, k, v, bounds, bounds).sum())(q.detach())
+
+
 def test_gradients_by_finite_differences():
     lengths = ([3, 0, 4, 4], [5, 1, 2, 2])  # the last two have queries that see no key
     inputs = make_inputs(lengths, head_dim=3, kv_heads=2, bias=True).to(torch.float64)

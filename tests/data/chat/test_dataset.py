@@ -258,13 +258,42 @@ def test_wrong_sources(tokenizer, tmp_path):
         chat_dataset(tmp_path / "missing.jsonl", tokenizer)
     bad = tmp_path / "a.jsonl"
     bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match="source must have one JSON object per line, got"):
+    with pytest.raises(ValueError, match=r"one JSON object per line, got .* in row 1: "):
         chat_dataset(bad, tokenizer, checks="ignore")
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"source must be .json, .jsonl, .parquet .* got .*a.txt"):
         chat_dataset(tmp_path / "a.txt", tokenizer)
     with pytest.raises(TypeError, match="row 0 must hold values of JSON: got a object"):
         chat_dataset([{"messages": [user("a"), assistant("b", x=object())]}], tokenizer)
+
+
+def test_lines_that_are_lists_of_messages(tokenizer, tmp_path):
+    rows = [row["messages"] for row in ROWS if "messages" in row]
+    path = tmp_path / "a.jsonl"
+    for count in (1, 2, len(rows)):
+        for streaming in (False, True):
+            write_lines(path, rows[:count])
+            found = encoded(path, tokenizer, streaming=streaming)
+            assert found == encoded(rows[:count], tokenizer)
+    path.write_text("\n" + json.dumps(ROWS) + "\r\n\r\n")  # an array of rows in one line
+    assert encoded(path, tokenizer) == encoded(ROWS, tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_is_not_unicode(tokenizer, tmp_path, streaming):
+    path = tmp_path / "a.jsonl"
+    line = json.dumps({"prompt": "a", "response": "é"}, ensure_ascii=False) + "\n"
+    for encoding in ("latin-1", "utf-16"):
+        path.write_bytes(line.encode(encoding))
+        with pytest.raises(ValueError, match=r"a.jsonl must be text in UTF-8: 'utf-8' codec can't"):
+            encoded(path, tokenizer, streaming=streaming)
+    if not streaming:  # behind what is read at first
+        path.write_bytes((line * 400).encode() + line.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"a.jsonl must be text in UTF-8: 'utf-8' codec can't"):
+            encoded(path, tokenizer)
+    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "\\ud83d", "response": "b"}\n')
+    with pytest.raises(ValueError, match=r"row 1: text must be valid Unicode: .*surrogates"):
+        encoded(path, tokenizer, streaming=streaming)
 
 
 def test_wrong_options(tokenizer):

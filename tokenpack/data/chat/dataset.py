@@ -217,7 +217,7 @@ class _Encode:
         return {name: table[name].to_pylist() for name in table.column_names}
 
     def _encode(self, batch: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> list[Sample]:
-        rows = zip(numbers, rows_of(batch, self._json_column))
+        rows = zip(numbers, rows_of(batch, self._json_column, numbers))
         given = [(number, row) for number, row in rows if row is not None]
         return self._pipeline.encode(given, sparse=self._sparse)
 

@@ -172,6 +172,7 @@ class ChatPipeline:
         for (number, _), conversation, text in zip(rows, conversations, written):
             try:
                 rendered = self._renderer.render(conversation, written=text)
+                _require_unicode(rendered)
             except RenderError as error:
                 return found, ValueError(f"row {number}: {error}")
             found += [(number, each) for each in rendered]
@@ -211,6 +212,16 @@ class ChatPipeline:
                     f"{where}: weight must be 0 or 1, got {weight}; with loss_weights=True the "
                     "dataset has a column loss_weights, which your loss must apply"
                 )
+
+
+def _require_unicode(rendered: list[Rendering]) -> None:
+    """Raise an error for half of a surrogate pair, which JSON may have but no tokenizer takes."""
+    for each in rendered:
+        try:
+            if not each.text.isascii():
+                each.text.encode()
+        except UnicodeEncodeError as error:
+            raise RenderError(f"text must be valid Unicode: {error}") from None
 
 
 def _parts(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:

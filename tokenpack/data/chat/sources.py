@@ -7,9 +7,10 @@ arguments, would come back with other values than they had.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -63,17 +64,25 @@ def open_source(source: Any, split: str, streaming: bool) -> tuple[Any, str | No
     return (dataset.to_iterable_dataset() if streaming else dataset), JSON_COLUMN
 
 
-def rows_of(batch: Mapping[str, Sequence[Any]], json_column: str | None) -> Iterator[Any]:
-    """The rows of a batch of columns; None for an empty line of a JSON file."""
+def rows_of(
+    batch: Mapping[str, Sequence[Any]], json_column: str | None, numbers: Iterable[int]
+) -> Iterator[Any]:
+    """The rows of a batch of columns; None for an empty line of a JSON file.
+
+    Args:
+        batch: the columns.
+        json_column: the one that holds each row as JSON, or None.
+        numbers: of the rows, for error messages.
+    """
     if json_column is None:
         return (dict(zip(batch, values)) for values in zip(*batch.values()))
-    return map(_parse, batch[json_column])
+    return map(_parse, batch[json_column], numbers)
 
 
 def first_rows(dataset: Any, json_column: str | None, count: int) -> list[Any]:
     """The first rows of a dataset, or fewer if it has fewer."""
-    rows = islice(iter(dataset), count)
-    return [row if json_column is None else _parse(row[json_column]) for row in rows]
+    rows = enumerate(islice(iter(dataset), count))
+    return [row if json_column is None else _parse(row[json_column], at) for at, row in rows]
 
 
 def columns_of(dataset: Any) -> list[str]:
@@ -110,11 +119,18 @@ def _is_hub_name(name: str) -> bool:
     return not name.startswith(("/", ".", "~")) and not name.lower().endswith(suffixes)
 
 
-def _load(builder: str, files: list[DataFile], streaming: bool, **options: Any) -> Any:
+def _load(builder: str, files: list[DataFile], streaming: bool) -> Any:
     paths = [os.path.abspath(file.path) for file in files]
-    return datasets.load_dataset(
-        builder, data_files=paths, split="train", streaming=streaming, **options
-    )
+    try:
+        return datasets.load_dataset(builder, data_files=paths, split="train", streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise _not_utf8(", ".join(file.path for file in files), error.__cause__) from None
+        raise
+
+
+def _not_utf8(path: str, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{path} must be text in UTF-8: {error}")
 
 
 def _open_json(files: list[DataFile], streaming: bool) -> Any:
@@ -128,9 +144,28 @@ def _open_json(files: list[DataFile], streaming: bool) -> Any:
 
 
 def _begins_with_array(file: DataFile) -> bool:
+    """Whether a file is one JSON array of rows. Its lines may be arrays as well: conversations."""
     with file.open() as content:
         head = content.read(1 << 12)
-    return bytes(head).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        try:  # a character may be cut off at the end
+            codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file.path, error) from None
+        if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
+            return False
+    with file.open() as content:
+        lines = (line for line in content if line.removeprefix(codecs.BOM_UTF8).strip())
+        try:
+            first = json.loads(next(lines).decode("utf-8-sig"))
+        except ValueError:  # the array goes on in the next line
+            return True
+        return next(lines, None) is None and not _are_messages(first)
+
+
+def _are_messages(rows: list[Any]) -> bool:
+    return bool(rows) and all(
+        isinstance(row, dict) and ("role" in row or "from" in row) for row in rows
+    )
 
 
 def _read_array(file: DataFile) -> list[Any]:
@@ -145,14 +180,14 @@ def _read_array(file: DataFile) -> list[Any]:
     return rows
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, number: int) -> Any:
     if not text.strip("\ufeff \t\r\n"):
         return None
     try:
         return json.loads(text.removeprefix("\ufeff"))
     except ValueError as error:
         raise ValueError(
-            f"source must have one JSON object per line, got {text!r:.80}: {error}"
+            f"source must have one JSON object per line, got {text!r:.80} in row {number}: {error}"
         ) from None
 
 

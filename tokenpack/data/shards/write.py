@@ -242,7 +242,7 @@ class _Conversations:
         end = len(self._dataset) if stop is None else stop
         for at in range(first, end, _ROWS):
             last = min(at + _ROWS, end)
-            yield at, last, list(rows_of(self._dataset[at:last], self._json))
+            yield at, last, list(rows_of(self._dataset[at:last], self._json, range(at, last)))
 
 
 def _run(

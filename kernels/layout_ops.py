@@ -137,7 +137,7 @@ def mask_layout_triton(mask: Tensor, total_tokens: int | None) -> Layout:
     rows, columns = mask.shape
     capacity = rows * columns if total_tokens is None else total_tokens
     cu_seqlens, indices, position_ids, sizes = _new_int32(mask, rows + 1, capacity, capacity, 2)
-    block_rows, block_columns = (32, 128) if rows >= _MANY_ROWS else (1, 1024)
+    block_rows, block_columns = (32, 64) if rows >= _MANY_ROWS else (1, 1024)
     grid = (triton.cdiv(rows, block_rows),)
     two_launches = rows * columns > _ONE_LAUNCH_SLOTS
     lengths = sizes  # a placeholder: not read

@@ -42,8 +42,8 @@ from tokenpack.kernels.attention import (
     primitives,
 )
 
-from . import compile_table, tile_counts
-from .compile_cases import DTYPES, TARGETS, all_jobs, checked_jobs
+from . import compile_table, stream_counts, tile_counts
+from .compile_cases import DTYPES, TARGETS, all_jobs, checked_jobs, losses
 from .compile_table import Row
 from .tile_counts import LoopCount
 
@@ -279,9 +279,10 @@ def test_only_attention_spills(gate):
 
 
 def test_loops_hardly_spill(loops):
-    """In float32, tiles without spills take longer by the count: see `tiles`."""
+    """In float32 and on sm_100, tiles without spills take longer by the count: see `tiles`."""
     for row in loops:
-        assert row.spills <= (0.1 if dtype_of(row) == "fp32" else 0.05) * row.instructions, row
+        share = 0.16 if row.target == "sm_100" else 0.1 if dtype_of(row) == "fp32" else 0.05
+        assert row.spills <= share * row.instructions, row
 
 
 # In the forward with 256 columns on Ampere, Triton gives each warp columns of the sums. So each
@@ -306,6 +307,25 @@ def test_no_product_and_no_exponential_is_computed_twice(loops):
     for row in loops:
         assert row.products <= 1.05, row
         assert row.exponentials <= allowed_exponentials(row), row
+
+
+# Clocks of the busier unit over those of memory. A softcap takes two exponentials more, and a tanh
+# that is exact near 0, so it is at the limit of instructions.
+SHARES = {False: 0.9, True: 2.5}
+
+
+def test_losses_hide_behind_memory():
+    """The loops over classes of a row of logits, without and with all options."""
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        losses(torch.bfloat16)
+    found = set()
+    for kernel in compiled.values():
+        options = tile_counts.constants_of(kernel)
+        for loop in stream_counts.count(kernel, "losses, bf16", torch.bfloat16.itemsize):
+            found.add((loop.kernel, options["SOFTCAP"]))
+            assert loop.share < SHARES[options["SOFTCAP"]], (loop, loop.share)
+    kernels = ("_cross_entropy_kernel", "_cross_entropy_backward_kernel")
+    assert found == {(name, softcap) for name in kernels for softcap in (False, True)}
 
 
 @pytest.mark.skipif(not TABLE, reason="make compile compares the table with the one before")

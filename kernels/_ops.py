@@ -65,6 +65,11 @@ def run(op: Any, *args: Any) -> Any:
     return (launcher or _REFERENCES[op])(*args)
 
 
+def runs_reference(tensor: Tensor) -> bool:
+    """Whether `run` runs the reference of every op of this tensor."""
+    return tensor.device.type not in DEVICES and runs_eagerly(tensor)
+
+
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether nothing has to see an op of these tensors: no graph, fake tensor or mode."""
     return (

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._ops import run
+from ._ops import run, runs_reference
 from .layout_ops import (
     INT32_MAX,
     boundary_layout,
     boundary_layout_reference,
     mask_layout,
+    mask_layout_reference,
     position_layout,
     raise_boundary_error,
     raise_mask_error,
@@ -128,6 +129,13 @@ def layout_from_mask(attention_mask: Tensor, *, total_tokens: int | None = None)
     rows, columns = attention_mask.shape
     _require_int32_slots(rows * columns)
     _require_total(total_tokens, rows * columns)
+    if runs_reference(attention_mask):
+        cu_seqlens, indices, position_ids, longest = mask_layout_reference(
+            attention_mask, total_tokens
+        )
+        longest = longest if total_tokens is None else columns
+        total = indices.numel()
+        return PackedLayout(cu_seqlens, indices, position_ids, total, longest, (rows, columns))
     cu_seqlens, indices, position_ids, sizes = run(mask_layout, attention_mask, total_tokens)
     if total_tokens is None:
         total, longest = sizes.tolist()

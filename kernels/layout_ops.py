@@ -36,6 +36,21 @@ Layout = tuple[Tensor, Tensor, Tensor, Tensor]
 @define_op("tokenpack::mask_layout")
 def mask_layout(mask: Tensor, total_tokens: int | None) -> Layout:
     """The op: the layout of a mask."""
+    cu_seqlens, indices, positions, longest = mask_layout_reference(mask, total_tokens)
+    # Without total_tokens, the output has room for every slot of the mask.
+    unused = 0 if total_tokens is not None else mask.numel() - indices.numel()
+    return (
+        cu_seqlens,
+        torch.nn.functional.pad(indices, (0, unused)),
+        torch.nn.functional.pad(positions, (0, unused)),
+        _sizes(indices.numel(), longest, mask),
+    )
+
+
+def mask_layout_reference(
+    mask: Tensor, total_tokens: int | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """cu_seqlens, and the indices and positions of the real tokens; the longest length."""
     real = mask != 0
     if mask.dtype != torch.bool and not torch.equal(mask, real.to(mask.dtype)):
         raise_mask_error(mask)
@@ -48,14 +63,7 @@ def mask_layout(mask: Tensor, total_tokens: int | None) -> Layout:
             f"got {total_tokens}"
         )
     positions = real.cumsum(dim=1, dtype=torch.int32).flatten().index_select(0, slots).sub_(1)
-    # Without total_tokens, the output has room for every slot of the mask.
-    unused = 0 if total_tokens is not None else mask.numel() - indices.numel()
-    return (
-        _cumulative(lengths),
-        torch.nn.functional.pad(indices, (0, unused)),
-        torch.nn.functional.pad(positions, (0, unused)),
-        _sizes(indices.numel(), int(lengths.max()), mask),
-    )
+    return _cumulative(lengths), indices, positions, int(lengths.max())
 
 
 @define_op("tokenpack::boundary_layout")

@@ -8,15 +8,16 @@ gradient of the loss. If the loss is a scalar, the forward computes the gradient
 logits, and the backward only multiplies them by a number (after Liger Kernel, Hsu et al., 2024). If
 each token or sequence has its own loss, the backward computes the logits again.
 
-There are two ops: one returns the losses, the other the losses and the gradients. Both iterate over
-the chunks of one generator. PyTorch computes the matrix products, and the kernels of `loss` the
-softmax.
+One op returns the losses, the other the gradients too. Both iterate over the chunks of one
+generator. PyTorch computes the matrix products, and the kernels of `loss` the softmax.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,13 +123,13 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dt
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device}, got {tensor.device}")
     dtypes = [tensor.dtype for tensor in tensors.values()]
-    device_type = hidden.device.type
-    casts = torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes
+    kind = hidden.device.type
+    casts = torch.is_autocast_enabled(kind) and torch.float64 not in dtypes
     if not all(tensor.is_floating_point() for tensor in tensors.values()) or (
         len(set(dtypes)) > 1 and not casts
     ):
         raise TypeError(f"hidden, weight and bias must have one floating-point dtype, got {dtypes}")
-    return torch.get_autocast_dtype(device_type) if casts else hidden.dtype
+    return torch.get_autocast_dtype(kind) if casts else hidden.dtype
 
 
 def _needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
@@ -137,8 +138,6 @@ def _needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
 
 
 # -------------------------------------------------------------------------------------------- ops
-
-
 @define_op("tokenpack::linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
@@ -260,9 +259,10 @@ def _chunks(
         yield rows, inputs, matrix, logits, lse
 
 
-def _without_autocast(like: Tensor) -> torch.autocast:
+def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Disable autocast: inputs are already in its dtype, and float32 sums must stay float32."""
-    return torch.autocast(like.device.type, enabled=False)
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _split(targets: Tensor, num_valid: int | None, at_most: int) -> list[slice] | list[Tensor]:
@@ -276,12 +276,12 @@ def _split(targets: Tensor, num_valid: int | None, at_most: int) -> list[slice] 
         rows = is_valid.nonzero().squeeze(1)  # waits for the device
         num_valid = rows.numel()
     else:
-        matches = is_valid.sum() == num_valid
-        message = f"num_valid must be the number of tokens with a target, got {num_valid}"
-        if matches.device.type != "cpu":
-            torch._assert_async(matches, message)
-        elif not matches:
-            raise ValueError(f"{message} for {int(is_valid.sum())}")
+        found = is_valid.sum()
+        message = "num_valid must be the number of tokens with a target"
+        if not found.is_cpu:
+            torch._assert_async(found == num_valid, f"{message}, got {num_valid}")
+        elif int(found) != num_valid:
+            raise ValueError(f"{message}, got {num_valid} for {int(found)}")
         if num_valid < total:
             rows = torch.nonzero_static(is_valid, size=num_valid).squeeze(1)
     if num_valid == 0:

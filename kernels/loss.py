@@ -11,11 +11,13 @@ The kernels are in `loss_kernels`. `reduction` chooses the targets and reduces t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._launch import PreparedKernel
 from ._ops import define_op, on_triton
 from .loss_kernels import _cross_entropy_backward_kernel, _cross_entropy_kernel
 from .reduction import TokenStats, plan_reduction
@@ -266,26 +268,9 @@ def cross_entropy_triton(
     """The op ``cross_entropy`` in one launch."""
     logits = _with_contiguous_rows(logits)
     token_loss, lse, correct = _new_rows(logits)
-    if logits.shape[0]:
-        block, num_warps = _block(logits)
-        _cross_entropy_kernel[(logits.shape[0],)](
-            logits=logits,
-            targets=targets,
-            token_loss=token_loss,
-            token_lse=lse,
-            correct=correct,
-            num_classes=logits.shape[1],
-            row_stride=logits.stride(0),
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            scale=scale,
-            SMOOTHED=label_smoothing != 0.0,
-            SOFTCAP=softcap != 0.0,
-            SCALED=scale != 1.0,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+    options = Options(label_smoothing, z_loss, softcap, scale)
+    kernel = _forward_kernel(_types(logits, targets), *logits.shape[1:], logits.stride(0), options)
+    kernel((logits.shape[0], 1), (logits, targets, token_loss, lse, correct))
     return token_loss, lse, correct
 
 
@@ -327,29 +312,59 @@ def _launch_backward(
     targets: Tensor,
     options: Options,
 ) -> None:
-    if not logits.shape[0]:
-        return
-    block, num_warps = _block(logits)
-    _cross_entropy_backward_kernel[(logits.shape[0],)](
-        dloss=dloss.contiguous(),
-        logits=logits,
-        token_lse=lse,
-        targets=targets,
-        dlogits=dlogits,
-        num_classes=logits.shape[1],
-        row_stride=logits.stride(0),
-        drow_stride=dlogits.stride(0),
+    strides = logits.stride(0), dlogits.stride(0)
+    types = _types(logits, targets, dloss)
+    kernel = _backward_kernel(types, *logits.shape[1:], *strides, options)
+    kernel((logits.shape[0], 1), (dloss.contiguous(), logits, lse, targets, dlogits))
+
+
+# A head has one number of classes. So these are as few as the heads and options of a process.
+@lru_cache(maxsize=256)
+def _forward_kernel(
+    types: _Types, num_classes: int, row_stride: int, options: Options
+) -> PreparedKernel:
+    constants = {
         **options._asdict(),
-        SOFTCAP=options.softcap != 0.0,
-        SCALED=options.scale != 1.0,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
+        "num_classes": num_classes,
+        "row_stride": row_stride,
+        "SMOOTHED": options.label_smoothing != 0.0,
+        "SOFTCAP": options.softcap != 0.0,
+        "SCALED": options.scale != 1.0,
+        **_block(num_classes, types),
+    }
+    tensors = ("logits", "targets", "token_loss", "token_lse", "correct")
+    return PreparedKernel(_cross_entropy_kernel, tensors, (), constants)
 
 
-def _block(logits: Tensor) -> tuple[int, int]:
+@lru_cache(maxsize=256)
+def _backward_kernel(
+    types: _Types, num_classes: int, row_stride: int, drow_stride: int, options: Options
+) -> PreparedKernel:
+    constants = {
+        **options._asdict(),
+        "num_classes": num_classes,
+        "row_stride": row_stride,
+        "drow_stride": drow_stride,
+        "SOFTCAP": options.softcap != 0.0,
+        "SCALED": options.scale != 1.0,
+        **_block(num_classes, types),
+    }
+    tensors = ("dloss", "logits", "token_lse", "targets", "dlogits")
+    return PreparedKernel(_cross_entropy_backward_kernel, tensors, (), constants)
+
+
+_Types = tuple[torch.device, tuple[torch.dtype, ...]]
+
+
+def _types(*tensors: Tensor) -> _Types:
+    """What a compiled kernel needs of its tensors, the logits first."""
+    return tensors[0].device, tuple(tensor.dtype for tensor in tensors)
+
+
+def _block(num_classes: int, types: _Types) -> dict[str, int]:
     """Classes per iteration, and warps. Each thread loads at least 16 bytes."""
-    return (1024, 4) if logits.shape[1] <= 2048 or logits.dtype == torch.float64 else (4096, 8)
+    is_small = num_classes <= 2048 or types[1][0] == torch.float64
+    return {"BLOCK": 1024, "num_warps": 4} if is_small else {"BLOCK": 4096, "num_warps": 8}
 
 
 def _with_contiguous_rows(logits: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .._launch import PreparedKernel
 from .backward_kv import _attention_backward_kv_kernel
 from .backward_q import _attention_backward_q_kernel
 from .launch import (
     SIZES,
-    LayerKernel,
     constant_arguments,
     head_unit,
     shared_arguments,
@@ -71,19 +71,19 @@ def attention_backward(
 
 def backward_kernels(
     dout: Tensor, inputs: AttentionInputs, spec: AttentionSpec, unit: int, needs_table: bool
-) -> tuple[LayerKernel, LayerKernel]:
+) -> tuple[PreparedKernel, PreparedKernel]:
     """The kernels of all layers with inputs, options and gradients of this kind."""
     shared = constant_arguments(inputs, spec, unit) | {"dout_stride": dout.stride(0)}
     tiles = backward_tiles(inputs, spec)
     sides = ("q", "k", "v", "table", "seed", "dout", "delta", "lse")
     offsets, sizes = ("cu_seqlens_q", "cu_seqlens_k"), (*SIZES, "dout_head_stride")
-    dq = LayerKernel(
+    dq = PreparedKernel(
         _attention_backward_q_kernel,
         (*sides, "out", "dq", "base2_lse", "partials", *offsets),
         sizes,
         shared | tile_arguments(tiles.dq) | {"DTABLE": needs_table},
     )
-    dkv = LayerKernel(
+    dkv = PreparedKernel(
         _attention_backward_kv_kernel,
         (*sides, "dk", "dv", *offsets),
         sizes,

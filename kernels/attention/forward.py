@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._launch import PreparedKernel
 from .._triton import tl, triton
 from .launch import (
     SIZES,
-    LayerKernel,
     constant_arguments,
     head_unit,
     shared_arguments,
@@ -144,7 +144,7 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
 
 
 # Sizes change from batch to batch, and windows from layer to layer: without specialization no value
-# of theirs (1, or a multiple of 16) compiles the kernel again. `LayerKernel` relies on it.
+# of theirs (1, or a multiple of 16) compiles the kernel again. `PreparedKernel` relies on it.
 @triton.jit(do_not_specialize=[*SIZES, "left", "right"])
 def _attention_forward_kernel(
     q,
@@ -226,12 +226,12 @@ def attention_forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[Ten
     return out, lse
 
 
-def forward_kernel(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> LayerKernel:
+def forward_kernel(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> PreparedKernel:
     """The kernel of all layers with inputs and options of this kind."""
     constants = constant_arguments(inputs, spec, unit)
     constants |= tile_arguments(forward_tile(inputs, spec))
     tensors = ("q", "k", "v", "table", "seed", "lse", "out", "cu_seqlens_q", "cu_seqlens_k")
-    return LayerKernel(_attention_forward_kernel, tensors, SIZES, constants)
+    return PreparedKernel(_attention_forward_kernel, tensors, SIZES, constants)
 
 
 def forward_tile(inputs: AttentionInputs, spec: AttentionSpec) -> Tile:

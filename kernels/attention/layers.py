@@ -1,8 +1,8 @@
 """The attention kernels for the layers of a model, which repeat one call with other tensors.
 
 The layers of a model have one or a few kinds of attention. What a kind's launches share in all
-batches is prepared once, see `LayerKernel`. What they share in one batch is prepared at its first
-layer. A later layer allocates its outputs and launches.
+batches is prepared once, see `PreparedKernel`. What they share in one batch is prepared at its
+first layer. A later layer allocates its outputs and launches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._launch import PreparedKernel
 from .backward import (
     backward_grids,
     backward_kernels,
@@ -22,7 +23,7 @@ from .backward import (
     sum_partials,
 )
 from .forward import forward_grid, forward_kernel, forward_tile
-from .launch import LayerKernel, head_unit, size_arguments, table_for_kernels
+from .launch import head_unit, size_arguments, table_for_kernels
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import precision
 
@@ -42,7 +43,7 @@ class Saved(NamedTuple):
 class _Forward(NamedTuple):
     """The launch of a forward in one batch."""
 
-    kernel: LayerKernel
+    kernel: PreparedKernel
     grid: tuple[int, int]
     sizes: tuple[int, ...]
 
@@ -50,8 +51,8 @@ class _Forward(NamedTuple):
 class _Backward(NamedTuple):
     """The launches of a backward in one batch, and how their outputs are allocated."""
 
-    dq: LayerKernel
-    dkv: LayerKernel
+    dq: PreparedKernel
+    dkv: PreparedKernel
     grid_dq: tuple[int, int]
     grid_dkv: tuple[int, int]
     sizes: tuple[int, ...]

@@ -30,12 +30,12 @@ def check_call(model: Any, entry: Entry, inputs: dict[str, Any]) -> None:
     if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
         raise CannotPackError("a cache is in use")
     if (
-        "use_cache" not in inputs
+        not (model.training or "labels" in inputs)
+        and "use_cache" not in inputs
         and "cu_seqlens" not in inputs  # a cache has rows, and a packed stream has none to continue
         and "use_cache" in entry.parameters
-        and getattr(config, "use_cache", False)
-        and not (model.training or "labels" in inputs)
         and family.kind != "encoder"
+        and getattr(config, "use_cache", False)
     ):
         raise CannotPackError("a cache would be returned (pass use_cache=False)")
     inputs.pop("use_cache", None)

@@ -17,7 +17,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -94,19 +94,46 @@ def stubbed_launches() -> Iterator[None]:
 
     launchers = _ops._LAUNCHERS.copy()
     for each in launchers.keys() - {loss.cross_entropy, loss.cross_entropy_backward_}:
-        _ops._LAUNCHERS[each] = _ops._REFERENCES[each]  # the batch is packed
+        _ops._LAUNCHERS[each] = with_results(launchers[each], _ops._REFERENCES[each])
     choose_backend.cache_clear()
     CompiledKernel._init_handles = without_a_gpu
     driver.set_active(NamedTarget())
     DEVICES.append("cpu")
+    assert_async = torch._assert_async
+    torch._assert_async = lambda *_: None  # no kernel wrote what it reads
     try:
         yield
     finally:
         DEVICES.remove("cpu")
+        torch._assert_async = assert_async
         _ops._LAUNCHERS.update(launchers)
         driver.set_active(None)
         CompiledKernel._init_handles = init_handles
         choose_backend.cache_clear()
+
+
+def with_results(launcher: Callable[..., Any], reference: Callable[..., Any]) -> Any:
+    """The launcher, and then the results of the reference, computed once for each input.
+
+    The batch must be packed, although its kernels do not run.
+    """
+    known: dict[Any, Any] = {}
+
+    def launch(*args: Any) -> Any:
+        launcher(*args)
+        key = tuple(map(frozen, args))
+        if key not in known:
+            known[key] = reference(*args)
+        return known[key]
+
+    return launch
+
+
+def frozen(value: Any) -> Any:
+    """A value that can be a key."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.numpy().tobytes()
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 def milliseconds(models: list[Any], batch: dict[str, torch.Tensor]) -> list[list[float]]:

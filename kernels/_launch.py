@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+Tensors = Tensor | tuple[Tensor, ...]
+
 
 class PreparedKernel:
     """A kernel whose launches differ only in tensors, in sizes of the batch, and in the grid.
@@ -36,14 +38,18 @@ class PreparedKernel:
         self._compiled: Any = None
 
     def __call__(
-        self, grid: tuple[int, int], tensors: tuple[Tensor, ...], sizes: tuple[int, ...] = ()
+        self, grid: tuple[int, int], tensors: tuple[Tensors, ...], sizes: tuple[int, ...] = ()
     ) -> None:
         """Launch the kernel. A grid with a 0 launches nothing."""
         if 0 in grid:
             return
         addresses = 0
         for tensor in tensors:
-            addresses |= tensor.data_ptr()
+            if isinstance(tensor, tuple):
+                for each in tensor:
+                    addresses |= each.data_ptr()
+            else:
+                addresses |= tensor.data_ptr()
         fits = addresses % 16 == 0 and max(sizes, default=0) < 2**31
         if fits and self._compiled is not None:
             self._compiled[(*grid, 1)](*tensors, *sizes, *self._constants)

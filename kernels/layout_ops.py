@@ -11,11 +11,13 @@ functions below.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ._launch import PreparedKernel
 from ._ops import define_op, on_triton
 from ._triton import triton
 from .layout_kernels import (
@@ -160,25 +162,31 @@ def mask_layout_triton(mask: Tensor, total_tokens: int | None) -> Layout:
             BLOCK_COLUMNS=block_columns,
             num_warps=4,
         )
-    _mask_layout_kernel[grid](
-        mask=mask,
-        lengths=lengths,
-        cu_seqlens=cu_seqlens,
-        indices=indices,
-        position_ids=position_ids,
-        sizes=sizes,
-        num_rows=rows,
-        columns=columns,
-        capacity=capacity,
-        expected_tokens=0 if total_tokens is None else total_tokens,
-        HAS_LENGTHS=two_launches,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        SCAN_ROWS=1024 if two_launches else 16,
-        SCAN_COLUMNS=256,
-        num_warps=4,
-    )
+    kernel = _mask_kernel((mask.device, mask.dtype), two_launches, block_rows, block_columns)
+    tensors = (mask, lengths, cu_seqlens, indices, position_ids, sizes)
+    kernel((*grid, 1), tensors, (rows, columns, capacity, total_tokens or 0))
     return cu_seqlens, indices, position_ids, sizes
+
+
+@functools.cache
+def _mask_kernel(
+    types: tuple[torch.device, torch.dtype],
+    two_launches: bool,
+    block_rows: int,
+    block_columns: int,
+) -> PreparedKernel:
+    """The kernel for masks of this type on this device."""
+    tensors = ("mask", "lengths", "cu_seqlens", "indices", "position_ids", "sizes")
+    sizes = ("num_rows", "columns", "capacity", "expected_tokens")
+    constants = {
+        "HAS_LENGTHS": two_launches,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
+        "SCAN_ROWS": 1024 if two_launches else 16,
+        "SCAN_COLUMNS": 256,
+        "num_warps": 4,
+    }
+    return PreparedKernel(_mask_layout_kernel, tensors, sizes, constants)
 
 
 @on_triton(boundary_layout)

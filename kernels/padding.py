@@ -21,9 +21,11 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ._launch import PreparedKernel
 from ._ops import define_op, on_triton, run
-from ._triton import next_power_of_2, tl, triton
+from ._triton import next_power_of_2, triton
 from .layout import PackedLayout, require_padded_form
+from .padding_kernels import _repad_kernel, _unpad_kernel
 
 
 @overload
@@ -142,77 +144,6 @@ def _fill_value(fill: float, dtype: torch.dtype) -> float | int | bool:
 # ------------------------------------------------------------------------------------------ Triton
 
 
-@triton.jit(do_not_specialize=["total_tokens"])
-def _unpad_kernel(
-    streams,
-    paddeds,
-    indices,
-    row_words,
-    row_strides,
-    total_tokens,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-):
-    """Each program copies BLOCK_ROWS tokens of all tensors, BLOCK_WORDS words of each.
-
-    ``streams``, ``paddeds``, ``row_words`` and ``row_strides`` are tuples with one entry per
-    tensor. Row sizes and strides are in words.
-    """
-    token = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
-    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)  # [BW]
-    is_token = token < total_tokens
-    slot = tl.load(indices + token, mask=is_token, other=0).to(tl.int64)
-    for i in tl.static_range(len(streams)):
-        mask = is_token[:, None] & (word < row_words[i])[None, :]  # [BR, BW]
-        row = tl.load(paddeds[i] + slot[:, None] * row_strides[i] + word[None, :], mask=mask)
-        tl.store(streams[i] + token[:, None] * row_words[i] + word[None, :], row, mask=mask)
-
-
-@triton.jit(do_not_specialize=["total_tokens", "num_slots", "search_steps"])
-def _repad_kernel(
-    paddeds,
-    streams,
-    indices,
-    row_words,
-    row_strides,
-    fills,
-    total_tokens,
-    num_slots,
-    search_steps,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-):
-    """Each program writes BLOCK_ROWS slots of all tensors, BLOCK_WORDS words of each."""
-    slot = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
-    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)  # [BW]
-    # Binary search for the first token whose index is at least the slot, in [token, end).
-    token = tl.zeros([BLOCK_ROWS], tl.int64)
-    end = token + total_tokens
-    for _ in range(search_steps):
-        middle = (token + end) // 2
-        searching = middle < end
-        index = tl.load(indices + middle, mask=searching, other=num_slots).to(tl.int64)
-        before = index < slot
-        token = tl.where(searching & before, middle + 1, token)
-        end = tl.where(searching & ~before, middle, end)
-    # A slot without a token gets the fill: no token has its index.
-    has_candidate = token < total_tokens
-    found = tl.load(indices + token, mask=has_candidate, other=-1).to(tl.int64) == slot
-    is_slot = slot < num_slots
-    for i in tl.static_range(len(paddeds)):
-        in_row = (word < row_words[i])[None, :]
-        row = tl.load(
-            streams[i] + token[:, None] * row_strides[i] + word[None, :],
-            mask=found[:, None] & in_row,
-            other=fills[i],
-        )  # [BR, BW]
-        tl.store(
-            paddeds[i] + slot[:, None] * row_words[i] + word[None, :],
-            row,
-            mask=is_slot[:, None] & in_row,
-        )
-
-
 @on_triton(_unpad)
 def unpad_triton(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
     """The op ``unpad`` in one launch."""
@@ -226,17 +157,9 @@ def unpad_triton(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
     if moves:
         tile = _tile(moves)
         grid = (triton.cdiv(total_tokens, tile.rows), _column_blocks(moves, tile))
-        _unpad_kernel[grid](
-            streams=tuple(move.target for move in moves),
-            paddeds=tuple(move.source for move in moves),
-            indices=indices,
-            row_words=tuple(move.row_words for move in moves),
-            row_strides=tuple(move.source_stride for move in moves),
-            total_tokens=total_tokens,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_WORDS=tile.words,
-            num_warps=4,
-        )
+        kernel = _prepared(_unpad_kernel, _kind(moves), tile, ())
+        targets, sources = zip(*(move[:2] for move in moves), strict=True)
+        kernel(grid, (targets, sources, indices), (total_tokens,))
     return streams
 
 
@@ -255,20 +178,10 @@ def repad_triton(
     if moves:
         tile = _tile(moves)
         grid = (triton.cdiv(num_slots, tile.rows), _column_blocks(moves, tile))
-        _repad_kernel[grid](
-            paddeds=tuple(move.target for move in moves),
-            streams=tuple(move.source for move in moves),
-            indices=indices,
-            row_words=tuple(move.row_words for move in moves),
-            row_strides=tuple(move.source_stride for move in moves),
-            fills=tuple(patterns),
-            total_tokens=total_tokens,
-            num_slots=num_slots,
-            search_steps=total_tokens.bit_length(),
-            BLOCK_ROWS=tile.rows,
-            BLOCK_WORDS=tile.words,
-            num_warps=4,
-        )
+        kernel = _prepared(_repad_kernel, _kind(moves), tile, tuple(patterns))
+        targets, sources = zip(*(move[:2] for move in moves), strict=True)
+        sizes = (total_tokens, num_slots, total_tokens.bit_length())
+        kernel(grid, (targets, sources, indices), sizes)
     return paddeds
 
 
@@ -282,10 +195,18 @@ _WIDEST_TILE = 512
 class _Move(NamedTuple):
     """Rows to copy, viewed as words of one size. The rows of the target are contiguous."""
 
-    source: Tensor
     target: Tensor
+    source: Tensor
     row_words: int
     source_stride: int  # words
+
+
+_Kind = tuple[torch.device, tuple[tuple[torch.dtype, int, int], ...]]
+
+
+def _kind(moves: Sequence[_Move]) -> _Kind:
+    """What a compiled kernel needs of the moves: words, their number per row, and strides."""
+    return moves[0].target.device, tuple((move.target.dtype, *move[2:]) for move in moves)
 
 
 class _Tile(NamedTuple):
@@ -297,6 +218,25 @@ def _tile(moves: Sequence[_Move]) -> _Tile:
     widest = max(move.row_words for move in moves)
     words = min(next_power_of_2(widest), _WIDEST_TILE)
     return _Tile(_TILE_WORDS // words, words)
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared(kernel: Any, kind: _Kind, tile: _Tile, fills: tuple[int, ...]) -> PreparedKernel:
+    moves = kind[1]
+    constants = {
+        "row_words": tuple(words for _, words, _ in moves),
+        "row_strides": tuple(stride for _, _, stride in moves),
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_WORDS": tile.words,
+        "num_warps": 4,
+    }
+    if kernel is _unpad_kernel:
+        return PreparedKernel(kernel, ("streams", "paddeds", "indices"), _SIZES[:1], constants)
+    constants["fills"] = fills
+    return PreparedKernel(kernel, ("paddeds", "streams", "indices"), _SIZES, constants)
+
+
+_SIZES = ("total_tokens", "num_slots", "search_steps")
 
 
 def _column_blocks(moves: Sequence[_Move], tile: _Tile) -> int:
@@ -312,8 +252,8 @@ def _as_words(source: Tensor, target: Tensor) -> _Move:
     combined = row_bytes | stride_bytes | source.data_ptr() | target.data_ptr()
     word = next(width for width in _WORDS if combined % width == 0)
     return _Move(
-        _view_as_words(source, word),
         _view_as_words(target, word),
+        _view_as_words(source, word),
         row_bytes // word,
         stride_bytes // word,
     )
@@ -321,6 +261,8 @@ def _as_words(source: Tensor, target: Tensor) -> _Move:
 
 def _view_as_words(rows: Tensor, word: int) -> Tensor:
     """A flat tensor of words at the address of ``rows``. Kernels use only its pointer."""
+    if rows.dtype == _WORDS[word]:
+        return rows
     storage = rows.untyped_storage()
     first = rows.storage_offset() * rows.element_size()
     words = torch.empty(0, dtype=_WORDS[word], device=rows.device)

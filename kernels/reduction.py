@@ -19,11 +19,13 @@ sequence is never the first label of the next sequence.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._launch import PreparedKernel
 from ._ops import define_op, on_triton, run
 from ._triton import tl, triton
 
@@ -325,30 +327,52 @@ def token_targets_triton(
     weights = torch.empty_like(labels, dtype=dtype)
     num_seqs = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
     errors = torch.empty(num_seqs, dtype=torch.int32, device=labels.device)
-    _token_targets_kernel[(num_seqs,)](
-        labels=labels.contiguous(),
-        # An absent tensor is replaced by one that the kernel does not read.
-        cu_seqlens=labels if cu_seqlens is None else cu_seqlens.contiguous(),
-        sequence_weights=weights if sequence_weights is None else sequence_weights.contiguous(),
-        targets=targets,
-        weights=weights,
-        errors=errors,
-        total_tokens=labels.numel(),
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-        BOUNDED=cu_seqlens is not None,
-        WEIGHTED=sequence_weights is not None,
-        SHIFT=int(shift),
-        PER_SEQUENCE=per_sequence,
-        BLOCK=1024,
-        num_warps=4,
+    # An absent tensor is replaced by one that the kernel does not read.
+    offsets = labels if cu_seqlens is None else cu_seqlens.contiguous()
+    of_seqs = weights if sequence_weights is None else sequence_weights.contiguous()
+    kernel = _targets_kernel(
+        (labels.device, labels.dtype, offsets.dtype, of_seqs.dtype, dtype),
+        num_classes,
+        ignore_index,
+        cu_seqlens is not None,
+        sequence_weights is not None,
+        shift,
+        per_sequence,
     )
+    tensors = (labels.contiguous(), offsets, of_seqs, targets, weights, errors)
+    kernel((num_seqs, 1), tensors, (labels.numel(),))
     torch._assert_async(
         (errors == 0).all(),
         f"labels must be from 0 to {num_classes - 1} or ignore_index = {ignore_index}, and "
         f"cu_seqlens must start at 0, not decrease, and end at total_tokens = {labels.numel()}",
     )
     return targets, weights
+
+
+# As few as the heads of a process.
+@functools.lru_cache(maxsize=64)
+def _targets_kernel(
+    types: tuple[torch.device | torch.dtype, ...],
+    num_classes: int,
+    ignore_index: int,
+    bounded: bool,
+    weighted: bool,
+    shift: bool,
+    per_sequence: bool,
+) -> PreparedKernel:
+    """The kernel for tensors of these types on this device."""
+    tensors = ("labels", "cu_seqlens", "sequence_weights", "targets", "weights", "errors")
+    constants = {
+        "num_classes": num_classes,
+        "ignore_index": ignore_index,
+        "BOUNDED": bounded,
+        "WEIGHTED": weighted,
+        "SHIFT": int(shift),
+        "PER_SEQUENCE": per_sequence,
+        "BLOCK": 1024,
+        "num_warps": 4,
+    }
+    return PreparedKernel(_token_targets_kernel, tensors, ("total_tokens",), constants)
 
 
 @_token_targets.register_fake

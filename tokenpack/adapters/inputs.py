@@ -174,7 +174,9 @@ def _pack_encoder_decoder(
     if decoder.is_packed != encoder.is_packed:
         raise ValueError("cu_seqlens and decoder_cu_seqlens must be given together or not at all")
     counted = counted.after(decoder.layout, decoder.slots, state.key)
-    targets = None if labels is None else _targets(labels, decoder, counted if traced else None)
+    targets, stream = None, None
+    if labels is not None:
+        targets, stream = _targets(labels, decoder, counted if traced else None)
 
     call = PackedCall(state, {"enc": encoder.layout, "dec": decoder.layout}, traced)
     if state.family.swaps and not state.family.has_relative_bias:
@@ -186,7 +188,7 @@ def _pack_encoder_decoder(
         call,
         {
             _input_name("", encoder): encoder.stream,
-            _input_name("decoder_", decoder): decoder.stream,
+            _input_name("decoder_", decoder): decoder.stream if stream is None else stream,
             "attention_mask": marker,
             "decoder_attention_mask": marker,
         },
@@ -210,9 +212,15 @@ def _pack_single(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool)
     side = _pop_side(inputs, "", state, in_graph)
     call = PackedCall(state, {name: side.layout}, traced)
     check_pooling(model, entry, side.layout, traced)
+    targets, stream = None, None
+    if labels is not None:
+        labels, _ = _padded_labels(labels, cu_seqlens, side.layout if traced else None)
+        counted = Counted().after(side.layout, side.slots, state.key)
+        labels = shift_left(labels) if entry.shifts_labels else labels
+        targets, stream = _targets(labels, side, counted if traced else None)
 
     arguments = {
-        _input_name("", side): side.stream,
+        _input_name("", side): side.stream if stream is None else stream,
         "attention_mask": marker_mask(side.padded.device),
     }
     if "position_ids" in entry.parameters:
@@ -231,12 +239,6 @@ def _pack_single(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool)
         types = _to_padded("token_type_ids", inputs.pop("token_type_ids", None), side)
         if types is not None:
             arguments["token_type_ids"] = unpad(types, side.layout)[None]
-    targets = None
-    if labels is not None:
-        labels, _ = _padded_labels(labels, cu_seqlens, side.layout if traced else None)
-        counted = Counted().after(side.layout, side.slots, state.key)
-        labels = shift_left(labels) if entry.shifts_labels else labels
-        targets = _targets(labels, side, counted if traced else None)
     if isinstance(inputs.get("logits_to_keep"), int) and inputs["logits_to_keep"] == 0:
         del inputs["logits_to_keep"]
     packed = PackedInputs(call, arguments, targets, side.is_packed, side.slots)
@@ -406,10 +408,10 @@ def _positions(stack: Any, state: PatchState, side: _Side) -> Tensor:
     return unpad(rule(stack, side.padded), side.layout)
 
 
-def _targets(labels: Tensor, side: _Side, counted: Counted | None) -> Targets:
-    """The labels of the real tokens. Labels at padded positions must be -100.
+def _targets(labels: Tensor, side: _Side, counted: Counted | None) -> tuple[Targets, Tensor | None]:
+    """The labels of the real tokens, and the stream of ``side`` if the same call takes it.
 
-    ``counted`` is what the call counts, if it is traced.
+    Labels at padded positions must be -100. ``counted`` is what the call counts, if it is traced.
     """
     if labels.shape != side.layout.padded_shape:
         raise ValueError(
@@ -418,15 +420,20 @@ def _targets(labels: Tensor, side: _Side, counted: Counted | None) -> Targets:
         )
     labels = labels.to(side.layout.device)
     if counted is not None:
-        return Targets(*targets_in_graph(labels, side.layout, counted))
-    targets = unpad(labels, side.layout)
+        return Targets(*targets_in_graph(labels, side.layout, counted)), None
+    stream = None
+    if side.is_stream:
+        targets = unpad(labels, side.layout)
+    else:
+        targets, taken = unpad([labels, side.padded], side.layout)
+        stream = taken[None]
     num_labels, num_valid = count_labels(labels, targets)
     if num_labels != num_valid:
         raise CannotPackError(
             "labels at padded positions must be -100 (and, for a causal model, the label of the "
             "first token after left padding)"
         )
-    return Targets(targets, num_valid)
+    return Targets(targets, num_valid), stream
 
 
 def _input_name(prefix: str, side: _Side) -> str:

@@ -155,7 +155,7 @@ def test_chats(tmp_path, tokenizer, capsys):
     tokenizer.save_pretrained(tmp_path / "t")
     command = ["shards", "write", str(path), str(tmp_path / "a"), "--chat", "--template", "chatml"]
     assert main([*command, "--tokenizer", str(tmp_path / "t")]) == 2
-    assert "format='datatrove'" in capsys.readouterr().err
+    assert "format must be 'datatrove' with chat" in capsys.readouterr().err
     assert main([*command, "--tokenizer", str(tmp_path / "t"), "--format", "datatrove"]) == 0
     shards = TokenShards(tmp_path / "a.ds")
     learned = shards.tokens(0, shards.num_tokens)[shards.targets(0, shards.num_tokens)]
@@ -212,6 +212,9 @@ def test_a_text_is_not_cut_where_that_would_change_its_tokens(tokenizer, monkeyp
     assert TextEncoder(other, False, False)._pieces(text) == [text]
 
 
+DATATROVE_CHAT = {"chat": True, "format": "datatrove"}
+
+
 def test_arguments(data, tokenizer, tmp_path):
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     for error, message, options in (
@@ -220,6 +223,9 @@ def test_arguments(data, tokenizer, tmp_path):
         (ValueError, "num_proc must be from 1", {"num_proc": 0}),
         (ValueError, "template must not be given without chat", {"template": "chatml"}),
         (ValueError, "bos must not be given with chat", {"chat": True, "bos": True}),
+        (ValueError, "tokenizer must be given with chat", {"chat": True, "tokenizer": None}),
+        (ValueError, "format must be 'datatrove' with chat, .* got 'megatron'", {"chat": True}),
+        (ValueError, "num_proc must be 1 with .*, got 2", {**DATATROVE_CHAT, "num_proc": 2}),
         (ValueError, "bos must not be given for token ids", {"tokenizer": None, "bos": True}),
         (TypeError, "row 0 must be text, got 1", {"column": "id"}),
         (ValueError, "no column", {"column": "nothing"}),

@@ -117,11 +117,7 @@ def write_shards(
         name = part_name(name, *ranks)
     source: _Source
     if chat:
-        if tokenizer is None or format != "datatrove" or num_proc > 1:
-            raise ValueError(
-                "chat must have a tokenizer, format='datatrove' and num_proc=1, got "
-                f"tokenizer={tokenizer!r:.40}, format={format!r}, num_proc={num_proc}"
-            )
+        _check_chat(tokenizer, format, num_proc)
         source = _Conversations(paths)
         encoder: Any = ChatEncoder(tokenizer, template, max_length, source.sparse)
     else:
@@ -145,6 +141,20 @@ def write_shards(
         key=key,
     )
     return _run(source, encoder, writer, ranks, num_proc, progress)
+
+
+def _check_chat(tokenizer: Any, format: str, num_proc: int) -> None:
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given with chat, got None")
+    if format != "datatrove":
+        raise ValueError(
+            "format must be 'datatrove' with chat, because it stores what is learned, got "
+            f"{format!r}"
+        )
+    if num_proc > 1:
+        raise ValueError(
+            f"num_proc must be 1 with chat, which tokenizes on all cores, got {num_proc}"
+        )
 
 
 def dtype_for(format: str, vocab_size: int) -> np.dtype[Any]:

@@ -53,14 +53,8 @@ class _Queries(NamedTuple):
 class _KeyGrads(NamedTuple):
     """The sums of the loop over queries, in float32."""
 
-    dk: tl.tensor  # [BN, COLUMNS], or transposed if `_is_wide`, without the factor scale
-    dv: tl.tensor  # [BN, COLUMNS], or transposed if `_is_wide`
-
-
-@triton.jit
-def _is_wide(SHAPE: tl.constexpr):
-    """Whether the tile is for the loop of `backward_kv_wide`."""
-    return SHAPE.COLUMNS > 128 and SHAPE.CHUNK == 0 and SHAPE.QUERIES >= 64
+    dk: tl.tensor  # [BN, COLUMNS], or transposed if SHAPE.WIDE, without the factor scale
+    dv: tl.tensor  # [BN, COLUMNS], or transposed if SHAPE.WIDE
 
 
 @triton.jit
@@ -109,7 +103,7 @@ def _add_queries(
     grads, k, v, queries, params, dropout, tiles, FEATURES: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Add the gradients of one range of query tiles with the loop for the width of rows."""
-    if _is_wide(SHAPE):
+    if SHAPE.WIDE:
         dk, dv = grads
         dk, dv = backward_queries_wide(
             dk, dv, k, v, queries, params, dropout, tiles, FEATURES, SHAPE
@@ -191,7 +185,8 @@ def _attention_backward_kv_kernel(
     PRECISION: tl.constexpr,
 ):
     FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT)
-    SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION)
+    WIDE: tl.constexpr = COLUMNS > 128 and CHUNK == 0 and QUERIES >= 64  # see `backward_kv_wide`
+    SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION, WIDE)
     tl.static_assert(QUERIES <= QUERY_PADDING)
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     seq, first_key, span_k, span_q = find_tile(
@@ -210,7 +205,7 @@ def _attention_backward_kv_kernel(
     k_tile = RowTile(load_rows(k_rows, first_key, KEYS, True, SHAPE), k_rows, first_key)
     v_tile = RowTile(load_rows(v_rows, first_key, KEYS, True, SHAPE), v_rows, first_key)
     seed_value = tl.load(seed) if DROPOUT else 0
-    if _is_wide(SHAPE):
+    if WIDE:
         zeros = tl.zeros([COLUMNS, KEYS], tl.float32)
     else:
         zeros = tl.zeros([KEYS, COLUMNS], tl.float32)
@@ -227,7 +222,7 @@ def _attention_backward_kv_kernel(
             grads, k_tile, v_tile, queries, params, dropout, ranges, FEATURES, SHAPE
         )
     dk_tile, dv_tile = grads
-    if _is_wide(SHAPE):
+    if WIDE:
         dk_tile, dv_tile = tl.trans(dk_tile), tl.trans(dv_tile)
     store_rows(dk_rows, dk_tile * scale, first_key, KEYS, SHAPE)
     store_rows(dv_rows, dv_tile, first_key, KEYS, SHAPE)

@@ -118,6 +118,7 @@ class TileShape(NamedTuple):
     COLUMNS: tl.constexpr  # HEAD_DIM padded to a power of two
     CHUNK: tl.constexpr  # columns per product in `dot_transposed`, or 0 for all
     PRECISION: tl.constexpr  # of float32 products, for tl.dot
+    WIDE: tl.constexpr = False  # in the kernel of dk and dv: the loop of `backward_kv_wide`
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def attention_backward(
     tiles_q = num_tiles(total_q, num_seqs, tile.queries)
     shared = shared_arguments(inputs, lse, spec)
     shared["dout"] = dout
-    shared["dout_stride"], shared["dout_head_stride"], _ = dout.stride()
+    shared["DOUT_STRIDE"], shared["dout_head_stride"], _ = dout.stride()
     padded_rows = total_q + num_seqs * QUERY_PADDING.value
     shared["delta"], base2_lse = lse.new_empty(2, heads, padded_rows)
     partials = None
@@ -44,7 +44,7 @@ def attention_backward(
         # A row per program: 2 * reach + 1 distances, and a total for each side beyond the reach.
         partials = q.new_zeros(tiles_q, heads, 2 * shared["reach"] + 3, dtype=torch.float32)
     if dq.numel():
-        _attention_backward_q_kernel[(tiles_q, heads)](
+        _attention_backward_q_kernel[(tiles_q * heads,)](
             **shared,
             out=out,
             dq=dq,
@@ -59,7 +59,7 @@ def attention_backward(
     kernel = "dkv" if kv_heads == heads else "dkv, grouped"
     tile = tile_for(kernel, q, bias=bias, dropout=dropout)
     if dk.numel():
-        _attention_backward_kv_kernel[(num_tiles(total_k, num_seqs, tile.keys), kv_heads)](
+        _attention_backward_kv_kernel[(num_tiles(total_k, num_seqs, tile.keys) * kv_heads,)](
             **{**shared, "lse": base2_lse},
             dk=dk,
             dv=dv,

@@ -26,7 +26,6 @@ from .primitives import TABLE_PADDING
 from .slots import SlotPlan
 from .spec import AttentionInputs, AttentionSpec
 
-_LOG2_E = 1.4426950408889634
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -176,7 +175,7 @@ def varlen_attention_triton(
     if kernel_lacks(q.device.type, q.dtype, q.shape[2]):
         return _forward_in_torch(inputs, spec)
     inputs, spec, _ = _with_positive_scale(inputs, spec)
-    return attention_forward(_for_kernels(inputs), spec)
+    return attention_forward(_for_kernels(inputs, spec), spec)
 
 
 @on_triton(_varlen_attention_backward)
@@ -205,7 +204,7 @@ def varlen_attention_backward_triton(
         return _backward_in_torch(dout, inputs, spec, needs_table)
     inputs, spec, sign = _with_positive_scale(inputs, spec)
     dq, dk, dv, dtable = attention_backward(
-        _with_contiguous_rows(dout), out, lse, _for_kernels(inputs), spec, needs_table
+        _with_contiguous_rows(dout), out, lse, _for_kernels(inputs, spec), spec, needs_table
     )
     if sign != 1.0:
         dq = dq * sign
@@ -223,8 +222,12 @@ def _with_positive_scale(
     return inputs, spec._replace(scale=-spec.scale or 1.0), sign
 
 
-def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
-    """The inputs as the kernels read them. The table becomes base-2, float32 and extended."""
+def _for_kernels(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionInputs:
+    """The inputs as the kernels read them.
+
+    The table becomes float32 and extended. Its unit becomes that of a raw score (see `primitives`),
+    so that a product can start from the bias.
+    """
     q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
     return AttentionInputs(
         _with_contiguous_rows(q),
@@ -232,7 +235,7 @@ def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
         _with_contiguous_rows(v),
         cu_seqlens_q.contiguous(),
         cu_seqlens_k.contiguous(),
-        None if table is None else _extended(table.float() * _LOG2_E),
+        None if table is None else _extended(table.float() / (spec.softcap or spec.scale)),
         seed,
     )
 

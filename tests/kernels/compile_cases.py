@@ -72,7 +72,11 @@ ATTENTION = {  # kv_heads of 4, causal, bias, dropout, window, softcap
     "causal, dropout": (4, True, False, 0.1, (-1, -1), 0.0),
     "bias, causal, dropout": (4, True, True, 0.1, (-1, -1), 0.0),
     "everything": (2, False, True, 0.1, (9, 9), 3.0),
+    "plain": (4, False, False, 0.0, (-1, -1), 0.0),
+    "bias, causal": (4, True, True, 0.0, (-1, -1), 0.0),
 }
+# With "bias" and "causal", the calls that `predicted` compares. No tile is chosen for these two.
+FOR_PREDICTIONS = ("plain", "bias, causal")
 
 
 # Grouped heads only change the kernel for the gradients of k and v. "everything" has the others.
@@ -108,7 +112,7 @@ def attention_cases(target, dtype):
     if dtype == "fp16":
         kinds, head_dims = ["bias, causal, dropout" if target == "sm_90" else "causal"], (64,)
     elif target == "sm_90":
-        kinds = list(ATTENTION)
+        kinds = [kind for kind in ATTENTION if kind not in FOR_PREDICTIONS]
     else:
         kinds = ["bias", "causal"] if dtype == "bf16" else ["bias"]
     return [attention(kind, head_dim) for kind in kinds for head_dim in head_dims]
@@ -140,7 +144,9 @@ def all_jobs() -> list[Job]:
         for target in TARGETS
         for case in (layouts, rows, targets, losses)
     ]
-    return others + by_kind + [Job("sm_90", ["bf16"], yardstick(width)) for width in (64, 128)]
+    compared = [attention(kind, width) for kind in FOR_PREDICTIONS for width in (64, 128)]
+    compared += [yardstick(width) for width in (64, 128)]
+    return others + by_kind + [Job("sm_90", ["bf16"], case) for case in compared]
 
 
 def checked_jobs() -> list[Job]:

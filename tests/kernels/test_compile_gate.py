@@ -33,9 +33,16 @@ from tokenpack.kernels import (
     reduction,
 )
 from tokenpack.kernels._triton import AVAILABLE, INTERPRETED
-from tokenpack.kernels.attention import backward_kv, backward_q, forward, op, primitives
+from tokenpack.kernels.attention import (
+    backward_kv,
+    backward_q,
+    dropout,
+    forward,
+    op,
+    primitives,
+)
 
-from . import compile_table, tile_counts
+from . import compile_table, predicted, tile_counts
 from .compile_cases import DTYPES, TARGETS, all_jobs, checked_jobs
 from .compile_table import Row
 from .tile_counts import LoopCount
@@ -56,6 +63,7 @@ MODULES = [
     forward,
     backward_q,
     backward_kv,
+    dropout,
     primitives,
 ]
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -212,7 +220,8 @@ def compiled(pool, hundred_batches):
         import triton
 
         BEFORE.update(compile_table.read_ceilings(Path(TABLE)) if Path(TABLE).exists() else {})
-        compile_table.write(Path(TABLE), gathered, counts, triton.__version__)
+        predictions = predicted.predict(counts)
+        compile_table.write(Path(TABLE), gathered, counts, predictions, triton.__version__)
     return gathered, counts
 
 

@@ -12,11 +12,17 @@ busiest other unit.
 """
 
 import collections
+import functools
+import inspect
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from tokenpack.kernels.attention import primitives
+
+from .loop_trips import kind_of
 
 PEAK = 132 * 4096 * 1.83e9 / 1e12  # dense 16-bit TFLOP/s of a whole H100
 REGISTERS_PER_SM, SHARED_PER_SM, WARPS_PER_SM = 65_536, 228 * 1024, 64
@@ -43,6 +49,7 @@ class LoopCount(NamedTuple):
     case: str
     tile: str  # queries x keys, warps, stages
     loop: int  # in the order of the machine code
+    kind: str  # what its tiles need, see `loop_trips.kind_of`
     registers: int  # of a thread
     programs: int  # that fit on an SM at a time
     instructions: int  # of a warp, for one tile
@@ -58,14 +65,17 @@ class LoopCount(NamedTuple):
         return f"| {' | '.join(cells)} |"
 
 
-def inner_loops(code: str) -> Iterator[list[str]]:
-    """The bodies of the innermost loops that hold a matrix product, as lists of instructions."""
-    labels, instructions = {}, []
+def inner_loops(code: str) -> Iterator[tuple[list[str], set[tuple[str, int]]]]:
+    """The innermost loops with a matrix product: instructions, and the lines they come from."""
+    labels, instructions, sources, source = {}, [], [], ("", 0)
     for line in code.split("\n"):
         if label := re.match(r"^(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(instructions)
+        elif place := re.search(r'//## File ".*?([^/"]+)", line (\d+)', line):
+            source = place[1], int(place[2])
         elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             instructions.append(found[1].strip())
+            sources.append(source)
     spans = []
     for end, text in enumerate(instructions):
         branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
@@ -74,7 +84,19 @@ def inner_loops(code: str) -> Iterator[list[str]]:
             spans.append((start, end))
     for start, end in spans:
         if not any(a >= start and b <= end and (a, b) != (start, end) for a, b in spans):
-            yield instructions[start : end + 1]
+            yield instructions[start : end + 1], set(sources[start : end + 1])
+
+
+@functools.cache
+def _lines_of_kinds() -> list[set[tuple[str, int]]]:
+    """The lines that only loops of each of `KINDS` have."""
+
+    def lines(function, pattern: str = "") -> set[tuple[str, int]]:
+        text, first = inspect.getsourcelines(function.fn)
+        return {("primitives.py", first + i) for i, one in enumerate(text) if pattern in one}
+
+    edge = lines(primitives.load_columns, "rows.count")
+    return [lines(primitives.tile_biases), lines(primitives.between), edge]
 
 
 def warp_flops(body: list[str]) -> float:
@@ -103,7 +125,7 @@ def disassemble(cubin: bytes) -> tuple[str, int]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = tool("cuobjdump", "--dump-resource-usage")
-        return tool("nvdisasm", "-c"), int(re.search(r"REG:(\d+)", usage)[1])
+        return tool("nvdisasm", "-c", "-g"), int(re.search(r"REG:(\d+)", usage)[1])
 
 
 def tile_of(kernel) -> tuple[int, int, int]:
@@ -125,7 +147,7 @@ def count(kernel, case: str) -> list[LoopCount]:
         WARPS_PER_SM // warps,
     )
     counts = []
-    for number, body in enumerate(inner_loops(code)):
+    for number, (body, sources) in enumerate(inner_loops(code)):
         opcodes = collections.Counter(
             re.sub(r"^@!?U?P?\w+\s+", "", text).split()[0].split(".")[0] for text in body
         )
@@ -145,6 +167,7 @@ def count(kernel, case: str) -> list[LoopCount]:
                 case,
                 f"{queries} x {keys}, {warps}, {kernel.metadata.num_stages}",
                 number,
+                kind_of(*(not sources.isdisjoint(lines) for lines in _lines_of_kinds())),
                 registers,
                 programs,
                 len(body),

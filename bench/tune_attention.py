@@ -29,12 +29,10 @@ HEADS, ROWS, LONGEST = 16, 32, 2048
 Run = Callable[[], object]
 
 
-def candidates(kernel: str, bias: bool) -> Iterator[Tile]:
+def candidates(kernel: str) -> Iterator[Tile]:
     """All tiles to time."""
     sizes = (16, 32, 64, 128)
     for queries, keys, warps, stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3)):
-        if kernel == "dq" and bias and queries > keys:  # its diagonals may wrap around only once
-            continue
         if kernel.startswith("dkv") and queries > QUERY_PADDING.value:
             continue
         if queries * keys >= 256:
@@ -54,11 +52,11 @@ def using(kernel: str, row: tuple[int, int], tile: Tile) -> Iterator[None]:
 
 
 def fastest(
-    kernel: str, row: tuple[int, int], bias: bool, run: Run, milliseconds: Callable[[Run], float]
+    kernel: str, row: tuple[int, int], run: Run, milliseconds: Callable[[Run], float]
 ) -> Tile:
     """The candidate that makes ``run`` fastest. Skips candidates that do not fit the device."""
     times = {}
-    for tile in candidates(kernel, bias):
+    for tile in candidates(kernel):
         with using(kernel, row, tile):
             try:
                 times[tile] = milliseconds(run)
@@ -119,7 +117,8 @@ def main() -> int:
             best = Tiles(
                 *(
                     fastest(
-                        *(kernel, row, bias),
+                        kernel,
+                        row,
                         calls(kernel, head_dim, dtype, bias, dropout_p, "cuda"),
                         milliseconds,
                     )

@@ -49,7 +49,7 @@ def attention_backward(
     partials = lse.new_zeros(partials_shape(inputs, grid_dq)) if needs_table else None
     unit = head_unit(q, k, v, dout)
     shared = shared_arguments(inputs, lse, spec, unit)
-    shared |= {"dout": dout, "dout_stride": dout.stride(0)}
+    shared |= {"dout": dout, "DOUT_STRIDE": dout.stride(0)}
     shared["dout_head_stride"] = dout.stride(1) // unit
     shared["delta"], base2_lse = lse.new_empty((2, q.shape[1], rows))
     if dq.numel():
@@ -73,7 +73,7 @@ def backward_kernels(
     dout: Tensor, inputs: AttentionInputs, spec: AttentionSpec, unit: int, needs_table: bool
 ) -> tuple[PreparedKernel, PreparedKernel]:
     """The kernels of all layers with inputs, options and gradients of this kind."""
-    shared = constant_arguments(inputs, spec, unit) | {"dout_stride": dout.stride(0)}
+    shared = constant_arguments(inputs, spec, unit) | {"DOUT_STRIDE": dout.stride(0)}
     tiles = backward_tiles(inputs, spec)
     sides = ("q", "k", "v", "table", "seed", "dout", "delta", "lse")
     offsets, sizes = ("cu_seqlens_q", "cu_seqlens_k"), (*SIZES, "dout_head_stride")
@@ -106,8 +106,8 @@ def backward_grids(
     """The programs of the two kernels."""
     (total_q, heads, _), (total_k, kv_heads, _) = inputs.q.shape, inputs.k.shape
     num_seqs = inputs.cu_seqlens_q.numel() - 1
-    dq = num_tiles(total_q, num_seqs, tiles.dq.queries), heads
-    return dq, (num_tiles(total_k, num_seqs, tiles.dkv.keys), kv_heads)
+    dq = num_tiles(total_q, num_seqs, tiles.dq.queries) * heads, 1
+    return dq, (num_tiles(total_k, num_seqs, tiles.dkv.keys) * kv_heads, 1)
 
 
 def padded_rows(total_q: int, num_seqs: int) -> int:
@@ -118,7 +118,8 @@ def padded_rows(total_q: int, num_seqs: int) -> int:
 def partials_shape(inputs: AttentionInputs, grid: tuple[int, int]) -> tuple[int, int, int]:
     """A row per program of dq: 2 * reach + 1 distances, and a total for each side beyond them."""
     assert inputs.table is not None
-    return *grid, inputs.table.shape[1] - 2 * TABLE_PADDING.value + 2
+    heads = inputs.q.shape[1]
+    return grid[0] // heads, heads, inputs.table.shape[1] - 2 * TABLE_PADDING.value + 2
 
 
 def sum_partials(partials: Tensor) -> Tensor:

@@ -6,8 +6,7 @@
 One program computes a tile of keys of one key head. It loops over the query heads that share these
 keys, and over the queries that see them, so grouped heads need no atomics. It computes transposed
 tiles, [keys, queries], so that both sums are plain products; of wide rows see `backward_kv_wide`.
-`backward_q` computes ``delta`` and
-``lse`` in base 2.
+`backward_q` computes ``delta`` and ``lse`` in base 2.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 from .._triton import tl, triton
 from .backward_kv_wide import backward_queries_wide
+from .dropout import dropout_keep_mask, dropout_params
 from .launch import SIZES
 from .primitives import (
     QUERY_PADDING,
@@ -28,16 +28,15 @@ from .primitives import (
     apply_softcap,
     between,
     dot_transposed,
-    dropout_keep_mask,
-    dropout_params,
     find_tile,
     load_rows,
     padded_start,
     params_of_head,
+    program_place,
     query_ranges,
     select_rows,
-    softmax_weights,
     store_rows,
+    tile_biases,
 )
 
 
@@ -50,6 +49,13 @@ class _Queries(NamedTuple):
     delta: tl.tensor  # pointer to one float32 per query; both go on behind the last query
 
 
+class _Jump(NamedTuple):
+    """Where a loop over tiles with masks goes on further behind."""
+
+    at: tl.tensor  # rows from here on are
+    distance: tl.tensor  # so many rows later
+
+
 class _KeyGrads(NamedTuple):
     """The sums of the loop over queries, in float32."""
 
@@ -59,58 +65,85 @@ class _KeyGrads(NamedTuple):
 
 @triton.jit
 def _backward_queries(
-    grads, k, v, queries, params, dropout, tiles, FEATURES: tl.constexpr, SHAPE: tl.constexpr
+    grads,
+    k,
+    v,
+    queries,
+    params,
+    dropout,
+    tiles,
+    jump,
+    EDGE: tl.constexpr,
+    FEATURES: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """Add the gradients of one range of query tiles to dk and dv."""
+    """Add the gradients of one range of query tiles to dk and dv. EDGE: the queries end within."""
     dk, dv = grads
+    row = tl.arange(0, SHAPE.KEYS)[:, None]
     key = k.first + tl.arange(0, SHAPE.KEYS)
-    position = key - (k.rows.count - queries.q.count)  # of the query at distance 0
+    offset = k.rows.count - queries.q.count
+    position = key - offset  # of the query at distance 0
     first_query, last_query = position - params.limits.right, position + params.limits.left
     column = tl.arange(0, SHAPE.QUERIES)
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
-        q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)  # [BM, COLUMNS]
-        dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
+        if EDGE and FEATURES.BIAS and FEATURES.RIGHT:
+            start = tl.where(start < jump.at, start, start + jump.distance)
+        q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)  # [BM, COLUMNS]
+        dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
         query = start + column
         # Behind the last query, lse is +inf and delta is 0: masks would be a seventh of the loop.
         row_lse, row_delta = tl.load(queries.lse + query), tl.load(queries.delta + query)
-        product = dot_transposed(k, RowTile(q, queries.q, start), True, SHAPE)
+        product = dot_transposed(k, RowTile(q, queries.q, start), EDGE, SHAPE)
         raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BN, BM]
-        biases = (params.table + (position - start))[:, None] - column.to(tl.int64)[None, :]
+        if tiles.TABLE:
+            raw += tile_biases(params, k.first - offset - start, True, SHAPE)
         # 0 past the last query, where lse is +inf. Rows past the last key are never stored.
-        weights = softmax_weights(raw, row_lse[None, :], biases, params, tiles.bias, tiles.TABLE)
+        weights = tl.exp2(raw * params.factor - (row_lse - tiles.bias)[None, :])
         if tiles.MASKED:
             first, last = (first_query - start)[:, None], (last_query - start)[:, None]
             visible = between(column[None, :], first, last, FEATURES.RIGHT, FEATURES.LEFT)
             weights = tl.where(visible, weights, 0.0)
-        dweights = dot_transposed(v, RowTile(dout, queries.dout, start), True, SHAPE)
+        dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
         dropped = weights  # the weights that the forward multiplied by v
         if FEATURES.DROPOUT:
-            keep = dropout_keep_mask(dropout, query[None, :], key[:, None])
+            keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
             dropped = tl.where(keep, weights * dropout.factor, 0.0)
             dweights = tl.where(keep, dweights * dropout.factor, 0.0)
         if SHAPE.CHUNK:  # load dout only now, so that it holds no registers during the products
-            dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
+            dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
         dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
         dscores = weights * (dweights - row_delta[None, :]) * slope
         if SHAPE.CHUNK:
-            q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)
+            q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=SHAPE.PRECISION)
     return _KeyGrads(dk, dv)
 
 
 @triton.jit
 def _add_queries(
-    grads, k, v, queries, params, dropout, tiles, FEATURES: tl.constexpr, SHAPE: tl.constexpr
+    grads,
+    k,
+    v,
+    queries,
+    params,
+    dropout,
+    tiles,
+    jump,
+    EDGE: tl.constexpr,
+    FEATURES: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Add the gradients of one range of query tiles with the loop for the width of rows."""
     if SHAPE.WIDE:
         dk, dv = grads
         dk, dv = backward_queries_wide(
-            dk, dv, k, v, queries, params, dropout, tiles, FEATURES, SHAPE
+            dk, dv, k, v, queries, params, dropout, tiles, jump, EDGE, FEATURES, SHAPE
         )
         grads = _KeyGrads(dk, dv)
     else:
-        grads = _backward_queries(grads, k, v, queries, params, dropout, tiles, FEATURES, SHAPE)
+        grads = _backward_queries(
+            grads, k, v, queries, params, dropout, tiles, jump, EDGE, FEATURES, SHAPE
+        )
     return grads
 
 
@@ -119,22 +152,41 @@ def _backward_all_queries(
     grads, k, v, queries, params, dropout, ranges, FEATURES: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Add the gradients of all queries of one head that see the keys to dk and dv."""
-    first, near, far, end = ranges
-    LIMITED: tl.constexpr = FEATURES.LEFT or FEATURES.RIGHT
+    first, near, whole, far, end = ranges
+    MASKED: tl.constexpr = FEATURES.LEFT or FEATURES.RIGHT
+    edge = tl.maximum(end // SHAPE.QUERIES * SHAPE.QUERIES, first)
+    jump = _Jump(edge, 0)
+    # With wide rows, registers do not suffice for one loop more: [first, near) reads the table too.
+    MERGED: tl.constexpr = FEATURES.BIAS and not FEATURES.RIGHT and SHAPE.COLUMNS > 64
     # fmt: off
-    grads = _add_queries(
-        grads, k, v, queries, params, dropout,
-        TileRange(first, tl.minimum(near, end), params.bias_after, LIMITED, False), FEATURES, SHAPE,
-    )
+    if FEATURES.BIAS and FEATURES.RIGHT:
+        # One loop has all tiles with masks: [first, hidden) and, moved there, [edge, end).
+        hidden = tl.minimum(whole, edge)
+        jump = _Jump(hidden, edge - hidden)
+    elif not MERGED:
+        grads = _add_queries(
+            grads, k, v, queries, params, dropout,
+            TileRange(first, tl.minimum(near, edge), params.bias_after, MASKED, False),
+            jump, False, FEATURES, SHAPE,
+        )
     if FEATURES.BIAS:
         grads = _add_queries(
             grads, k, v, queries, params, dropout,
-            TileRange(near, tl.minimum(far, end), params.bias_after, LIMITED, True),
-            FEATURES, SHAPE,
+            TileRange(first if MERGED else whole, tl.minimum(far, edge), 0.0, FEATURES.LEFT, True),
+            jump, False, FEATURES, SHAPE,
         )
+    grads = _add_queries(
+        grads, k, v, queries, params, dropout,
+        TileRange(far, edge, params.bias_before, FEATURES.LEFT, False),
+        jump, False, FEATURES, SHAPE,
+    )
     return _add_queries(
         grads, k, v, queries, params, dropout,
-        TileRange(far, end, params.bias_before, FEATURES.LEFT, False), FEATURES, SHAPE,
+        TileRange(
+            first if FEATURES.BIAS and FEATURES.RIGHT else edge,
+            end - jump.distance, 0.0, MASKED, FEATURES.BIAS,
+        ),
+        jump, True, FEATURES, SHAPE,
     )
     # fmt: on
 
@@ -161,20 +213,21 @@ def _attention_backward_kv_kernel(
     k_head_stride,
     v_head_stride,
     dout_head_stride,
-    dout_stride,
-    q_stride,
-    k_stride,
-    v_stride,
     scale: tl.float32,
     softcap: tl.float32,
     dropout_p: tl.float32,
     left,
     right,
+    DOUT_STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_UNIT: tl.constexpr,
@@ -188,16 +241,15 @@ def _attention_backward_kv_kernel(
     WIDE: tl.constexpr = COLUMNS > 128 and CHUNK == 0 and QUERIES >= 64  # see `backward_kv_wide`
     SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION, WIDE)
     tl.static_assert(QUERIES <= QUERY_PADDING)
-    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
-    seq, first_key, span_k, span_q = find_tile(
-        tl.program_id(0), cu_seqlens_k, cu_seqlens_q, num_seqs, KEYS
-    )
+    # The first keys are seen by the most queries. Their programs start first as it is.
+    number, kv_head = program_place(HEADS // GROUP, False)
+    seq, first_key, span_k, span_q = find_tile(number, cu_seqlens_k, cu_seqlens_q, num_seqs, KEYS)
     if first_key >= span_k.count:  # the grid has a few programs without a tile
         return
-    k_rows = select_rows(k, span_k, k_stride, kv_head, k_head_stride, HEAD_UNIT)
-    v_rows = select_rows(v, span_k, v_stride, kv_head, v_head_stride, HEAD_UNIT)
-    dk_rows = select_rows(dk, span_k, kv_heads * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
-    dv_rows = select_rows(dv, span_k, kv_heads * HEAD_DIM, kv_head, HEAD_DIM, 1)
+    k_rows = select_rows(k, span_k, K_STRIDE, kv_head, k_head_stride, HEAD_UNIT)
+    v_rows = select_rows(v, span_k, V_STRIDE, kv_head, v_head_stride, HEAD_UNIT)
+    dk_rows = select_rows(dk, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
+    dv_rows = select_rows(dv, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)
     limits = DistanceLimits(left, right, reach)
     last_key = tl.minimum(first_key + KEYS, span_k.count) - 1
     offset = span_k.count - span_q.count
@@ -212,8 +264,8 @@ def _attention_backward_kv_kernel(
     grads = _KeyGrads(zeros, zeros)
     for member in range(GROUP):  # the query heads that share these keys
         head = kv_head * GROUP + member
-        q_rows = select_rows(q, span_q, q_stride, head, q_head_stride, HEAD_UNIT)
-        dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride, HEAD_UNIT)
+        q_rows = select_rows(q, span_q, Q_STRIDE, head, q_head_stride, HEAD_UNIT)
+        dout_rows = select_rows(dout, span_q, DOUT_STRIDE, head, dout_head_stride, HEAD_UNIT)
         stored = padded_start(head, seq, span_q, total_q, num_seqs)
         queries = _Queries(q_rows, dout_rows, lse + stored, delta + stored)
         params = params_of_head(scale, softcap, table, head, limits, FEATURES)

@@ -12,12 +12,12 @@ each warpgroup has half of them. The scores are divided between the warpgroups b
 from __future__ import annotations
 
 from .._triton import tl, triton
+from .dropout import dropout_keep_mask
 from .primitives import (
     apply_softcap,
     between,
-    dropout_keep_mask,
     load_rows,
-    softmax_weights,
+    tile_biases,
     visible_keys,
 )
 
@@ -47,25 +47,33 @@ def backward_queries_wide(
     params,
     dropout,
     tiles,
+    jump,
+    EDGE: tl.constexpr,
     FEATURES: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Add the gradients of one range of query tiles to dk.T and dv.T."""
-    column = tl.arange(0, SHAPE.KEYS)
+    """Add the gradients of one range of query tiles to dk.T and dv.T. EDGE: the queries end within.
+
+    The steps are those of `backward_kv._backward_queries`.
+    """
+    row, column = tl.arange(0, SHAPE.QUERIES), tl.arange(0, SHAPE.KEYS)
     first_position = k.first - (k.rows.count - queries.q.count)  # of the query at distance 0
     exists = k.rows.count > 0
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
-        q = load_rows(queries.q, start, SHAPE.QUERIES, True, SHAPE)  # [BM, COLUMNS]
-        dout = load_rows(queries.dout, start, SHAPE.QUERIES, True, SHAPE)
-        query = start + tl.arange(0, SHAPE.QUERIES)
+        if EDGE and FEATURES.BIAS and FEATURES.RIGHT:
+            start = tl.where(start < jump.at, start, start + jump.distance)
+        q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)  # [BM, COLUMNS]
+        dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
+        query = start + row
         # Behind the last query, lse is +inf and delta is 0.
         row_lse, row_delta = tl.load(queries.lse + query), tl.load(queries.delta + query)
         product = _dot_by_columns(q, k.data, exists)
         raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BM, BN]
-        position = query - first_position  # the column of the key at distance 0
-        biases = (params.table - position)[:, None] + column.to(tl.int64)[None, :]
-        weights = softmax_weights(raw, row_lse[:, None], biases, params, tiles.bias, tiles.TABLE)
+        if tiles.TABLE:
+            raw += tile_biases(params, first_position - start, False, SHAPE)
+        weights = tl.exp2(raw * params.factor - (row_lse - tiles.bias)[:, None])
         if tiles.MASKED:
+            position = query - first_position  # the column of the key at distance 0
             first, last = visible_keys(position, SHAPE.KEYS, params.limits, FEATURES)
             visible = between(
                 column[None, :], first[:, None], last[:, None], FEATURES.LEFT, FEATURES.RIGHT
@@ -74,7 +82,7 @@ def backward_queries_wide(
         dweights = _dot_by_columns(dout, v.data, exists)
         dropped = weights  # the weights that the forward multiplied by v
         if FEATURES.DROPOUT:
-            keep = dropout_keep_mask(dropout, query[:, None], (k.first + column)[None, :])
+            keep = dropout_keep_mask(dropout, start, row[:, None], k.first, column[None, :])
             dropped = tl.where(keep, weights * dropout.factor, 0.0)
             dweights = tl.where(keep, dweights * dropout.factor, 0.0)
         dv = tl.dot(tl.trans(dout), dropped.to(dout.dtype), dv)

@@ -5,12 +5,18 @@
     dtable[d + reach] = sum of dS over all scores at distance d, clamped to the reach
 
 One program computes a tile of queries of one head. Where all distances of a tile are beyond the
-reach, the tile's sum of dS is added to one number. Elsewhere the tile is skewed: row i is rotated
-left by i, so that equal distances share a column. A tile has no more queries than keys, so each
-column then holds exactly two distances, KEYS apart. The larger one also occurs in the next tile of
-keys; its sum stays in registers until then. Each program therefore writes each entry of its own row
-of partial sums once, and PyTorch adds up the rows. This needs no atomics and gives the same bits in
-every run. docs/attention.md shows it in a drawing.
+reach, the tile's sum of dS is added to one number. Elsewhere it needs the sums of the tile's
+diagonals. A tile consists of blocks of 8 x 8 scores, and the matrix units leave equal places of all
+blocks of 16 queries in one thread:
+
+1. Blocks that are one down and one to the right of each other have the same distances. Of each 16
+   queries, each thread adds the upper 8 to the lower 8, moved by one block.
+2. A product with a matrix of zeros and ones sums the diagonals within each block.
+3. For each distance, one thread adds its sums of all blocks, which it reads from shared memory.
+
+Distances that the next tile of keys has too are carried there. Each program therefore writes each
+entry of its own row of partial sums once, and PyTorch adds up the rows. This needs no atomics and
+gives the same bits in every run. docs/attention.md shows it in a drawing.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._triton import tl, triton
+from .dropout import dropout_keep_mask, dropout_params
 from .launch import SIZES
 from .primitives import (
     QUERY_PADDING,
@@ -29,17 +36,17 @@ from .primitives import (
     apply_softcap,
     between,
     dot_transposed,
-    dropout_keep_mask,
-    dropout_params,
+    edge_range,
     find_tile,
     key_ranges,
     load_lse,
     load_rows,
     padded_start,
     params_of_head,
+    program_place,
     select_rows,
-    softmax_weights,
     store_rows,
+    tile_biases,
     visible_keys,
 )
 
@@ -53,43 +60,93 @@ class _QueryTile(NamedTuple):
     delta: tl.tensor  # [BM]
 
 
+class _Diagonals(NamedTuple):
+    """Sums of dS by distance, between two tiles of keys. SPAN is twice a tile's larger side."""
+
+    corners: tl.tensor  # [BM / 16, 8, 8], scores that the next tile adds to its own
+    carry: tl.tensor  # [SPAN], sums at distances that the next tile of keys also has
+    before: tl.tensor  # [SPAN], sums at distances below -reach in tiles that read the table
+    after: tl.tensor  # [SPAN], the same above reach
+
+
 class _QueryGrads(NamedTuple):
     """The sums of the loop over keys, in float32."""
 
     dq: tl.tensor  # [BM, COLUMNS], without the factor scale
     far_sum: tl.tensor  # [BM], sum of dS over keys beyond the reach on one side
-    carry: tl.tensor  # [BN], sums at distances that the next tile of keys also has
-    before: tl.tensor  # scalar, sum of dS at distances below -reach in tiles that read the table
-    after: tl.tensor  # scalar, the same above reach
+    diagonals: _Diagonals
 
 
 @triton.jit
-def _sum_diagonals(dscores, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """[KEYS] sums at distances ``base + c``, and at ``base + c - KEYS``, for columns c.
+def _delay(blocks, entering, COUNT: tl.constexpr):
+    """Move ``blocks`` [W, 8, 8, COUNT] on by one: ``entering`` becomes the first, the last leaves.
 
-    ``base`` is the distance of the tile's first key from its first query.
+    The compiler renames registers for this: it issues no instruction.
     """
-    row = tl.arange(0, QUERIES)[:, None]
-    column = tl.arange(0, KEYS)[None, :]
-    # [BM, BN]: entry (i, c) comes from key (c + i) % KEYS, at distance c or c - KEYS from base.
-    skewed = tl.gather(dscores, (column + row) % KEYS, 1)
-    unwrapped = column + row < KEYS
-    nearer = tl.sum(tl.where(unwrapped, skewed, 0.0), 0)
-    farther = tl.sum(tl.where(unwrapped, 0.0, skewed), 0)
-    return nearer, farther
+    if COUNT == 1:
+        delayed, leaving = tl.reshape(entering, blocks.shape), tl.reshape(blocks, entering.shape)
+    else:
+        even, odd = tl.split(tl.reshape(blocks, [blocks.shape[0], 8, 8, COUNT // 2, 2]))
+        odd, leaving = _delay(odd, entering, COUNT // 2)
+        delayed = tl.reshape(tl.join(odd, even), blocks.shape)
+    return delayed, leaving
 
 
 @triton.jit
-def _write_distances(sums, base, partial, reach, KEYS: tl.constexpr):
-    """Store the sums at distances ``base + c - KEYS``; return the totals below and above the reach.
+def _spread(columns, COUNT: tl.constexpr):
+    """``columns`` with zeros between them, so that there are the 16 that a product needs."""
+    if COUNT < 16:
+        spread = tl.join(columns, tl.zeros_like(columns))
+        columns = _spread(tl.reshape(spread, [columns.shape[0], 2 * COUNT]), 2 * COUNT)
+    return columns
 
-    ``partial`` holds the total below -reach, then 2 * reach + 1 sums, then the total above reach.
+
+@triton.jit
+def _sum_diagonals(dscores, corners, SHAPE: tl.constexpr):
+    """[SPAN] sums of the tile's diagonals, and the blocks that the next tile has to add.
+
+    Entry x belongs to the distance ``base + x - SPAN + KEYS``, where ``base`` is the distance of
+    the tile's first key from its first query. The top of this file explains the three steps.
     """
-    index = base - KEYS + tl.arange(0, KEYS) + reach
-    tl.store(partial + 1 + index, sums, mask=(index >= 0) & (index <= 2 * reach))
-    before = tl.sum(tl.where(index < 0, sums, 0.0))
-    after = tl.sum(tl.where(index > 2 * reach, sums, 0.0))
-    return before, after
+    ROWS: tl.constexpr = SHAPE.QUERIES // 16
+    BLOCKS: tl.constexpr = SHAPE.KEYS // 8
+    SPAN: tl.constexpr = 2 * max(SHAPE.QUERIES, SHAPE.KEYS)
+    # Query 16 r + 8 h + b and key 8 n + f.
+    halves = tl.permute(tl.reshape(dscores, [ROWS, 2, 8, BLOCKS, 8]), (0, 2, 4, 3, 1))
+    upper, lower = tl.split(halves)  # h = 0 and h = 1, each [r, b, f, n]
+    upper, corners = _delay(upper, corners, BLOCKS)
+    folded = tl.reshape(tl.permute(upper + lower, (1, 2, 0, 3)), [64, ROWS * BLOCKS])
+    folded = _spread(folded, ROWS * BLOCKS)
+    COLUMNS: tl.constexpr = max(ROWS * BLOCKS, 16)
+    # Within a block, f - b + 8 is one of 1 ... 15.
+    block = tl.arange(0, 64)[None, :]
+    selector = (block % 8 - block // 8 + 8 == tl.arange(0, 16)[:, None]).to(tl.float32)
+    sums = tl.dot(selector, folded, input_precision=SHAPE.PRECISION)  # [16, COLUMNS]
+    # Distance x lies in two neighboring blocks of each r. Entry 0 is always 0.
+    entry = tl.arange(0, 2 * ROWS * SPAN)
+    x, r, h = entry % SPAN, entry // (2 * SPAN), entry // SPAN % 2
+    n = x // 8 - (SPAN - SHAPE.KEYS) // 8 + 2 + 2 * r - h
+    source = (h * 8 + x % 8) * COLUMNS + (r * BLOCKS + n) * (COLUMNS // (ROWS * BLOCKS))
+    source = tl.where((n >= 0) & (n < BLOCKS), source, 0)
+    parts = tl.gather(tl.reshape(sums, [16 * COLUMNS]), source, 0)
+    return tl.sum(tl.reshape(parts, [2 * ROWS, SPAN]), 0), corners
+
+
+@triton.jit
+def _write_distances(sums, base, partial, reach, COUNT: tl.constexpr, SHAPE: tl.constexpr):
+    """Store the first COUNT sums; return those below and above the reach, and the others.
+
+    ``sums`` are at distances ``base + x - SPAN + KEYS``. ``partial`` holds the total below -reach,
+    then 2 * reach + 1 sums, then the total above reach.
+    """
+    SPAN: tl.constexpr = 2 * max(SHAPE.QUERIES, SHAPE.KEYS)
+    x = tl.arange(0, SPAN)
+    index = base + (SHAPE.KEYS - SPAN) + x + reach
+    tl.store(partial + 1 + index, sums, mask=(index >= 0) & (index <= 2 * reach) & (x < COUNT))
+    before = tl.where((index < 0) & (x < COUNT), sums, 0.0)
+    after = tl.where((index > 2 * reach) & (x < COUNT), sums, 0.0)
+    others = tl.gather(sums, (x + SHAPE.KEYS) % SPAN, 0)
+    return before, after, tl.where(x + SHAPE.KEYS < SPAN, others, 0.0)
 
 
 @triton.jit
@@ -102,12 +159,15 @@ def _backward_keys(
     dropout,
     partial,
     tiles,
+    gap,
     FEATURES: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
     """Add the gradients of one range of key tiles to dq and to the sums for the table."""
-    dq, far_sum, carry, before, after = grads
+    dq, far_sum, diagonals = grads
+    corners, carry, before, after = diagonals
     q, dout = queries.q, queries.dout
+    row = tl.arange(0, SHAPE.QUERIES)[:, None]
     query = q.first + tl.arange(0, SHAPE.QUERIES)
     offset = keys.count - q.rows.count
     position = query + offset
@@ -118,34 +178,37 @@ def _backward_keys(
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
         product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)
         raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BM, BN]
-        biases = (params.table + (start - position))[:, None] + column.to(tl.int64)
-        lse = queries.lse[:, None]
-        weights = softmax_weights(raw, lse, biases, params, tiles.bias, tiles.TABLE)
+        if tiles.TABLE:
+            raw += tile_biases(params, start - gap - (q.first + offset), False, SHAPE)
+        weights = tl.exp2(raw * params.factor - (queries.lse - tiles.bias)[:, None])
         if tiles.MASKED:
             first, last = (first_key - start)[:, None], (last_key - start)[:, None]
             weights = tl.where(between(column, first, last, FEATURES.LEFT, True), weights, 0.0)
         dweights = dot_transposed(dout, RowTile(v, values, start), tiles.MASKED, SHAPE)
         if FEATURES.DROPOUT:
-            keep = dropout_keep_mask(dropout, query[:, None], start + column)
+            keep = dropout_keep_mask(dropout, q.first, row, start, column)
             dweights = tl.where(keep, dweights * dropout.factor, 0.0)
         dscores = weights * (dweights - queries.delta[:, None])  # of the score with its bias
         if FEATURES.DTABLE:
             if tiles.TABLE:
-                nearer, farther = _sum_diagonals(dscores, SHAPE.QUERIES, SHAPE.KEYS)
-                base = start - (q.first + offset)
-                more_before, more_after = _write_distances(
-                    carry + farther, base, partial, params.limits.reach, SHAPE.KEYS
+                sums, corners = _sum_diagonals(dscores, corners, SHAPE)
+                more_before, more_after, carry = _write_distances(
+                    carry + sums,
+                    start - gap - (q.first + offset),
+                    partial,
+                    params.limits.reach,
+                    SHAPE.KEYS,
+                    SHAPE,
                 )
                 before += more_before
                 after += more_after
-                carry = nearer
             else:
                 far_sum += tl.sum(dscores, 1)  # summed over rows once, after the loop
         dscores = dscores * slope
         if SHAPE.CHUNK:  # load k only now, so that it holds no registers during the products
             k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=SHAPE.PRECISION)
-    return _QueryGrads(dq, far_sum, carry, before, after)
+    return _QueryGrads(dq, far_sum, _Diagonals(corners, carry, before, after))
 
 
 @triton.jit
@@ -164,55 +227,64 @@ def _backward_all_keys(
     offset = keys.count - q.rows.count
     first_position = q.first + offset
     last_position = tl.minimum(q.first + SHAPE.QUERIES, q.rows.count) - 1 + offset
-    first, near, far, visible_end, end = key_ranges(
+    first, near, whole, far, last, end = key_ranges(
         first_position, last_position, keys.count, params.limits, FEATURES, SHAPE.KEYS
     )
     # This program's own row of sums for the table.
-    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    partial = partials + program * (2 * reach + 3)
-    dq = tl.zeros([SHAPE.QUERIES, SHAPE.COLUMNS], tl.float32)
-    rows_before = tl.zeros([SHAPE.QUERIES], tl.float32)
-    rows_after = tl.zeros([SHAPE.QUERIES], tl.float32)
-    carry = tl.zeros([SHAPE.KEYS], tl.float32)
-    before = tl.sum(carry)
-    after = tl.sum(carry)
+    partial = partials + tl.program_id(0).to(tl.int64) * (2 * reach + 3)
+    SPAN: tl.constexpr = 2 * max(SHAPE.QUERIES, SHAPE.KEYS)
+    zeros = tl.zeros([SPAN], tl.float32)
+    corners = tl.zeros([SHAPE.QUERIES // 16, 8, 8], tl.float32)
+    no_rows = tl.zeros([SHAPE.QUERIES], tl.float32)
+    grads = _QueryGrads(
+        tl.zeros([SHAPE.QUERIES, SHAPE.COLUMNS], tl.float32),
+        no_rows,
+        _Diagonals(corners, zeros, zeros, zeros),
+    )
     # fmt: off
-    dq, rows_before, carry, before, after = _backward_keys(
-        _QueryGrads(dq, rows_before, carry, before, after),
-        queries, keys, values, params, dropout, partial,
-        TileRange(first, near, params.bias_before, FEATURES.LEFT, False), FEATURES, SHAPE,
+    grads = _backward_keys(
+        grads, queries, keys, values, params, dropout, partial,
+        TileRange(first, near, params.bias_before, FEATURES.LEFT, False), 0, FEATURES, SHAPE,
     )
     if FEATURES.BIAS:
-        dq, rows_before, carry, before, after = _backward_keys(
-            _QueryGrads(dq, rows_before, carry, before, after),
-            queries, keys, values, params, dropout, partial,
-            TileRange(near, tl.minimum(far, end), params.bias_before, True, True), FEATURES, SHAPE,
+        if not FEATURES.LEFT:
+            grads = _backward_keys(
+                grads, queries, keys, values, params, dropout, partial,
+                TileRange(near, whole, 0.0, False, True), 0, FEATURES, SHAPE,
+            )
+        edge, edge_end, gap = edge_range(whole, far, last, end, FEATURES)
+        grads = _backward_keys(
+            grads, queries, keys, values, params, dropout, partial,
+            TileRange(edge, edge_end, 0.0, True, True), gap, FEATURES, SHAPE,
         )
+        dq, rows_before, diagonals = grads
         if FEATURES.DTABLE:
-            # The last tile's carry has no next tile. Write it as if one followed, at key `far`.
-            more_before, more_after = _write_distances(
-                carry, far - first_position, partial, reach, SHAPE.KEYS
+            # What is left is written as if a tile without scores followed.
+            nothing = tl.zeros([SHAPE.QUERIES, SHAPE.KEYS], tl.float32)
+            sums, _ = _sum_diagonals(nothing, diagonals.corners, SHAPE)
+            following = tl.maximum((edge_end + SHAPE.KEYS - 1) // SHAPE.KEYS * SHAPE.KEYS, edge)
+            base = following - gap - first_position
+            more_before, more_after, _ = _write_distances(
+                sums + diagonals.carry, base, partial, reach, SPAN, SHAPE
             )
-            before += more_before
-            after += more_after
-        if not FEATURES.RIGHT and not FEATURES.LEFT:
-            # Without limits, only the tile at the end of the sequence needs the mask.
-            dq, rows_after, carry, before, after = _backward_keys(
-                _QueryGrads(dq, rows_after, carry, before, after),
-                queries, keys, values, params, dropout, partial,
-                TileRange(far, visible_end, params.bias_after, False, False), FEATURES, SHAPE,
+            before = tl.sum(diagonals.before + more_before) + tl.sum(rows_before)
+            after = tl.sum(diagonals.after + more_after)
+        grads = _QueryGrads(dq, no_rows, _Diagonals(corners, zeros, zeros, zeros))
+        if not FEATURES.LEFT:
+            grads = _backward_keys(
+                grads, queries, keys, values, params, dropout, partial,
+                TileRange(far, last, params.bias_after, False, False), 0, FEATURES, SHAPE,
             )
-            far = visible_end
-    dq, rows_after, carry, before, after = _backward_keys(
-        _QueryGrads(dq, rows_after, carry, before, after),
-        queries, keys, values, params, dropout, partial,
-        TileRange(far, end, params.bias_after, True, False), FEATURES, SHAPE,
-    )
+    if FEATURES.LEFT or not FEATURES.BIAS:
+        grads = _backward_keys(
+            grads, queries, keys, values, params, dropout, partial,
+            TileRange(last, end, params.bias_after, True, False), 0, FEATURES, SHAPE,
+        )
     # fmt: on
     if FEATURES.DTABLE:
-        tl.store(partial, before + tl.sum(rows_before))
-        tl.store(partial + 2 * reach + 2, after + tl.sum(rows_after))
-    return dq
+        tl.store(partial, before)
+        tl.store(partial + 2 * reach + 2, after + tl.sum(grads.far_sum))
+    return grads.dq
 
 
 # What changes from batch to batch is not specialized; see the forward kernel.
@@ -239,21 +311,22 @@ def _attention_backward_q_kernel(
     k_head_stride,
     v_head_stride,
     dout_head_stride,
-    dout_stride,
-    q_stride,
-    k_stride,
-    v_stride,
     scale: tl.float32,
     softcap: tl.float32,
     dropout_p: tl.float32,
     left,
     right,
+    DOUT_STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     DTABLE: tl.constexpr,
     DROPOUT: tl.constexpr,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_UNIT: tl.constexpr,
@@ -265,16 +338,14 @@ def _attention_backward_q_kernel(
 ):
     FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT, DTABLE)
     SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION)
-    head, num_heads = tl.program_id(1), tl.num_programs(1)
-    seq, first, span_q, span_k = find_tile(
-        tl.program_id(0), cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES
-    )
+    number, head = program_place(HEADS, RIGHT)
+    seq, first, span_q, span_k = find_tile(number, cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES)
     if first >= span_q.count:  # the grid has a few programs without a tile
         return
-    q_rows = select_rows(q, span_q, q_stride, head, q_head_stride, HEAD_UNIT)
-    dout_rows = select_rows(dout, span_q, dout_stride, head, dout_head_stride, HEAD_UNIT)
-    out_rows = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM, 1)  # contiguous
-    dq_rows = select_rows(dq, span_q, num_heads * HEAD_DIM, head, HEAD_DIM, 1)
+    q_rows = select_rows(q, span_q, Q_STRIDE, head, q_head_stride, HEAD_UNIT)
+    dout_rows = select_rows(dout, span_q, DOUT_STRIDE, head, dout_head_stride, HEAD_UNIT)
+    out_rows = select_rows(out, span_q, HEADS * HEAD_DIM, head, HEAD_DIM, 1)  # contiguous
+    dq_rows = select_rows(dq, span_q, HEADS * HEAD_DIM, head, HEAD_DIM, 1)
     q_tile = RowTile(load_rows(q_rows, first, QUERIES, True, SHAPE), q_rows, first)
     dout_tile = RowTile(load_rows(dout_rows, first, QUERIES, True, SHAPE), dout_rows, first)
     out_tile = load_rows(out_rows, first, QUERIES, True, SHAPE)
@@ -291,8 +362,8 @@ def _attention_backward_q_kernel(
     nothing = tl.zeros([QUERY_PADDING], tl.float32)
     tl.store(delta + stored + behind, nothing, mask=is_last)
     tl.store(base2_lse + stored + behind, nothing + float("inf"), mask=is_last)
-    keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride, HEAD_UNIT)
-    values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride, HEAD_UNIT)
+    keys = select_rows(k, span_k, K_STRIDE, head // GROUP, k_head_stride, HEAD_UNIT)
+    values = select_rows(v, span_k, V_STRIDE, head // GROUP, v_head_stride, HEAD_UNIT)
     limits = DistanceLimits(left, right, reach)
     params = params_of_head(scale, softcap, table, head, limits, FEATURES)
     dropout = dropout_params(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)

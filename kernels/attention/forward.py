@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .._launch import PreparedKernel
 from .._triton import tl, triton
+from .dropout import dropout_keep_mask, dropout_params
 from .launch import (
     SIZES,
     constant_arguments,
@@ -37,14 +38,15 @@ from .primitives import (
     apply_softcap,
     between,
     dot_transposed,
-    dropout_keep_mask,
-    dropout_params,
+    edge_range,
     find_tile,
     key_ranges,
     load_rows,
     params_of_head,
+    program_place,
     select_rows,
     store_rows,
+    tile_biases,
     visible_keys,
 )
 from .spec import AttentionInputs, AttentionSpec
@@ -65,8 +67,10 @@ def _attend_keys(
 ):
     """Add the key tiles of one range to the softmax of a tile of queries."""
     acc, row_max, row_sum = softmax
+    row = tl.arange(0, SHAPE.QUERIES)[:, None]
     query = q.first + tl.arange(0, SHAPE.QUERIES)
-    position = query + (keys.count - q.rows.count)
+    offset = keys.count - q.rows.count
+    position = query + offset
     first_key, last_key = visible_keys(position, keys.count, params.limits, FEATURES)
     column = tl.arange(0, SHAPE.KEYS)[None, :]
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
@@ -75,27 +79,21 @@ def _attend_keys(
         product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)
         raw, _ = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BM, BN]
         if tiles.TABLE:
-            biases = (params.table + (start - position))[:, None] + column.to(tl.int64)
-            raw = raw * params.factor + tl.load(biases)
+            raw += tile_biases(params, start - (q.first + offset), False, SHAPE)
         if tiles.MASKED:
             first, last = (first_key - start)[:, None], (last_key - start)[:, None]
             visible = between(column, first, last, FEATURES.LEFT, True)
             raw = tl.where(visible, raw, float("-inf"))
-        highest = tl.max(raw, 1)
-        if not tiles.TABLE:
-            highest = highest * params.factor + tiles.bias
+        highest = tl.max(raw, 1) * params.factor + tiles.bias
         new_max = tl.maximum(row_max, highest)
         # While no key was visible the maximum is -inf, and -inf - -inf would be NaN.
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        if tiles.TABLE:
-            weights = tl.exp2(raw - finite_max[:, None])
-        else:
-            weights = tl.exp2(raw * params.factor - (finite_max - tiles.bias)[:, None])
+        weights = tl.exp2(raw * params.factor - (finite_max - tiles.bias)[:, None])
         rescale = tl.exp2(row_max - finite_max)
         # Dropout does not change the normalizer: it applies to normalized weights.
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         if FEATURES.DROPOUT:
-            keep = dropout_keep_mask(dropout, query[:, None], start + column)
+            keep = dropout_keep_mask(dropout, q.first, row, start, column)
             weights = tl.where(keep, weights, 0.0)
         if SHAPE.CHUNK:  # load v only now, so that it holds no registers during the first product
             v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
@@ -111,7 +109,7 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
     offset = keys.count - q.rows.count
     first_position = q.first + offset
     last_position = tl.minimum(q.first + SHAPE.QUERIES, q.rows.count) - 1 + offset
-    first, near, far, visible_end, end = key_ranges(
+    first, near, whole, far, last, end = key_ranges(
         first_position, last_position, keys.count, params.limits, FEATURES, SHAPE.KEYS
     )
     softmax = _Softmax(
@@ -125,22 +123,27 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
         TileRange(first, near, params.bias_before, FEATURES.LEFT, False), FEATURES, SHAPE,
     )
     if FEATURES.BIAS:
-        softmax = _attend_keys(
-            softmax, q, keys, values, params, dropout,
-            TileRange(near, tl.minimum(far, end), params.bias_before, True, True), FEATURES, SHAPE,
-        )
-        if not FEATURES.RIGHT and not FEATURES.LEFT:
-            # Without limits, only the tile at the end of the sequence needs the mask.
+        if not FEATURES.LEFT:
             softmax = _attend_keys(
                 softmax, q, keys, values, params, dropout,
-                TileRange(far, visible_end, params.bias_after, False, False), FEATURES, SHAPE,
+                TileRange(near, whole, 0.0, False, True), FEATURES, SHAPE,
             )
-            far = visible_end
-    return _attend_keys(
-        softmax, q, keys, values, params, dropout,
-        TileRange(far, end, params.bias_after, True, False), FEATURES, SHAPE,
-    )
+            softmax = _attend_keys(
+                softmax, q, keys, values, params, dropout,
+                TileRange(far, last, params.bias_after, False, False), FEATURES, SHAPE,
+            )
+        edge, edge_end, _ = edge_range(whole, far, last, end, FEATURES)
+        softmax = _attend_keys(
+            softmax, q, keys, values, params, dropout,
+            TileRange(edge, edge_end, 0.0, True, True), FEATURES, SHAPE,
+        )
+    if FEATURES.LEFT or not FEATURES.BIAS:
+        softmax = _attend_keys(
+            softmax, q, keys, values, params, dropout,
+            TileRange(last, end, params.bias_after, True, False), FEATURES, SHAPE,
+        )
     # fmt: on
+    return softmax
 
 
 # Sizes change from batch to batch, and windows from layer to layer: without specialization no value
@@ -162,19 +165,20 @@ def _attention_forward_kernel(
     q_head_stride,
     k_head_stride,
     v_head_stride,
-    q_stride,
-    k_stride,
-    v_stride,
     scale: tl.float32,
     softcap: tl.float32,
     dropout_p: tl.float32,
     left,
     right,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_UNIT: tl.constexpr,
@@ -186,18 +190,17 @@ def _attention_forward_kernel(
 ):
     FEATURES: tl.constexpr = Features(LEFT, RIGHT, SOFTCAP, BIAS, DROPOUT)
     SHAPE: tl.constexpr = TileShape(QUERIES, KEYS, HEAD_DIM, COLUMNS, CHUNK, PRECISION)
-    head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
+    number, head = program_place(HEADS, RIGHT)
     seq, first_query, span_q, span_k = find_tile(
-        tl.program_id(0), cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES
+        number, cu_seqlens_q, cu_seqlens_k, num_seqs, QUERIES
     )
     if first_query >= span_q.count:  # the grid has a few programs without a tile
         return
-    queries = select_rows(q, span_q, q_stride, head, q_head_stride, HEAD_UNIT)
+    queries = select_rows(q, span_q, Q_STRIDE, head, q_head_stride, HEAD_UNIT)
     q_tile = RowTile(load_rows(queries, first_query, QUERIES, True, SHAPE), queries, first_query)
-    keys = select_rows(k, span_k, k_stride, head // GROUP, k_head_stride, HEAD_UNIT)
-    values = select_rows(v, span_k, v_stride, head // GROUP, v_head_stride, HEAD_UNIT)
-    outs = select_rows(out, span_q, num_heads * HEAD_DIM, head, HEAD_DIM, 1)  # out is contiguous
+    keys = select_rows(k, span_k, K_STRIDE, head // GROUP, k_head_stride, HEAD_UNIT)
+    values = select_rows(v, span_k, V_STRIDE, head // GROUP, v_head_stride, HEAD_UNIT)
+    outs = select_rows(out, span_q, HEADS * HEAD_DIM, head, HEAD_DIM, 1)  # out is contiguous
     limits = DistanceLimits(left, right, reach)
     params = params_of_head(scale, softcap, table, head, limits, FEATURES)
     dropout = dropout_params(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
@@ -243,4 +246,4 @@ def forward_tile(inputs: AttentionInputs, spec: AttentionSpec) -> Tile:
 def forward_grid(inputs: AttentionInputs, tile: Tile) -> tuple[int, int]:
     """The programs of the kernel."""
     total_q, heads, _ = inputs.q.shape
-    return num_tiles(total_q, inputs.cu_seqlens_q.numel() - 1, tile.queries), heads
+    return num_tiles(total_q, inputs.cu_seqlens_q.numel() - 1, tile.queries) * heads, 1

@@ -11,9 +11,6 @@ from .primitives import TABLE_PADDING
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import Tile, chunk_for, padded_head_dim, precision
 
-_LOG2_E = 1.4426950408889634
-
-
 SIZES = (
     "num_seqs",
     "total_q",
@@ -31,7 +28,10 @@ def shared_arguments(
     """The arguments that all three kernels take, by name.
 
     The table is extended, and the scale is positive (see `op`). Kernels need a pointer for each
-    tensor. ``lse`` stands in for an absent table or seed, which no kernel then reads.
+    tensor. ``lse`` stands in for an absent table or seed, which no kernel then reads. Strides from
+    token to token are constants: they belong to the model and not to the batch, and with them the
+    offsets within a tile are part of the instructions. Strides between heads may change with the
+    number of tokens.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
     return {
@@ -71,9 +71,9 @@ def constant_arguments(inputs: AttentionInputs, spec: AttentionSpec, unit: int) 
     left, right = spec.limits
     head_dim = q.shape[2]
     return {
-        "q_stride": q.stride(0),
-        "k_stride": k.stride(0),
-        "v_stride": v.stride(0),
+        "Q_STRIDE": q.stride(0),
+        "K_STRIDE": k.stride(0),
+        "V_STRIDE": v.stride(0),
         "scale": spec.scale,
         "softcap": spec.softcap or 1.0,
         "dropout_p": spec.dropout_p,
@@ -84,6 +84,7 @@ def constant_arguments(inputs: AttentionInputs, spec: AttentionSpec, unit: int) 
         "SOFTCAP": spec.softcap is not None,
         "BIAS": table is not None,
         "DROPOUT": spec.dropout_p > 0.0,
+        "HEADS": q.shape[1],
         "GROUP": q.shape[1] // k.shape[1],
         "HEAD_DIM": head_dim,
         "HEAD_UNIT": unit,
@@ -103,11 +104,11 @@ def tile_arguments(tile: Tile) -> dict[str, int]:
     }
 
 
-def table_for_kernels(table: Tensor) -> Tensor:
-    """The bias table as the kernels read it: float32, in base 2, and extended.
+def table_for_kernels(table: Tensor, spec: AttentionSpec) -> Tensor:
+    """The bias table as the kernels read it: float32, extended, in the unit of a raw score.
 
-    ``TABLE_PADDING`` more copies of each row's first and last entry spare the kernels a comparison
-    for each score.
+    With that unit (see `primitives`), a product can start from the bias. ``TABLE_PADDING`` more
+    copies of each row's first and last entry spare the kernels a comparison for each score.
     """
     padding = (TABLE_PADDING.value, TABLE_PADDING.value)
-    return pad((table.float() * _LOG2_E)[None], padding, "replicate")[0]
+    return pad((table.float() / (spec.softcap or spec.scale))[None], padding, "replicate")[0]

@@ -172,7 +172,7 @@ class LayerKernels:
         """The table as the kernels read it. T5's layers share one table."""
         last = self._table
         if last is None or last[0] is not table or last[1] != table._version:
-            last = self._table = table, table._version, table_for_kernels(table)
+            last = self._table = table, table._version, table_for_kernels(table, self._spec)
         return last[2]
 
 

@@ -181,7 +181,7 @@ def varlen_attention_triton(
     if kernel_lacks(q.device, q.dtype, q.shape[2]):
         return _forward_in_torch(inputs, spec)
     inputs, spec, _ = _with_positive_scale(inputs, spec)
-    return attention_forward(_for_kernels(inputs), spec)
+    return attention_forward(_for_kernels(inputs, spec), spec)
 
 
 @on_triton(_varlen_attention_backward)
@@ -210,7 +210,7 @@ def varlen_attention_backward_triton(
         return _backward_in_torch(dout, inputs, spec, needs_table)
     inputs, spec, sign = _with_positive_scale(inputs, spec)
     dq, dk, dv, dtable = attention_backward(
-        _with_contiguous_rows(dout), out, lse, _for_kernels(inputs), spec, needs_table
+        _with_contiguous_rows(dout), out, lse, _for_kernels(inputs, spec), spec, needs_table
     )
     if sign != 1.0:
         dq = dq * sign
@@ -228,7 +228,7 @@ def _with_positive_scale(
     return inputs, spec._replace(scale=-spec.scale or 1.0), sign
 
 
-def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
+def _for_kernels(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionInputs:
     """The inputs as the kernels read them."""
     q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
     return AttentionInputs(
@@ -237,7 +237,7 @@ def _for_kernels(inputs: AttentionInputs) -> AttentionInputs:
         _with_contiguous_rows(v),
         cu_seqlens_q.contiguous(),
         cu_seqlens_k.contiguous(),
-        None if table is None else table_for_kernels(table),
+        None if table is None else table_for_kernels(table, spec),
         seed,
     )
 

@@ -1,4 +1,4 @@
-"""Device functions that the attention kernels share: tiles, ranges, scores, bias, dropout.
+"""Device functions that the attention kernels share: tiles, ranges, scores, bias.
 
 Query m of a sequence has the position ``m + num_keys - num_queries`` on the key axis. Mask and bias
 depend only on the distance ``d = n - position`` of key n from the query:
@@ -8,11 +8,12 @@ depend only on the distance ``d = n - position`` of key n from the query:
 
 Scores are base-2 logarithms, because the hardware computes exp2:
 
-    score = log2(e) * (softcap(scale * q . k) + bias) = factor * raw + log2(e) * bias
+    score = log2(e) * (softcap(scale * q . k) + bias) = factor * (raw + entry)
 
-``raw`` is the product q . k, or with a softcap its tanh. A maximum or a logsumexp is subtracted
-together with the multiplication by ``factor``, as one fused operation per score. This needs
-``factor > 0``, for which the launchers care (`launch`).
+``raw`` is the product q . k, or with a softcap its tanh, and ``entry`` is the bias in its unit, as
+the launcher writes it into the table. Without a softcap, the product starts from it. A maximum or a
+logsumexp is subtracted together with the multiplication by ``factor``, as one fused operation per
+score. This needs ``factor > 0``, for which the launchers care (`launch`).
 
 A launch passes flat arguments: Triton specializes arguments one by one, and the fields of a tuple
 do not arrive as `tl.constexpr`. The kernels group the arguments into the NamedTuples below. Fields
@@ -48,7 +49,7 @@ class StridedRows(NamedTuple):
 
     base: tl.tensor  # pointer to the first row
     count: tl.tensor
-    stride: tl.tensor  # elements from one row to the next
+    stride: tl.tensor  # elements from one row to the next: a constant of the compiled kernel
 
 
 class RowTile(NamedTuple):
@@ -72,20 +73,10 @@ class ScoreParams(NamedTuple):
 
     factor: tl.tensor  # of the raw score, positive
     inner: tl.tensor  # with a softcap: raw = tanh(inner * product)
-    table: tl.tensor  # pointer to this head's bias at distance 0, in base-2 units
-    bias_before: tl.tensor  # of all keys beyond the reach before the query, or 0 without a bias
+    table: tl.tensor  # pointer to this head's bias at distance 0, in the unit of raw scores
+    bias_before: tl.tensor  # base-2, of all keys beyond the reach before the query, or 0
     bias_after: tl.tensor  # of all keys beyond the reach after the query
     limits: DistanceLimits
-
-
-class DropoutParams(NamedTuple):
-    """Run-time values that determine which attention weights dropout keeps."""
-
-    seed: tl.tensor
-    seq: tl.tensor
-    head: tl.tensor
-    threshold: tl.tensor  # uint32: random bits below it drop the weight
-    factor: tl.tensor  # 1 / (1 - dropout_p), of the weights that are kept
 
 
 class TileRange(NamedTuple):
@@ -93,7 +84,7 @@ class TileRange(NamedTuple):
 
     first: tl.tensor
     last: tl.tensor
-    bias: tl.tensor  # added to every score, unless TABLE
+    bias: tl.tensor  # of every score, in addition to the table
     MASKED: tl.constexpr  # a tile may contain scores that the mask hides
     TABLE: tl.constexpr  # read the bias from the table
 
@@ -119,6 +110,22 @@ class TileShape(NamedTuple):
     CHUNK: tl.constexpr  # columns per product in `dot_transposed`, or 0 for all
     PRECISION: tl.constexpr  # of float32 products, for tl.dot
     WIDE: tl.constexpr = False  # in the kernel of dk and dv: the loop of `backward_kv_wide`
+
+
+@triton.jit
+def program_place(HEADS: tl.constexpr, REVERSED: tl.constexpr):
+    """The number of this program's tile, and its head. Programs start in the order of their ids.
+
+    All heads of a tile are next to one another, so that those which share keys find them in the L2
+    cache. With REVERSED, the last tiles come first: under a causal mask they see the most keys, and
+    the short ones fill up the multiprocessors at the end.
+    """
+    program = tl.program_id(0)
+    tile = program // HEADS
+    head = program % HEADS
+    if REVERSED:
+        tile = tl.num_programs(0) // HEADS - 1 - tile
+    return tile, head
 
 
 @triton.jit
@@ -159,18 +166,19 @@ def select_rows(base, span, stride, head, head_stride, UNIT: tl.constexpr):
 @triton.jit
 def params_of_head(scale, softcap, table, head, limits, FEATURES: tl.constexpr):
     """The `ScoreParams` of one head. The table is extended by TABLE_PADDING at each end."""
-    origin = limits.reach + TABLE_PADDING
-    at_zero = table + head * (2 * origin + 1) + origin
-    if FEATURES.BIAS:
-        before, after = tl.load(at_zero - limits.reach), tl.load(at_zero + limits.reach)
-    else:
-        before, after = 0.0, 0.0
     if FEATURES.SOFTCAP:
         factor = softcap * 1.4426950408889634
         inner = scale / softcap
     else:
         factor = scale * 1.4426950408889634
         inner = 1.0
+    origin = limits.reach + TABLE_PADDING
+    at_zero = table + head * (2 * origin + 1) + origin
+    if FEATURES.BIAS:
+        before = tl.load(at_zero - limits.reach) * factor
+        after = tl.load(at_zero + limits.reach) * factor
+    else:
+        before, after = 0.0, 0.0
     return ScoreParams(factor, inner, at_zero, before, after, limits)
 
 
@@ -178,17 +186,18 @@ def params_of_head(scale, softcap, table, head, limits, FEATURES: tl.constexpr):
 def key_ranges(
     first_position, last_position, num_keys, limits, FEATURES: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Split the visible keys of the queries at two positions and between into four ranges.
+    """Split the visible keys of the queries at two positions and between into ranges.
 
-    Returns five bounds. All of them are multiples of SIZE except ``end``.
+    Returns six bounds. All of them are multiples of SIZE except ``end``.
 
-        [first, near)         every key is beyond the reach, before the queries: constant bias
-        [near, far)           keys within the reach: bias from the table; may extend past ``end``
-        [far, visible_end)    beyond the reach, after the queries: constant bias
-        [visible_end, end)    as before, but some queries do not see some keys
+        [first, near)    every key is beyond the reach, before the queries: constant bias
+        [near, whole)    keys within the reach: bias from the table
+        [whole, far)     the same, but some queries do not see some keys; may extend past ``end``
+        [far, last)      every key is beyond the reach, after the queries: constant bias
+        [last, end)      the same, but some queries do not see some keys
 
-    Queries see all keys of a tile before ``visible_end``, unless FEATURES.LEFT. Without a bias the
-    two middle ranges are empty.
+    With FEATURES.LEFT, some queries may not see some keys of any range, and near == whole and
+    far == last. Without a bias, near == whole == far == last.
     """
     first = first_position * 0
     end = first + num_keys
@@ -199,41 +208,60 @@ def key_ranges(
         # The last query sees the most keys, the first query the fewest.
         end = tl.minimum(end, last_position + limits.right + 1)
         visible_end = tl.minimum(visible_end, first_position + limits.right + 1)
-    visible_end = tl.maximum(tl.maximum(visible_end, 0) // SIZE * SIZE, first)
+    last = tl.maximum(tl.maximum(visible_end, 0) // SIZE * SIZE, first)
     if FEATURES.BIAS:
         # Before near, d <= -reach even for the first query. From far on, d >= reach for the last.
         near = tl.maximum(tl.maximum(first_position - limits.reach + 1, 0) // SIZE * SIZE, first)
         far = (tl.maximum(last_position + limits.reach, 0) + SIZE - 1) // SIZE * SIZE
         far = tl.maximum(tl.minimum(far, (tl.maximum(end, 0) + SIZE - 1) // SIZE * SIZE), near)
-        visible_end = tl.maximum(visible_end, far)
+        whole = near if FEATURES.LEFT else tl.minimum(tl.maximum(last, near), far)
+        last = far if FEATURES.LEFT else tl.maximum(last, far)
     else:
-        near = visible_end
-        far = visible_end
-    return first, near, far, visible_end, end
+        near = last
+        whole = last
+        far = last
+    return first, near, whole, far, last, end
+
+
+@triton.jit
+def edge_range(whole, far, last, end, FEATURES: tl.constexpr):
+    """The tiles with a bias in which some queries do not see some keys: ``[whole, end)``.
+
+    Where a range with a constant bias lies between, they are ``[last, end)``, and the third value
+    is how far they have to move to follow on the tile before ``far``. After that move, a tile is
+    still beyond the reach.
+    """
+    if FEATURES.LEFT:
+        edge, edge_end, gap = whole, tl.minimum(far, end), 0
+    else:
+        gap = last - far
+        edge, edge_end = tl.where(gap > 0, last, whole), end
+    return edge, edge_end, gap
 
 
 @triton.jit
 def query_ranges(
     first_key, last_key, offset, num_queries, limits, FEATURES: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Split the queries that see keys ``first_key`` to ``last_key`` into three ranges.
+    """Split the queries that see keys ``first_key`` to ``last_key`` into four ranges.
 
     ``offset`` is num_keys - num_queries: a query's position minus its index. Distances decrease as
-    queries advance. Returns four bounds. All of them are multiples of SIZE except ``end``.
+    queries advance. Returns five bounds. All of them are multiples of SIZE except ``end``.
 
         [first, near)    the keys are beyond the reach, after the queries: constant bias
-        [near, far)      keys within the reach: bias from the table
-        [far, end)       the keys are beyond the reach, before the queries: constant bias
+        [near, whole)    keys within the reach: bias from the table
+        [whole, far)     the same, and FEATURES.RIGHT hides no key
+        [far, end)       beyond the reach, before the queries: constant bias, nothing hidden either
 
-    Without a bias near == far, and from there on FEATURES.RIGHT hides no key.
+    Without a bias near == far, and [first, near) is what FEATURES.RIGHT may hide keys from.
     """
     first = first_key * 0
     end = first + num_queries
-    near = first
+    visible = first
     if FEATURES.RIGHT:
         # The first query that sees any of the keys, and the first that sees all of them.
         first = tl.maximum(first_key - limits.right - offset, 0) // SIZE * SIZE
-        near = (tl.maximum(last_key - limits.right - offset, 0) + SIZE - 1) // SIZE * SIZE
+        visible = (tl.maximum(last_key - limits.right - offset, 0) + SIZE - 1) // SIZE * SIZE
     if FEATURES.LEFT:
         end = tl.minimum(end, last_key + limits.left - offset + 1)
     ceiling = (tl.maximum(end, 0) + SIZE - 1) // SIZE * SIZE
@@ -242,10 +270,12 @@ def query_ranges(
         far = (tl.maximum(last_key + limits.reach - offset, 0) + SIZE - 1) // SIZE * SIZE
         near = tl.maximum(tl.minimum(near, ceiling), first)
         far = tl.maximum(tl.minimum(far, ceiling), near)
+        whole = tl.minimum(tl.maximum(visible, near), far)
     else:
-        near = tl.maximum(tl.minimum(near, ceiling), first)
+        near = tl.maximum(tl.minimum(visible, ceiling), first)
+        whole = near
         far = near
-    return first, near, far, end
+    return first, near, whole, far, end
 
 
 @triton.jit
@@ -339,11 +369,27 @@ def apply_softcap(product, params, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def softmax_weights(raw, row_lse, biases, params, bias, TABLE: tl.constexpr):
-    """``exp2(score - row_lse)``. The bias is read from the pointers ``biases``, or a constant."""
-    if TABLE:
-        return tl.exp2(raw * params.factor + tl.load(biases) - row_lse)
-    return tl.exp2(raw * params.factor - (row_lse - bias))
+def tile_biases(params, base, TRANSPOSED: tl.constexpr, SHAPE: tl.constexpr):
+    """The bias of each score of a tile, [BM, BN], or [BN, BM] if TRANSPOSED, in the unit of raw.
+
+    ``base`` is the distance of the tile's first key from its first query. The tile's BM + BN - 1
+    distances are read once and handed out through shared memory, where each thread reads each
+    distance of its scores once: rows that are eight apart have most distances in common.
+    """
+    SPAN: tl.constexpr = 2 * max(SHAPE.QUERIES, SHAPE.KEYS)
+    # Where every distance is beyond the reach, the table is read no further out than it goes.
+    furthest = params.limits.reach + SHAPE.QUERIES
+    first = tl.maximum(tl.minimum(base, furthest), -params.limits.reach - SHAPE.KEYS)
+    first -= SHAPE.QUERIES
+    line = tl.load(params.table + first + tl.arange(0, SPAN))
+    score = tl.arange(0, SHAPE.QUERIES * SHAPE.KEYS)
+    if TRANSPOSED:
+        index = SHAPE.QUERIES + score // SHAPE.QUERIES - score % SHAPE.QUERIES
+        biases = tl.reshape(tl.gather(line, index, 0), [SHAPE.KEYS, SHAPE.QUERIES])
+    else:
+        index = SHAPE.QUERIES + score % SHAPE.KEYS - score // SHAPE.KEYS
+        biases = tl.reshape(tl.gather(line, index, 0), [SHAPE.QUERIES, SHAPE.KEYS])
+    return biases
 
 
 @triton.jit
@@ -370,37 +416,3 @@ def between(index, first, last, LOWER: tl.constexpr, UPPER: tl.constexpr):
     if LOWER:
         return index >= first
     return index <= last
-
-
-@triton.jit
-def dropout_params(seed, seq, head, dropout_p):
-    """The `DropoutParams` of one head."""
-    threshold = tl.full([], dropout_p * 4294967296.0, tl.float32).to(tl.uint32)
-    return DropoutParams(seed, seq, head, threshold, 1.0 / (1.0 - dropout_p))
-
-
-@triton.jit
-def dropout_keep_mask(dropout, query, key):
-    """True where dropout keeps the weight of a query and a key.
-
-    The mask is a function of the seed, the sequence number, the head, the query and the key. The
-    backward can therefore recompute it with other tiles, and it does not depend on the lengths of
-    the other sequences. The random bits are Philox4x32 with 7 rounds, the fewest that pass BigCrush
-    (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-
-    One call gives four numbers. The queries m, m + 8 and the keys n, n + 8 share it, because the
-    matrix units leave their scores in the same thread: the compiler merges the four equal calls.
-    """
-    zeros = query * 0 + key * 0  # broadcasts each part of the counter to the tile's shape
-    bits = tl.philox(
-        dropout.seed,
-        (key & ~8) + zeros,
-        (query & ~8) + zeros,
-        dropout.head + zeros,
-        dropout.seq + zeros,
-        n_rounds=7,
-    )
-    later_key, later_query = (key & 8) != 0, (query & 8) != 0
-    first = tl.where(later_key, bits[1], bits[0])
-    second = tl.where(later_key, bits[3], bits[2])
-    return tl.where(later_query, second, first).to(tl.uint32, bitcast=True) >= dropout.threshold

@@ -72,9 +72,14 @@ ATTENTION = {  # kv_heads of 4, causal, bias, dropout, window, softcap
     "causal, dropout": (4, True, False, 0.1, (-1, -1), 0.0),
     "bias, causal, dropout": (4, True, True, 0.1, (-1, -1), 0.0),
     "everything": (2, False, True, 0.1, (9, 9), 3.0),
+    "plain": (4, False, False, 0.0, (-1, -1), 0.0),
+    "bias, causal": (4, True, True, 0.0, (-1, -1), 0.0),
 }
 # The kinds that have a tile of their own: the others are for what they do to the code.
 ALL_TILES = ("bias", "causal", "causal, dropout", "bias, causal, dropout", "causal, grouped")
+# With "bias" and "causal", the calls that `predicted` compares. No tile is chosen for these two.
+FOR_PREDICTIONS = ("plain", "bias, causal")
+
 
 # Grouped heads only change the kernel for the gradients of k and v. "everything" has the others.
 ONLY = {kind: {"_attention_backward_kv_kernel"} for kind in ("bias, grouped", "causal, grouped")}
@@ -110,7 +115,8 @@ def attention_cases(target, dtype):
     if dtype == "fp16":
         kinds, head_dims = ["bias, causal, dropout" if target == "sm_90" else "causal"], (64,)
     elif dtype == "bf16":
-        kinds = list(ATTENTION) if target == "sm_90" else [*ALL_TILES]
+        tuned = [kind for kind in ATTENTION if kind not in FOR_PREDICTIONS]
+        kinds = tuned if target == "sm_90" else [*ALL_TILES]
     else:
         kinds = ["bias", "causal", "bias, causal, dropout", "causal, grouped"]
     if target == "gfx942":
@@ -146,7 +152,9 @@ def all_jobs() -> list[Job]:
         for target in TARGETS
         for case in (layouts, rows, targets, losses)
     ]
-    return others + by_kind + [Job("sm_90", ["bf16"], yardstick(width)) for width in (64, 128)]
+    compared = [attention(kind, width) for kind in FOR_PREDICTIONS for width in (64, 128)]
+    compared += [yardstick(width) for width in (64, 128)]
+    return others + by_kind + [Job("sm_90", ["bf16"], case) for case in compared]
 
 
 def checked_jobs() -> list[Job]:

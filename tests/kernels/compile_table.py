@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from .predicted import Prediction
 from .tile_counts import MODEL, LoopCount
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +58,14 @@ def _written(node: object) -> str:
     return f"[{', '.join(map(_written, node))}]" if isinstance(node, list) else repr(node)
 
 
-def write(path: Path, rows: list[Row], counts: list[LoopCount], triton: str) -> None:
-    """Write the table of all rows, and that of all loops of attention."""
+def write(
+    path: Path,
+    rows: list[Row],
+    counts: list[LoopCount],
+    predictions: list[Prediction],
+    triton: str,
+) -> None:
+    """Write the tables of all rows, of all loops of attention, and of whole calls with a bias."""
 
     def table(fields: tuple[str, ...], lines: list[str]) -> str:
         return "\n".join([f"| {' | '.join(fields)} |", f"|{' --- |' * len(fields)}", *lines])
@@ -71,7 +78,12 @@ def write(path: Path, rows: list[Row], counts: list[LoopCount], triton: str) -> 
         "Counted from the machine code of each loop (tests/kernels/tile_counts.py). The last two\n"
         "columns are ceilings of a model, in TFLOP/s of an A100, H100 or B200, not measurements.\n"
         f"Model {MODEL}.\n\n"
-        f"{table(LoopCount._fields, [count.line() for count in counts])}\n",
+        f"{table(LoopCount._fields, [count.line() for count in counts])}\n\n"
+        "## Attention with T5's bias beside attention without\n\n"
+        "Predicted for bf16 on sm_90, for one sequence and head, from the tiles of all loops and\n"
+        "the serial ceilings above (tests/kernels/predicted.py). Ratios are clocks with the bias,\n"
+        "and in the backward with its gradient, over clocks without.\n\n"
+        f"{table(Prediction._fields, [prediction.line() for prediction in predictions])}\n",
         encoding="utf-8",
     )
 
@@ -95,3 +107,17 @@ def read_ceilings(path: Path = COMMITTED) -> dict[tuple[str, str, str, int], int
     rows = (line.strip("| ").split(" | ") for line in read(path)[2])
     loops = (row for row in rows if len(row) == len(LoopCount._fields))
     return {(*row[:3], int(row[4])): int(row[-1]) for row in loops}
+
+
+def read_counts(path: Path = COMMITTED) -> list[dict[str, str]]:
+    """The loops of attention."""
+    rows = (line.strip("| ").split(" | ") for line in sorted(read(path)[2]))
+    loops = (row for row in rows if len(row) == len(LoopCount._fields))
+    return [dict(zip(LoopCount._fields, row, strict=True)) for row in loops]
+
+
+def read_predictions(path: Path = COMMITTED) -> list[dict[str, str]]:
+    """The predicted calls with a bias."""
+    text = path.read_text(encoding="utf-8").split("## Attention with T5's bias")[1]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [dict(zip(Prediction._fields, row, strict=True)) for row in rows[1:]]

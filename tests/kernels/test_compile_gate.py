@@ -30,6 +30,7 @@ from tokenpack.kernels import (
     loss,
     loss_kernels,
     padding,
+    padding_kernels,
     reduction,
 )
 from tokenpack.kernels._triton import AVAILABLE, INTERPRETED
@@ -37,12 +38,13 @@ from tokenpack.kernels.attention import (
     backward_kv,
     backward_kv_wide,
     backward_q,
+    dropout,
     forward,
     op,
     primitives,
 )
 
-from . import compile_table, stream_counts, tile_counts
+from . import compile_table, predicted, stream_counts, tile_counts
 from .compile_cases import DTYPES, TARGETS, all_jobs, checked_jobs, losses
 from .compile_table import Row
 from .tile_counts import LoopCount
@@ -57,13 +59,14 @@ pytestmark = [
 
 MODULES = [
     layout_kernels,
-    padding,
+    padding_kernels,
     reduction,
     loss_kernels,
     forward,
     backward_q,
     backward_kv,
     backward_kv_wide,
+    dropout,
     primitives,
 ]
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -220,7 +223,8 @@ def compiled(pool, hundred_batches):
         import triton
 
         BEFORE.update(compile_table.read_ceilings(Path(TABLE)) if Path(TABLE).exists() else {})
-        compile_table.write(Path(TABLE), gathered, counts, triton.__version__)
+        predictions = predicted.predict(counts)
+        compile_table.write(Path(TABLE), gathered, counts, predictions, triton.__version__)
     return gathered, counts
 
 

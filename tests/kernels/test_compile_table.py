@@ -29,6 +29,35 @@ def test_a_changed_kernel_is_seen_and_a_changed_comment_is_not(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
+def test_tiles_with_a_bias_cost_little_more_than_tiles_without(kernel, head_dim):
+    """Within the table's reach 1.3 times as much in the forward, and 1.5 times in the backward."""
+    counts = compile_table.read_counts()
+
+    def best(case, kind):
+        name = f"_attention_{kernel}_kernel", f"attention, {case}, {head_dim}, bf16"
+        return max(
+            int(row["serial"])
+            for row in counts
+            if name == (row["kernel"], row["case"])
+            and row["kind"] == kind
+            and row["target"] == "sm_90"
+        )
+
+    plain = best("plain", "whole")
+    assert best("bias", "table") >= plain / (1.3 if kernel == "forward" else 1.5)
+    assert best("bias", "whole") >= plain / 1.02
+
+
+def test_whole_calls_with_a_bias_are_predicted():
+    rows = compile_table.read_predictions()
+    calls = {(row["tokens"], row["head_dim"], row["direction"]) for row in rows}
+    sizes = [(tokens, width) for tokens in ("128", "512") for width in ("64", "128")]
+    assert calls == {(*size, way) for size in sizes for way in ("causal", "both directions")}
+    assert all(1.0 <= float(row["both"]) <= 1.5 for row in rows)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
     "kernel, share", [("forward", 0.95), ("backward_q", 0.9), ("backward_kv", 0.9)]
 )

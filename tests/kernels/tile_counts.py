@@ -11,10 +11,16 @@ Blackwell's traffic between registers and tensor memory is not in the model.
 """
 
 import collections
+import functools
+import inspect
 import re
 import subprocess
 import tempfile
 from typing import NamedTuple
+
+from tokenpack.kernels.attention import primitives
+
+from .loop_trips import kind_of
 
 MODEL = 2  # ceilings of another number are not comparable
 REGISTERS_PER_SM, WARPS_PER_SM, SHARED_BYTES_PER_CLOCK = 65_536, 64, 128
@@ -77,6 +83,7 @@ class LoopCount(NamedTuple):
     target: str
     tile: str  # queries x keys, warps, stages
     loop: int  # in the order of the machine code
+    kind: str  # what its tiles need, see `loop_trips.kind_of`
     registers: int  # of a thread
     programs: int  # that fit on an SM at a time
     instructions: int  # of a warp, for one tile
@@ -98,21 +105,25 @@ class Instruction(NamedTuple):
     text: str
     opcode: str
     shape: tuple[int, int, int] | None = None
+    source: tuple[str, int] = ("", 0)  # file and line
 
 
 def read_code(code: str, ptx: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
     """The instructions, and the first and last one of each loop with a matrix product."""
     labels: dict[str, int] = {}
     instructions: list[Instruction] = []
+    source = ("", 0)
     blackwell = iter(_blackwell_shapes(ptx))
     for line in code.split("\n"):
         if label := re.match(r"^(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(instructions)
+        elif place := re.search(r'//## File ".*?([^/"]+)", line (\d+)', line):
+            source = place[1], int(place[2])
         elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             text = found[1].strip()
             opcode = re.sub(r"^@!?U?P?\w+\s+", "", text).split()[0].split(".")[0]
             shape = next(blackwell) if opcode == "UTCHMMA" else _shape(text)
-            instructions.append(Instruction(text, opcode, shape))
+            instructions.append(Instruction(text, opcode, shape, source))
     if next(blackwell, None):
         raise ValueError("the machine code has fewer tcgen05 products than the PTX")
     spans = []
@@ -122,6 +133,18 @@ def read_code(code: str, ptx: str) -> tuple[list[Instruction], list[tuple[int, i
         if any(one.shape for one in instructions[start : end + 1]):
             spans.append((start, end))
     return instructions, spans
+
+
+@functools.cache
+def _lines_of_kinds() -> list[set[tuple[str, int]]]:
+    """The lines that only loops of each of `KINDS` have."""
+
+    def lines(function, pattern: str = "") -> set[tuple[str, int]]:
+        text, first = inspect.getsourcelines(function.fn)
+        return {("primitives.py", first + i) for i, one in enumerate(text) if pattern in one}
+
+    edge = lines(primitives.load_columns, "rows.count")
+    return [lines(primitives.tile_biases), lines(primitives.between), edge]
 
 
 def _shape(text: str) -> tuple[int, int, int] | None:
@@ -167,7 +190,7 @@ def disassemble(cubin: bytes) -> tuple[str, int]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = tool("cuobjdump", "--dump-resource-usage")
-        return tool("nvdisasm", "-c"), int(re.search(r"REG:(\d+)", usage)[1])
+        return tool("nvdisasm", "-c", "-g"), int(re.search(r"REG:(\d+)", usage)[1])
 
 
 def constants_of(kernel) -> dict[str, object]:
@@ -232,6 +255,7 @@ def count(kernel, case: str, target: str) -> list[LoopCount]:
     counts = []
     for number, (first, last) in enumerate(innermost(spans)):
         body = instructions[first : last + 1]
+        sources = {one.source for one in body}
         opcodes = collections.Counter(one.opcode for one in body)
         issued, tensor_cores = products_issued(body, gpu, warps, is_tf32)
         per_quarter = warps / 4  # an SM has four schedulers, with a quarter of the lanes each
@@ -254,6 +278,7 @@ def count(kernel, case: str, target: str) -> list[LoopCount]:
                 target,
                 f"{queries} x {keys}, {warps}, {kernel.metadata.num_stages}",
                 number,
+                kind_of(*(not sources.isdisjoint(lines) for lines in _lines_of_kinds())),
                 registers,
                 programs,
                 len(body),

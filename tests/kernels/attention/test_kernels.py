@@ -95,6 +95,40 @@ def test_any_reach(reach, options):
 
 
 @interpreted
+@pytest.mark.parametrize("queries, keys", [(16, 32), (32, 128), (64, 32), (128, 32)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 30)}], ids=str)
+def test_diagonals_of_tiles_of_any_shape(queries, keys, options, monkeypatch):
+    """A distance is in several tiles of keys if a tile has more queries than keys."""
+    tile = tiles.Tile(queries, keys, 4, 1)
+    monkeypatch.setitem(tiles._TILES["dq"], (64, 4), tiles.Tiles(tile, tile, tile, tile))
+    lengths = ([5, 150, 70], [3, 190, 60])
+    inputs = make_inputs(lengths, heads=1, head_dim=16, kv_heads=1, bias=True)
+    assert_as_exact_as_pytorch(inputs, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_diagonals_in_tf32_are_exact_enough_for_16_bits(options, monkeypatch):
+    """The interpreter multiplies in float32. This drops the 13 bits that tensor cores ignore."""
+    from triton.runtime import interpreter
+
+    product, truncated = interpreter.InterpreterBuilder.create_dot, []
+
+    def create_dot(self, a, b, *rest):
+        if a.data.dtype == "float32":  # the 16-bit inputs of the other products are not
+            a, b = (interpreter.TensorHandle(one.data.copy(), one.dtype.scalar) for one in (a, b))
+            for one in (a, b):
+                one.data.view("uint32")[...] &= 0xFFFFE000
+            truncated.append(a)
+        return product(self, a, b, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    inputs = make_inputs(([5, 300], [3, 290]), heads=1, kv_heads=1, bias=True, dtype=torch.float16)
+    assert_as_exact_as_pytorch(inputs, **options)
+    assert truncated
+
+
+@interpreted
 def test_one_bias_for_every_distance_changes_nothing():
     inputs = make_inputs(([3, 70], [3, 70]), bias=True)._replace(table=torch.full((HEADS, 1), 5.0))
     results = run(varlen_attention, inputs)
@@ -117,7 +151,7 @@ def test_the_extended_table_covers_every_tile():
     tables = (tiles._TILES, tiles._AMPERE, tiles._BLACKWELL)
     for kind in itertools.chain.from_iterable(table.values() for table in tables):
         for tile in itertools.chain.from_iterable(kind.values()):
-            assert tile.queries + tile.keys <= primitives.TABLE_PADDING.value
+            assert 2 * max(tile.queries, tile.keys) <= primitives.TABLE_PADDING.value
 
 
 @interpreted
@@ -401,6 +435,45 @@ def test_kernel_lacks_asks_the_device_of_the_call(monkeypatch):
         for given in (device, torch.device(device)):
             reason = op.kernel_lacks(given, torch.float16, 64)
             assert (lack in reason) if lack else reason is None
+
+
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def places_of_programs(
+        places,
+        cu_seqlens,
+        num_seqs,
+        HEADS: tl.constexpr,
+        REVERSED: tl.constexpr,
+        SIZE: tl.constexpr,
+    ):
+        number, head = primitives.program_place(HEADS, REVERSED)
+        seq, first, span, _ = primitives.find_tile(number, cu_seqlens, cu_seqlens, num_seqs, SIZE)
+        place = places + 4 * tl.program_id(0)
+        tl.store(place, head)
+        tl.store(place + 1, seq)
+        tl.store(place + 2, first)
+        tl.store(place + 3, (first < span.count).to(tl.int32))
+
+
+@interpreted
+@pytest.mark.parametrize("last_first", [False, True])
+def test_order_of_programs(last_first):
+    """Heads side by side; under a causal mask, a sequence's last queries, which see most, first."""
+    lengths, heads, size = [70, 0, 5, 160], 3, 16
+    programs = tiles.num_tiles(sum(lengths), len(lengths), size) * heads
+    places = torch.full((programs, 4), -1, dtype=torch.int32)
+    cu_seqlens = cumulative(lengths).int()
+    places_of_programs[(programs,)](places, cu_seqlens, len(lengths), heads, last_first, size)
+    assert places[:, 0].equal(torch.arange(programs).int() % heads)
+    found = [tuple(place[1:3]) for place in places.tolist() if place[3]]
+    steps = [range(0, length, size) for length in lengths]
+    expected = [(s, first) for s, firsts in enumerate(steps) for first in firsts]
+    expected = expected[::-1] if last_first else expected
+    assert found == [place for place in expected for _ in range(heads)]
 
 
 def test_no_two_sequences_share_a_tile_number():

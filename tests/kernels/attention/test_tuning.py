@@ -36,30 +36,26 @@ def test_fastest_picks_a_tile_that_fits_and_restores_the_table(tune):
             raise RuntimeError("out of resource: shared memory")
         return abs(tile.queries - 40) + abs(tile.keys - 64) + tile.warps + tile.stages
 
-    assert tune.fastest("dq", (64, 2), True, None, milliseconds) == Tile(32, 64, 4, 1)
+    assert tune.fastest("dq", (64, 2), None, milliseconds) == Tile(32, 64, 4, 1)
     assert before == tiles._TILES
 
     def broken(run):
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        tune.fastest("dq", (64, 2), True, None, broken)
+        tune.fastest("dq", (64, 2), None, broken)
     assert before == tiles._TILES
 
 
 def test_candidates_meet_the_kernels_constraints(tune):
-    assert all(tile.queries <= tile.keys for tile in tune.candidates("dq", bias=True))
     for kernel in tune.KERNELS:
-        found = set(tune.candidates(kernel, bias=True))
+        found = set(tune.candidates(kernel))
         assert found >= {Tile(32, 128, 8, 2), Tile(16, 16, 8, 1)}
     for kernel in ("dkv", "dkv, grouped"):
         tables = (tiles._TILES, tiles._AMPERE, tiles._BLACKWELL)
         rows = (chain(*table[kernel].values()) for table in tables)
-        found = [*tune.candidates(kernel, bias=False), *chain(*rows)]
+        found = [*tune.candidates(kernel), *chain(*rows)]
         assert all(tile.queries <= QUERY_PADDING.value for tile in found)
-    for table in (tiles._TILES, tiles._AMPERE, tiles._BLACKWELL):
-        for rows in table["dq"].values():
-            assert all(tile.queries <= tile.keys for tile in (rows.bias, rows.both))
     assert set(tune.KERNELS) == set(tiles._TILES)
 
 

@@ -53,7 +53,7 @@ def _tiles(plain: Tile, dropout: Tile | None = None) -> Tiles:
 # - Some calls spill registers, nearly all outside of the loops, once for each program. This costs
 #   less than a smaller tile.
 #
-# float32 products are three tf32 products each, so above a head_dim of 64 they are computed in
+# float32 products are three tf32 products each, so above a head_dim of 32 they are computed in
 # chunks of columns (`chunk_for`). A "dkv" tile has at most QUERY_PADDING queries.
 _TILES = {
     "forward": {
@@ -69,7 +69,7 @@ _TILES = {
             Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)
         ),
         (128, 2): Tiles(
-            Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)
+            Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)
         ),
         (256, 2): _tiles(Tile(32, 32, 8, 1)),
         (64, 4): _tiles(Tile(16, 32, 8, 2)),
@@ -104,15 +104,21 @@ _TILES = {
 _OTHER_GPUS = {
     "forward": {
         (64, 2): _tiles(Tile(128, 64, 8, 3)),
-        (128, 2): _tiles(Tile(128, 64, 8, 2), dropout=Tile(128, 32, 8, 3)),
+        (128, 2): Tiles(
+            Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 3), Tile(128, 32, 8, 3)
+        ),
         (256, 2): _tiles(Tile(64, 32, 8, 2)),
     },
     "dq": {
-        (64, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 4, 1)),
+        (64, 2): Tiles(
+            Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)
+        ),
         (128, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 8, 2)),
     },
     "dkv": {
-        (64, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(32, 64, 4, 2)),
+        (64, 2): Tiles(
+            Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)
+        ),
         (128, 2): _tiles(Tile(32, 64, 8, 2)),
     },
     "dkv, grouped": {
@@ -200,7 +206,7 @@ def chunk_for(head_dim: int, dtype: torch.dtype) -> int:
     tf32x3 splits each operand in two, and q @ k.T needs whole rows of both operands. Wide rows
     would need too many registers.
     """
-    return 32 if dtype == torch.float32 and head_dim > 64 else 0
+    return 32 if dtype == torch.float32 and head_dim > 32 else 0
 
 
 def num_tiles(total: int, num_seqs: int, size: int) -> int:

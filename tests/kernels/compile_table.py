@@ -120,4 +120,4 @@ def read_predictions(path: Path = COMMITTED) -> list[dict[str, str]]:
     """The predicted calls with a bias."""
     text = path.read_text(encoding="utf-8").split("## Attention with T5's bias")[1]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return [dict(zip(Prediction._fields, row, strict=True)) for row in rows[1:]]
+    return [dict(zip(Prediction._fields, row, strict=True)) for row in rows[2:]]

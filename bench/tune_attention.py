@@ -43,12 +43,15 @@ def candidates(kernel: str) -> Iterator[Tile]:
 def using(kernel: str, row: tuple[int, int], tile: Tile) -> Iterator[None]:
     """Replace a row of a kernel in this GPU's table for the duration of a block."""
     rows = tiles.table_of_device()[kernel]
-    before = rows[row]
+    before = rows.get(row)  # only Hopper's table has rows for float32
     rows[row] = Tiles(tile, tile, tile, tile)
     try:
         yield
     finally:
-        rows[row] = before
+        if before is None:
+            del rows[row]
+        else:
+            rows[row] = before
 
 
 def fastest(

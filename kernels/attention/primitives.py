@@ -336,14 +336,12 @@ def load_lse(lse, row, num_rows):
 def dot_transposed(left, right, MASKED: tl.constexpr, SHAPE: tl.constexpr):
     """``left @ right.T`` of two `RowTile`; MASKED if the rows of ``right`` may end within its tile.
 
-    With a CHUNK, both operands are read from memory, that many columns at a time. ``data`` then
-    stays unused, so the compiler removes its loads and it takes no registers. The chunks are not a
-    loop: Triton does not see out of one that the product enters another, and would divide it among
-    the warps so that several compute the same scores.
+    With a CHUNK, both operands are read again from memory, that many columns at a time. ``data``
+    then stays unused, so the compiler removes its loads and it takes no registers.
     """
     if SHAPE.CHUNK:
         product = tl.zeros([left.data.shape[0], right.data.shape[0]], tl.float32)
-        for column in tl.static_range(0, SHAPE.HEAD_DIM, SHAPE.CHUNK):
+        for column in range(0, SHAPE.HEAD_DIM, SHAPE.CHUNK):
             a = load_columns(
                 left.rows, left.first, column, left.data.shape[0], SHAPE.CHUNK, True, SHAPE
             )

@@ -52,25 +52,23 @@ def _tiles(plain: Tile, dropout: Tile | None = None) -> Tiles:
 # - "dkv" of 256 columns needs eight warps for the sums of 64 keys. With 64 queries it takes the
 #   loop of `backward_kv_wide`, which divides 64 rows among eight warps.
 # - float32 rows, and some of "dq", use the older instruction. It takes 16 rows per warp: 64 rows
-#   for four warps. If a "dkv" tile has more queries than keys, Triton divides it by columns, 8 per
-#   warp.
+#   for four warps.
 # - Where fewer registers suffice, two or three programs share a multiprocessor, and one multiplies
 #   while another computes exponentials.
 # - Some calls spill registers, nearly all outside of the loops, once for each program. This costs
-#   less than a smaller tile. In float32, up to a tenth of a loop moves spilled registers, and the
-#   largest tile without spills would still take longer by the count: half of its instructions split
-#   the operands, once for each row that a tile loads.
+#   less than a smaller tile.
 #
-# float32 products are three tf32 products each, so above a head_dim of 64 they are computed in
-# chunks of columns (`chunk_for`). A "dkv" tile has at most QUERY_PADDING queries.
+# float32 products are three tf32 products each, so above a head_dim of 32 they are computed in
+# chunks of columns (`chunk_for`). Their tiles are small enough for all GPUs, and several warps
+# compute the same scores. A "dkv" tile has at most QUERY_PADDING queries.
 _TILES = {
     "forward": {
         (64, 2): _tiles(Tile(128, 64, 8, 3)),
         (128, 2): _tiles(Tile(128, 128, 8, 2), dropout=Tile(128, 64, 8, 2)),
         (256, 2): _tiles(Tile(128, 32, 8, 2)),
-        (64, 4): _tiles(Tile(64, 32, 4, 2)),
-        (128, 4): _tiles(Tile(64, 32, 4, 2)),
-        (256, 4): _tiles(Tile(64, 16, 4, 2)),
+        (64, 4): _tiles(Tile(32, 32, 4, 2)),
+        (128, 4): _tiles(Tile(32, 64, 8, 2), dropout=Tile(32, 32, 8, 2)),
+        (256, 4): _tiles(Tile(32, 32, 8, 2)),
     },
     "dq": {
         (64, 2): Tiles(
@@ -82,11 +80,9 @@ _TILES = {
         (256, 2): Tiles(
             Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(128, 32, 8, 2), Tile(32, 32, 4, 1)
         ),
-        (64, 4): Tiles(
-            Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)
-        ),
-        (128, 4): _tiles(Tile(64, 64, 4, 1)),
-        (256, 4): _tiles(Tile(16, 32, 4, 1)),
+        (64, 4): _tiles(Tile(16, 32, 8, 2)),
+        (128, 4): _tiles(Tile(16, 32, 8, 2)),
+        (256, 4): _tiles(Tile(16, 32, 8, 2)),
     },
     "dkv": {
         (64, 2): Tiles(
@@ -94,9 +90,9 @@ _TILES = {
         ),
         (128, 2): _tiles(Tile(64, 128, 8, 2), dropout=Tile(32, 128, 8, 2)),
         (256, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(64, 32, 8, 2)),
-        (64, 4): _tiles(Tile(16, 64, 4, 2)),
-        (128, 4): _tiles(Tile(16, 64, 4, 1)),
-        (256, 4): _tiles(Tile(32, 16, 4, 1)),
+        (64, 4): _tiles(Tile(32, 32, 8, 2)),
+        (128, 4): _tiles(Tile(16, 32, 8, 2)),
+        (256, 4): _tiles(Tile(16, 16, 8, 2)),
     },
     "dkv, grouped": {
         (64, 2): Tiles(
@@ -106,25 +102,24 @@ _TILES = {
             Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)
         ),
         (256, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(64, 32, 8, 2)),
-        (64, 4): _tiles(Tile(16, 64, 4, 2)),
-        (128, 4): _tiles(Tile(32, 16, 4, 1)),
-        (256, 4): _tiles(Tile(32, 16, 4, 1)),
+        (64, 4): _tiles(Tile(16, 32, 8, 2), dropout=Tile(16, 32, 8, 1)),
+        (128, 4): _tiles(Tile(16, 32, 8, 2)),
+        (256, 4): _tiles(Tile(16, 16, 8, 2)),
     },
 }
 
-# Tiles for GPUs with compute capability 8, and for AMD. A warp multiplies 16 rows by 8 columns, at
-# the same rate everywhere. Triton gives each warp rows of its own if the sums have at least as many
-# rows as columns, else columns.
+# 16-bit tiles for GPUs with compute capability 8, and for AMD. A warp multiplies 16 rows by 8
+# columns, at the same rate everywhere. Triton gives each warp rows of its own if the sums have at
+# least as many rows as columns, else columns.
 _AMPERE = {
     "forward": {
         (64, 2): Tiles(
             Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)
         ),
-        (128, 2): _tiles(Tile(128, 64, 8, 2)),
+        (128, 2): Tiles(
+            Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)
+        ),
         (256, 2): _tiles(Tile(64, 32, 4, 2)),
-        (64, 4): _tiles(Tile(64, 32, 4, 2)),
-        (128, 4): _tiles(Tile(64, 32, 4, 2)),
-        (256, 4): _tiles(Tile(32, 32, 4, 1)),
     },
     "dq": {
         (64, 2): Tiles(
@@ -134,9 +129,6 @@ _AMPERE = {
             Tile(128, 32, 8, 2), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)
         ),
         (256, 2): _tiles(Tile(32, 32, 4, 2)),
-        (64, 4): _tiles(Tile(32, 32, 4, 1)),
-        (128, 4): _tiles(Tile(32, 64, 4, 1)),
-        (256, 4): _tiles(Tile(16, 32, 4, 1)),
     },
     "dkv": {
         (64, 2): Tiles(
@@ -146,32 +138,24 @@ _AMPERE = {
         (256, 2): Tiles(
             Tile(32, 32, 4, 1), Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)
         ),
-        (64, 4): _tiles(Tile(16, 64, 4, 2)),
-        (128, 4): _tiles(Tile(32, 16, 4, 1)),
-        (256, 4): _tiles(Tile(32, 16, 4, 1)),
     },
     "dkv, grouped": {
         (64, 2): _tiles(Tile(32, 64, 4, 2)),
         (128, 2): _tiles(Tile(32, 64, 4, 1)),
         (256, 2): _tiles(Tile(32, 16, 4, 2)),
-        (64, 4): _tiles(Tile(16, 64, 4, 2)),
-        (128, 4): _tiles(Tile(32, 16, 4, 1)),
-        (256, 4): _tiles(Tile(32, 16, 4, 1)),
     },
 }
 
-# Tiles for GPUs with compute capability 10. Their matrix units multiply 128 rows at a time, into
-# memory of their own, and 64 rows take as long as 128. With a bias, that bound by diagonals leaves
-# 64 rows in "dq". float32 and the smallest tiles use the older instruction.
+# 16-bit tiles for GPUs with compute capability 10. Their matrix units multiply 128 rows at a time,
+# into memory of their own, and 64 rows take as long as 128. The smallest tiles use the older
+# instruction.
 _BLACKWELL = {
     "forward": {
-        **_TILES["forward"],
         (64, 2): _tiles(Tile(128, 64, 4, 3), dropout=Tile(128, 64, 8, 2)),
         (128, 2): _tiles(Tile(128, 64, 8, 2)),
         (256, 2): _tiles(Tile(128, 32, 8, 2)),
     },
     "dq": {
-        **_TILES["dq"],
         (64, 2): Tiles(
             Tile(128, 64, 4, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)
         ),
@@ -183,7 +167,6 @@ _BLACKWELL = {
         ),
     },
     "dkv": {
-        **_TILES["dkv"],
         (64, 2): _tiles(Tile(64, 128, 8, 2), dropout=Tile(32, 128, 8, 2)),
         (128, 2): Tiles(
             Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 128, 8, 1)
@@ -193,7 +176,6 @@ _BLACKWELL = {
         ),
     },
     "dkv, grouped": {
-        **_TILES["dkv, grouped"],
         (64, 2): _tiles(Tile(32, 128, 8, 2)),
         (128, 2): _tiles(Tile(32, 128, 8, 1)),
         (256, 2): _tiles(Tile(64, 64, 8, 1), dropout=Tile(64, 32, 8, 1)),
@@ -212,8 +194,10 @@ def tile_for(kernel: str, q: Tensor, *, bias: bool, dropout: bool) -> Tile:
     """The tile of a kernel on this device. ``dkv, grouped`` is for query heads that share keys."""
     head_dim = q.shape[2]
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    tile = table_of_device()[kernel][width, q.element_size()][bias + 2 * dropout]
-    if INTERPRETED or _target() in _TUNED:
+    row = width, q.element_size()
+    table = table_of_device()
+    tile = table[kernel].get(row, _TILES[kernel][row])[bias + 2 * dropout]
+    if table is _TILES or (row in table[kernel] and _target() in _TUNED):
         return tile
     return _fit(tile, kernel, head_dim, q.dtype, bias, _shared_memory())
 
@@ -243,10 +227,10 @@ def _bytes_needed(tile: Tile, kernel: str, head_dim: int, dtype: torch.dtype, bi
     scores = tile.queries * tile.keys * 4
     # The backward exchanges float32 scores between threads: for diagonals, and between products.
     exchanged = 0 if kernel == "forward" else scores
-    if chunk_for(head_dim, dtype):
-        # All chunks of both sides are in flight, and the parts that some of them are split in.
-        held, moved = (2, 4) if kernel == "forward" else (4, 6)
-        return max(tile.stages, 2) * (held * fixed_rows + moved * moving_rows) * row // 2
+    if chunk := chunk_for(head_dim, dtype):
+        # Chunks of both sides are in flight, and one whole tile for the second product.
+        in_flight = tile.stages * (fixed_rows + moving_rows) * chunk * dtype.itemsize
+        return in_flight + moving_rows * row + exchanged
     fixed = fixed_rows * row * (1 if kernel == "forward" else 2)
     biases = (tile.stages - 1) * scores if bias else 0
     return fixed + 2 * tile.stages * moving_rows * row + biases + exchanged
@@ -288,7 +272,7 @@ def chunk_for(head_dim: int, dtype: torch.dtype) -> int:
     tf32x3 splits each operand in two, and q @ k.T needs whole rows of both operands. Wide rows
     would need too many registers.
     """
-    return 32 if dtype == torch.float32 and head_dim > 64 else 0
+    return 32 if dtype == torch.float32 and head_dim > 32 else 0
 
 
 def num_tiles(total: int, num_seqs: int, size: int) -> int:

@@ -291,8 +291,8 @@ def test_loops_hardly_spill(loops):
 
 
 # In the forward with many columns on Ampere, Triton gives each warp columns of the sums. So each
-# warp rescales all rows. With 256 columns, tiles that avoid it take longer by the count. With 128 and
-# a bias, they spill in the loop.
+# warp rescales all rows. With 256 columns, tiles that avoid it take longer by the count. With 128
+# columns and a bias, they spill in the loop.
 EXPONENTIALS = {("_attention_forward_kernel", "sm_80", 256, "bf16"): 1.6}
 EXPONENTIALS |= {("_attention_forward_kernel", "sm_80", 128, "bf16"): 1.3}
 

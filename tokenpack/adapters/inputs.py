@@ -174,10 +174,9 @@ def _pack_encoder_decoder(
     if decoder.is_packed != encoder.is_packed:
         raise ValueError("cu_seqlens and decoder_cu_seqlens must be given together or not at all")
     counted = counted.after(decoder.layout, decoder.slots, state.key)
-    targets, stream = None, None
+    targets = stream = None
     if labels is not None:
         targets, stream = _targets(labels, decoder, counted if traced else None)
-
     call = PackedCall(state, {"enc": encoder.layout, "dec": decoder.layout}, traced)
     if state.family.swaps and not state.family.has_relative_bias:
         for name, side in (("enc", encoder), ("dec", decoder)):

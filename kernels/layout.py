@@ -311,7 +311,12 @@ def _require_int32_slots(slots: int) -> None:
 
 
 def require_padded_form(layout: PackedLayout) -> None:
-    """Raise ValueError if the padded batch has too many slots for ``layout.indices``."""
+    """Raise ValueError if the padded batch has too many slots for ``layout.indices``.
+
+    In a graph, the sizes are not known. There, the op that lays out the batch must check them.
+    """
+    if torch.compiler.is_compiling():
+        return
     rows, columns = layout.padded_shape
     if rows * columns > INT32_MAX:
         raise ValueError(

@@ -71,11 +71,11 @@ def wrong_positions(original):
 
 def dropped_last_label(original):
     def targets(*arguments):
-        found = original(*arguments)
+        found, stream = original(*arguments)
         last = int((found.labels != -100).nonzero()[-1])
         kept = found.labels.clone()
         kept[last] = -100
-        return inputs.Targets(kept, found.num_valid - 1)
+        return inputs.Targets(kept, found.num_valid - 1), stream
 
     return targets
 

@@ -31,6 +31,7 @@ from ..kernels import (
     layout_from_lengths,
     layout_from_mask,
 )
+from ..kernels.layout import require_padded_form
 from ..segments import rounded_sequences
 from .call import AfterHead, state_of
 
@@ -204,6 +205,7 @@ def _pack_boundaries(
 def _check_rows(
     layout: PackedLayout, name: str, first_column: bool, encoder: Tensor | None
 ) -> None:
+    require_padded_form(layout)
     if first_column and pads_first_column(layout):
         raise ValueError(
             f"{name} must have a token in the first column of each row, which a pooler reads, "
@@ -220,6 +222,7 @@ def _check_rows(
 def _full_rows(padded: Tensor, key: str, tokens: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = padded.shape[:2]
     layout = layout_from_lengths([columns] * rows, device=padded.device)
+    require_padded_form(layout)
     _count(key, tokens + layout.total_tokens, slots + layout.total_tokens)
     return layout.cu_seqlens, layout.indices, layout.position_ids
 

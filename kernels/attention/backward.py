@@ -13,13 +13,7 @@ from torch import Tensor
 from .._launch import PreparedKernel
 from .backward_kv import _attention_backward_kv_kernel
 from .backward_q import _attention_backward_q_kernel
-from .launch import (
-    SIZES,
-    constant_arguments,
-    head_unit,
-    shared_arguments,
-    tile_arguments,
-)
+from .launch import SIZES, constant_arguments, tile_arguments
 from .primitives import QUERY_PADDING, TABLE_PADDING
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import Tile, num_tiles, tile_for
@@ -32,49 +26,16 @@ class BackwardTiles(NamedTuple):
     dkv: Tile
 
 
-def attention_backward(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
+def backward_kernels(
     inputs: AttentionInputs,
     spec: AttentionSpec,
+    unit: int,
+    tiles: BackwardTiles,
+    dout_stride: int,
     needs_table: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, and in float32 the gradient of the table if it is needed."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    rows = padded_rows(q.shape[0], inputs.cu_seqlens_q.numel() - 1)
-    tiles = backward_tiles(inputs, spec)
-    grid_dq, grid_dkv = backward_grids(inputs, tiles)
-    partials = lse.new_zeros(partials_shape(inputs, grid_dq)) if needs_table else None
-    unit = head_unit(q, k, v, dout)
-    shared = shared_arguments(inputs, lse, spec, unit)
-    shared |= {"dout": dout, "DOUT_STRIDE": dout.stride(0)}
-    shared["dout_head_stride"] = dout.stride(1) // unit
-    shared["delta"], base2_lse = lse.new_empty((2, q.shape[1], rows))
-    if dq.numel():
-        _attention_backward_q_kernel[grid_dq](
-            **shared,
-            out=out,
-            dq=dq,
-            base2_lse=base2_lse,
-            partials=lse if partials is None else partials,
-            DTABLE=needs_table,
-            **tile_arguments(tiles.dq),
-        )
-    if dk.numel():
-        _attention_backward_kv_kernel[grid_dkv](
-            **{**shared, "lse": base2_lse}, dk=dk, dv=dv, **tile_arguments(tiles.dkv)
-        )
-    return dq, dk, dv, None if partials is None else sum_partials(partials)
-
-
-def backward_kernels(
-    dout: Tensor, inputs: AttentionInputs, spec: AttentionSpec, unit: int, needs_table: bool
 ) -> tuple[PreparedKernel, PreparedKernel]:
     """The kernels of all layers with inputs, options and gradients of this kind."""
-    shared = constant_arguments(inputs, spec, unit) | {"DOUT_STRIDE": dout.stride(0)}
-    tiles = backward_tiles(inputs, spec)
+    shared = constant_arguments(inputs, spec, unit) | {"DOUT_STRIDE": dout_stride}
     sides = ("q", "k", "v", "table", "seed", "dout", "delta", "lse")
     offsets, sizes = ("cu_seqlens_q", "cu_seqlens_k"), (*SIZES, "dout_head_stride")
     dq = PreparedKernel(

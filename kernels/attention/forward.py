@@ -16,19 +16,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from .._launch import PreparedKernel
 from .._triton import tl, triton
 from .dropout import dropout_keep_mask, dropout_params
-from .launch import (
-    SIZES,
-    constant_arguments,
-    head_unit,
-    shared_arguments,
-    tile_arguments,
-)
+from .launch import SIZES, constant_arguments, tile_arguments
 from .primitives import (
     DistanceLimits,
     Features,
@@ -215,24 +206,11 @@ def _attention_forward_kernel(
     tl.store(head_lse + query, row_lse, mask=query < span_q.count)
 
 
-def attention_forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """``(total_q, heads, head_dim)`` out, and ``(heads, total_q)`` float32 logsumexp."""
-    q = inputs.q
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    tile = forward_tile(inputs, spec)
-    if out.numel():
-        unit = head_unit(q, inputs.k, inputs.v)
-        _attention_forward_kernel[forward_grid(inputs, tile)](
-            **shared_arguments(inputs, lse, spec, unit), out=out, **tile_arguments(tile)
-        )
-    return out, lse
-
-
-def forward_kernel(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> PreparedKernel:
+def forward_kernel(
+    inputs: AttentionInputs, spec: AttentionSpec, unit: int, tile: Tile
+) -> PreparedKernel:
     """The kernel of all layers with inputs and options of this kind."""
-    constants = constant_arguments(inputs, spec, unit)
-    constants |= tile_arguments(forward_tile(inputs, spec))
+    constants = constant_arguments(inputs, spec, unit) | tile_arguments(tile)
     tensors = ("q", "k", "v", "table", "seed", "lse", "out", "cu_seqlens_q", "cu_seqlens_k")
     return PreparedKernel(_attention_forward_kernel, tensors, SIZES, constants)
 

@@ -1,4 +1,4 @@
-"""Launches of the attention kernels, and the arguments that all of them share."""
+"""The arguments that all attention kernels share."""
 
 from __future__ import annotations
 
@@ -22,32 +22,6 @@ SIZES = (
 """The sizes that all kernels take. See `size_arguments`."""
 
 
-def shared_arguments(
-    inputs: AttentionInputs, lse: Tensor, spec: AttentionSpec, unit: int
-) -> dict[str, Any]:
-    """The arguments that all three kernels take, by name.
-
-    The table is extended, and the scale is positive (see `op`). Kernels need a pointer for each
-    tensor. ``lse`` stands in for an absent table or seed, which no kernel then reads. Strides from
-    token to token are constants: they belong to the model and not to the batch, and with them the
-    offsets within a tile are part of the instructions. Strides between heads may change with the
-    number of tokens.
-    """
-    q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
-    return {
-        "q": q,
-        "k": k,
-        "v": v,
-        "lse": lse,
-        "table": lse if table is None else table,
-        "seed": lse if seed is None else seed,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        **dict(zip(SIZES, size_arguments(inputs, unit), strict=True)),
-        **constant_arguments(inputs, spec, unit),
-    }
-
-
 def head_unit(*sides: Tensor) -> int:
     """In which unit of elements kernels take the strides of heads: 16 if it divides all, else 1.
 
@@ -66,7 +40,12 @@ def size_arguments(inputs: AttentionInputs, unit: int) -> tuple[int, ...]:
 
 
 def constant_arguments(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> dict[str, Any]:
-    """What is the same for all layers of one kind, in all batches."""
+    """What is the same for all layers of one kind, in all batches.
+
+    The scale is positive (see `op`). Strides from token to token are constants: they belong to the
+    model and not to the batch, and with them the offsets within a tile are part of the
+    instructions. Strides between heads may change with the number of tokens.
+    """
     q, k, v, _, _, table, _ = inputs
     left, right = spec.limits
     head_dim = q.shape[2]

@@ -7,6 +7,7 @@ first layer. A later layer allocates its outputs and launches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,7 +64,9 @@ class _Backward(NamedTuple):
 
 
 _KERNELS: dict[tuple[Any, ...], Any] = {}
-"""The kernels of each kind of layer. The kinds are as few as the models of the process."""
+"""The kernels of each kind of layer. The kinds are as few as the models of the process, but a scale
+or a dropout that changes in each step makes more."""
+_MOST_KERNELS = 256
 
 
 class LayerKernels:
@@ -139,19 +142,21 @@ class LayerKernels:
 
     def _prepare_forward(self, saved: Saved) -> _Forward:
         inputs, spec = self._inputs(saved), self._spec
-        unit = head_unit(inputs.q, inputs.k, inputs.v)
-        kernel = _kernels_of(_kind(inputs, spec, unit), partial(forward_kernel, inputs, spec, unit))
-        grid = forward_grid(inputs, forward_tile(inputs, spec))
+        unit, tile = head_unit(inputs.q, inputs.k, inputs.v), forward_tile(inputs, spec)
+        kind = (*_kind(inputs, spec, unit), tile)
+        kernel = _kernels_of(kind, partial(forward_kernel, inputs, spec, unit, tile))
+        grid = forward_grid(inputs, tile)
         return _Forward(kernel, _or_none(grid, inputs.q), size_arguments(inputs, unit))
 
     def _prepare_backward(self, dout: Tensor, saved: Saved, needs_table: bool) -> _Backward:
         inputs, spec, dout = self._inputs(saved), self._spec, dout[0]
         q, k = inputs.q, inputs.k
-        unit = head_unit(q, k, inputs.v, dout)
-        kind = (*_kind(inputs, spec, unit), dout.stride(0), needs_table)
-        make = partial(backward_kernels, dout, inputs, spec, unit, needs_table)
+        unit, tiles = head_unit(q, k, inputs.v, dout), backward_tiles(inputs, spec)
+        of_backward = (tiles, dout.stride(0), needs_table)
+        kind = (*_kind(inputs, spec, unit), *of_backward)
+        make = partial(backward_kernels, inputs, spec, unit, *of_backward)
         of_dq, of_dkv = _kernels_of(kind, make)
-        grid_dq, grid_dkv = backward_grids(inputs, backward_tiles(inputs, spec))
+        grid_dq, grid_dkv = backward_grids(inputs, tiles)
         return _Backward(
             of_dq,
             of_dkv,
@@ -185,9 +190,11 @@ def _kind(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> tuple[Any,
     return spec, *types, *shapes, *strides, unit, table is None, precision(q.dtype)
 
 
-def _kernels_of(kind: tuple[Any, ...], make: Any) -> Any:
+def _kernels_of(kind: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     kernels = _KERNELS.get(kind)
     if kernels is None:
+        if len(_KERNELS) >= _MOST_KERNELS:
+            _KERNELS.clear()
         kernels = _KERNELS[kind] = make()
     return kernels
 

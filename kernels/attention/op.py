@@ -14,16 +14,15 @@ from torch import Tensor
 
 from .._ops import define_op, on_triton
 from .._triton import DEVICES
-from .backward import attention_backward
 from .explicit import (
     KeepMask,
     explicit_attention,
     explicit_attention_backward,
     take_slots,
 )
-from .forward import attention_forward
 from .grouping import Group
 from .launch import table_for_kernels
+from .layers import LayerKernels, Saved
 from .slots import SlotPlan
 from .spec import AttentionInputs, AttentionSpec
 
@@ -181,7 +180,9 @@ def varlen_attention_triton(
     if kernel_lacks(q.device, q.dtype, q.shape[2]):
         return _forward_in_torch(inputs, spec)
     inputs, spec, _ = _with_positive_scale(inputs, spec)
-    return attention_forward(_for_kernels(inputs, spec), spec)
+    layer, sides = _as_layer(inputs, spec)
+    saved = layer.forward(*sides, table, seed)
+    return saved.out[0], saved.lse
 
 
 @on_triton(_varlen_attention_backward)
@@ -209,9 +210,11 @@ def varlen_attention_backward_triton(
     if kernel_lacks(q.device, q.dtype, q.shape[2]):
         return _backward_in_torch(dout, inputs, spec, needs_table)
     inputs, spec, sign = _with_positive_scale(inputs, spec)
-    dq, dk, dv, dtable = attention_backward(
-        _with_contiguous_rows(dout), out, lse, _for_kernels(inputs, spec), spec, needs_table
-    )
+    layer, sides = _as_layer(inputs, spec)
+    of_kernels = None if table is None else table_for_kernels(table, spec)
+    saved = Saved(*sides, out[None], lse, of_kernels, seed)
+    *gradients, dtable = layer.backward(dout[None], saved, needs_table)
+    dq, dk, dv = (gradient[0].transpose(0, 1) for gradient in gradients)
     if sign != 1.0:
         dq = dq * sign
     return dq, dk, dv, lse.new_empty(0) if dtable is None else dtable
@@ -228,23 +231,16 @@ def _with_positive_scale(
     return inputs, spec._replace(scale=-spec.scale or 1.0), sign
 
 
-def _for_kernels(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionInputs:
-    """The inputs as the kernels read them."""
-    q, k, v, cu_seqlens_q, cu_seqlens_k, table, seed = inputs
-    return AttentionInputs(
-        _with_contiguous_rows(q),
-        _with_contiguous_rows(k),
-        _with_contiguous_rows(v),
-        cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous(),
-        None if table is None else table_for_kernels(table, spec),
-        seed,
+def _as_layer(
+    inputs: AttentionInputs, spec: AttentionSpec
+) -> tuple[LayerKernels, tuple[Tensor, Tensor, Tensor]]:
+    """The call as that of a layer: its kernels, and query, key and value in its shapes."""
+    q, k, v = (
+        (side if side.stride(2) == 1 else side.contiguous()).transpose(0, 1)[None]
+        for side in inputs[:3]
     )
-
-
-def _with_contiguous_rows(side: Tensor) -> Tensor:
-    """``side`` with a stride of 1 along head_dim."""
-    return side if side.stride(2) == 1 else side.contiguous()
+    offsets = inputs.cu_seqlens_q.contiguous(), inputs.cu_seqlens_k.contiguous()
+    return LayerKernels(*offsets, spec), (q, k, v)
 
 
 # ---------------------------------------------------------------------- torch.compile and autograd

@@ -29,10 +29,20 @@ def fenced(monkeypatch):
         shape = shape[0] if shape and not isinstance(shape[0], int) else shape
         return allocate(tuple(shape), dtype or like.dtype, device or like.device)
 
+    def new_empty_strided(like, shape, strides):
+        order = sorted(range(len(shape)), key=lambda i: -strides[i])
+        dense = allocate(tuple(shape[i] for i in order), like.dtype, like.device)
+        found = dense.permute([order.index(i) for i in range(len(shape))])
+        assert [s for s, n in zip(found.stride(), shape) if n > 1] == [
+            s for s, n in zip(strides, shape) if n > 1
+        ]
+        return found
+
     def empty_like(like, *, dtype=None, **_):
         return allocate(tuple(like.shape), dtype or like.dtype, like.device)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", new_empty_strided)
     monkeypatch.setattr(torch, "empty_like", empty_like)
     yield
     monkeypatch.undo()

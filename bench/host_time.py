@@ -6,10 +6,11 @@ Forward and backward of 16 tokens in two rows, one thread, models of width 32. T
 small that the time is the host's. Both models take turns, and the ratio is the median over rounds.
 Two depths separate the cost of a layer from the fixed cost of a step.
 
-``registered`` times the path that a GPU takes: the launchers of attention and cross entropy run on
-CPU tensors under a driver that names a GPU. Only the call of the driver that launches a kernel is
-left out. So these kernels compute nothing, results are arbitrary, and a launch on a GPU costs a few
-microseconds more. The layouts and all operators of the model run as on the CPU.
+``registered`` times the path that a GPU takes: all launchers run on CPU tensors under a driver that
+names a GPU. Only the call of the driver that launches a kernel is left out, so a launch on a GPU
+costs a few microseconds more. The results of attention and cross entropy are arbitrary. Those of
+layouts, padding and targets are computed once and looked up, because the batch must be packed. All
+operators of the model run as on the CPU.
 """
 
 import contextlib

@@ -6,7 +6,7 @@
   score function reads, and a block mask of the padding. Its whole model attends with PyTorch's
   fused kernel in training, since the bias that FlexAttention reads is bound without gradient.
 
-turbot5's models cannot be imported beside transformers 5, so it has no training step.
+turbot5's models cannot be imported with transformers 5, so it has no training step.
 """
 
 import functools

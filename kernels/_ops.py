@@ -7,7 +7,8 @@ dispatch only costs time: 20 to 70 microseconds on the host, several times a lau
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,11 +38,7 @@ def on_triton(op: Any) -> Callable[[Callable], Callable]:
     def register(launcher: Callable) -> Callable:
         @functools.wraps(launcher)
         def on_device_of_tensors(*args: Any, **kwargs: Any) -> Any:
-            # Triton launches on the current device, which may differ from the tensors' device.
-            device = _first_tensor(args).device
-            if device.type != "cuda":
-                return launcher(*args, **kwargs)
-            with torch.cuda.device(device):
+            with on_device_of(_tensors(args[0])[0]):
                 return launcher(*args, **kwargs)
 
         _LAUNCHERS[op] = on_device_of_tensors
@@ -52,14 +49,19 @@ def on_triton(op: Any) -> Callable[[Callable], Callable]:
     return register
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which may differ from the tensors' device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def run(op: Any, *args: Any) -> Any:
     """The results of ``op``, without its dispatch if nothing has to see the op.
 
-    The first argument must be a tensor or a list of tensors. No gradient goes through the call, so
-    it is for results that have none, and for calls from inside of ops.
+    The first argument must be a tensor or a list of tensors. Only these may require a gradient.
     """
-    tensors = (args[0],) if isinstance(args[0], Tensor) else args[0]
-    if not runs_eagerly(*tensors):
+    tensors = _tensors(args[0])
+    needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    if needs_gradient or not runs_eagerly(*tensors):
         return op(*args)
     launcher = _LAUNCHERS.get(op) if tensors[0].device.type in DEVICES else None
     return (launcher or _REFERENCES[op])(*args)
@@ -81,7 +83,6 @@ def runs_eagerly(*tensors: Tensor) -> bool:
     )
 
 
-def _first_tensor(args: Iterable[Any]) -> Tensor:
-    """The first argument of an op, or its first element if the argument is a list of tensors."""
-    first = next(iter(args))
-    return first if isinstance(first, Tensor) else first[0]
+def _tensors(argument: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors of an argument."""
+    return (argument,) if isinstance(argument, Tensor) else argument

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._launch import PreparedKernel
-from ._ops import define_op, on_triton
+from ._ops import define_op, on_triton, run
 from .loss_kernels import _cross_entropy_backward_kernel, _cross_entropy_kernel
 from .reduction import TokenStats, plan_reduction
 
@@ -93,9 +93,8 @@ def packed_cross_entropy(
         ignore_index=ignore_index,
         like=logits,
     )
-    token_loss, _, correct = torch.ops.tokenpack.cross_entropy(
-        logits, reduce.targets, label_smoothing, z_loss, softcap or 0.0, 1.0, inplace_backward
-    )
+    options = (label_smoothing, z_loss, softcap or 0.0, 1.0, inplace_backward)
+    token_loss, _, correct = run(cross_entropy, logits, reduce.targets, *options)
     loss = reduce(token_loss)
     if return_stats:
         return loss, TokenStats(token_loss.detach(), correct, reduce.targets >= 0)
@@ -269,7 +268,7 @@ def cross_entropy_triton(
     logits = _with_contiguous_rows(logits)
     token_loss, lse, correct = _new_rows(logits)
     options = Options(label_smoothing, z_loss, softcap, scale)
-    kernel = _forward_kernel(_types(logits, targets), *logits.shape[1:], logits.stride(0), options)
+    kernel = _forward_kernel(_types(logits, targets), logits.shape[1], logits.stride(0), options)
     kernel((logits.shape[0], 1), (logits, targets, token_loss, lse, correct))
     return token_loss, lse, correct
 
@@ -314,7 +313,7 @@ def _launch_backward(
 ) -> None:
     strides = logits.stride(0), dlogits.stride(0)
     types = _types(logits, targets, dloss)
-    kernel = _backward_kernel(types, *logits.shape[1:], *strides, options)
+    kernel = _backward_kernel(types, logits.shape[1], *strides, options)
     kernel((logits.shape[0], 1), (dloss.contiguous(), logits, lse, targets, dlogits))
 
 

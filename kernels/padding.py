@@ -54,7 +54,7 @@ def unpad(tensors: Tensor | Sequence[Tensor], layout: PackedLayout) -> Tensor | 
     several = _as_list(tensors)
     for position, tensor in enumerate(several):
         _require_leading(position, tensor, layout.padded_shape, "layout.padded_shape", layout)
-    streams = _run(_unpad, several, layout.indices)
+    streams = run(_unpad, several, layout.indices)
     return streams[0] if isinstance(tensors, Tensor) else streams
 
 
@@ -101,17 +101,9 @@ def repad(
     for value, tensor in zip(fills, several, strict=True):
         _require_fill(value, tensor.dtype)
     rows, columns = layout.padded_shape
-    flat = _run(_repad, several, layout.indices, rows * columns, list(map(float, fills)))
+    flat = run(_repad, several, layout.indices, rows * columns, list(map(float, fills)))
     padded = [tensor.unflatten(0, (rows, columns)) for tensor in flat]
     return padded[0] if isinstance(tensors, Tensor) else padded
-
-
-def _run(op: Any, tensors: list[Tensor], *args: Any) -> list[Tensor]:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        results: list[Tensor] = op(tensors, *args)
-    else:
-        results = run(op, tensors, *args)
-    return results
 
 
 # ------------------------------------------------------------------ reference: CPU path and oracle

@@ -199,6 +199,7 @@ def _token_targets(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None and sequence_weights is None and not shift and not per_sequence:
+        # Each token stands for itself, as in the loss of every patched model.
         valid = labels != ignore_index
         _check_targets(labels, valid, num_classes, ignore_index)
         return labels.masked_fill(~valid, -1).to(torch.int32), valid.to(dtype)

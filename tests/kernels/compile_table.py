@@ -79,7 +79,7 @@ def write(
         "columns are ceilings of a model, in TFLOP/s of an A100, H100 or B200, not measurements.\n"
         f"Model {MODEL}.\n\n"
         f"{table(LoopCount._fields, [count.line() for count in counts])}\n\n"
-        "## Attention with T5's bias beside attention without\n\n"
+        "## Attention with T5's bias compared with attention without\n\n"
         "Predicted for bf16 on sm_90, for one sequence and head, from the tiles of all loops and\n"
         "the serial ceilings above (tests/kernels/predicted.py). Ratios are clocks with the bias,\n"
         "and in the backward with its gradient, over clocks without.\n\n"

@@ -1,4 +1,4 @@
-"""The clocks of a whole attention call with T5's bias, beside one without, by the model.
+"""The clocks of a whole attention call with T5's bias, compared with one without, by the model.
 
 Tiles come from the loops as the interpreter runs them (`loop_trips`), and clocks per tile from the
 machine code of the same loops (`tile_counts`): the serial ceiling turned round. Work outside of the

@@ -1,4 +1,4 @@
-"""What a kernel that streams rows issues for one element, beside the time that memory takes for it.
+"""What a kernel that streams rows issues for one element, compared with the time of memory for it.
 
 An H100 SXM reads and writes 3.35 TB/s (NVIDIA, data sheet). At 132 SMs and 1.83 GHz, that is 13.9
 bytes per SM and clock. In a clock, an SM issues one instruction to 128 lanes, and has 16 lanes for
@@ -8,7 +8,7 @@ exponentials. While both take less time than the bytes, they hide behind memory.
 import re
 from typing import NamedTuple
 
-from .tile_counts import GPUS, disassemble
+from .tile_counts import GPUS, disassemble, read_code
 
 BYTES_PER_CLOCK = 3.35e12 / (GPUS["sm_90"].sms * GPUS["sm_90"].gigahertz * 1e9)
 
@@ -33,20 +33,11 @@ class StreamCount(NamedTuple):
 def count(kernel, case: str, itemsize: int) -> list[StreamCount]:
     """The counts of each loop with exponentials, in which each thread loads elements."""
     code, _ = disassemble(kernel.asm["cubin"])
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in code.split("\n"):
-        if label := re.match(r"^(\.L_x_\d+):", line.strip()):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
-            instructions.append(found[1])
+    instructions, loops = read_code(code, kernel.asm["ptx"])
     counts = []
-    for end, text in enumerate(instructions):
-        branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
-        if branch is None or labels.get(branch[1], end + 1) > end:
-            continue
-        body = instructions[labels[branch[1]] : end + 1]
-        loaded, stored = (sum(map(_width, body, [kind] * len(body))) for kind in ("LDG", "STG"))
+    for first, last in loops:
+        body = [one.text for one in instructions[first : last + 1]]
+        loaded, stored = (sum(_width(one, kind) for one in body) for kind in ("LDG", "STG"))
         if loaded and any("MUFU.EX2" in one for one in body):
             elements = loaded / itemsize
             specials = sum("MUFU" in one for one in body) / elements

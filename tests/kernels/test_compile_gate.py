@@ -319,12 +319,12 @@ def test_no_product_and_no_exponential_is_computed_twice(loops):
 
 
 # Clocks of the busier unit over those of memory. A softcap takes two exponentials more, and a tanh
-# that is exact near 0, so it is at the limit of instructions.
+# that is exact near 0, so it is at the limit of instructions, and does not hide behind memory.
 SHARES = {False: 0.9, True: 2.5}
 
 
-def test_losses_hide_behind_memory():
-    """The loops over classes of a row of logits, without and with all options."""
+def test_losses_without_a_softcap_hide_behind_memory():
+    """The loops over classes of a row of logits. With all options they take no more than today."""
     with compiling_for(TARGETS["sm_90"]) as compiled:
         losses(torch.bfloat16)
     found = set()

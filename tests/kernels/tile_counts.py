@@ -72,7 +72,6 @@ INTEGER = re.compile(
     "ISETP|LOP3|FMNMX3?|SEL|FSEL|IADD3?|VIADD|SHF|PRMT|FSETP|PLOP3|LEA|V?IMNMX3?|IABS|SGXT|F2FP|F2F"
     "|I2F|F2I|I2FP|VIADDMNMX"
 )
-PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC[HQ]MMA)\b")
 
 
 class LoopCount(NamedTuple):
@@ -109,7 +108,7 @@ class Instruction(NamedTuple):
 
 
 def read_code(code: str, ptx: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
-    """The instructions, and the first and last one of each loop with a matrix product."""
+    """The instructions, and the first and last one of each loop."""
     labels: dict[str, int] = {}
     instructions: list[Instruction] = []
     source = ("", 0)
@@ -130,7 +129,7 @@ def read_code(code: str, ptx: str) -> tuple[list[Instruction], list[tuple[int, i
     for end, instruction in enumerate(instructions):
         branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction.text)
         start = labels.get(branch[1], end + 1) if branch else end + 1
-        if any(one.shape for one in instructions[start : end + 1]):
+        if start <= end:
             spans.append((start, end))
     return instructions, spans
 
@@ -253,6 +252,7 @@ def count(kernel, case: str, target: str) -> list[LoopCount]:
         needed -= by_chunks * 2 * scores * (columns - head_dim) * 3
     programs = programs_that_fit(kernel, registers, gpu)
     counts = []
+    spans = [(a, b) for a, b in spans if any(one.shape for one in instructions[a : b + 1])]
     for number, (first, last) in enumerate(innermost(spans)):
         body = instructions[first : last + 1]
         sources = {one.source for one in body}

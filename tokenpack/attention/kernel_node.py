@@ -8,13 +8,10 @@ a batch.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..kernels._ops import runs_eagerly
+from ..kernels._ops import on_device_of, runs_eagerly
 from ..kernels.attention import AttentionSpec, LayerKernels, Saved
 from .backends import Options
 
@@ -70,7 +67,7 @@ def attend_on_kernel(
 class _OnKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, table, seed, kernels):
-        with _device_of(query):
+        with on_device_of(query):
             saved = kernels.forward(query, key, value, table, seed)
         ctx.kernels = kernels
         ctx.table_dtype = None if table is None else table.dtype
@@ -82,13 +79,8 @@ class _OnKernel(torch.autograd.Function):
     def backward(ctx, dout):
         # Saved tensors are read once: checkpointing allows one unpack.
         saved, needs_table = Saved(*ctx.saved_tensors), ctx.needs_input_grad[3]
-        with _device_of(dout):
+        with on_device_of(dout):
             dq, dk, dv, dtable = ctx.kernels.backward(dout, saved, needs_table)
         if dtable is not None:
             dtable = dtable.to(ctx.table_dtype)
         return dq, dk, dv, dtable, None, None
-
-
-def _device_of(tensor: Tensor) -> Any:
-    """Triton launches on the current device, which may differ from the tensors' device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -6,7 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ._triton import triton
+
 Tensors = Tensor | tuple[Tensor, ...]
+
+ALIGNMENT = 16
+"""Triton compiles a kernel for addresses that are multiples of 16 bytes, or for any address."""
 
 
 class PreparedKernel:
@@ -32,17 +37,15 @@ class PreparedKernel:
     ) -> None:
         order, changing = tuple(kernel.arg_names), len(tensors) + len(sizes)
         assert order[:changing] == (*tensors, *sizes), f"parameters of the kernel: {order}"
-        self._kernel = kernel
-        self._constants = tuple(constants[name] for name in order[changing:])
-        self._options = {name: constants[name] for name in constants.keys() - set(order)}
-        self._compiled: Any = None
+        self.kernel = kernel
+        self.constants = tuple(constants[name] for name in order[changing:])
+        self.options = {name: constants[name] for name in constants.keys() - set(order)}
+        self.compiled: Any = None  # after the first launch
 
     def __call__(
         self, grid: tuple[int, int], tensors: tuple[Tensors, ...], sizes: tuple[int, ...] = ()
     ) -> None:
         """Launch the kernel. A grid with a 0 launches nothing."""
-        if 0 in grid:
-            return
         addresses = 0
         for tensor in tensors:
             if isinstance(tensor, tuple):
@@ -50,10 +53,54 @@ class PreparedKernel:
                     addresses |= each.data_ptr()
             else:
                 addresses |= tensor.data_ptr()
-        fits = addresses % 16 == 0 and max(sizes, default=0) < 2**31
-        if fits and self._compiled is not None:
-            self._compiled[(*grid, 1)](*tensors, *sizes, *self._constants)
+        BatchLaunch(self, grid, sizes)(tensors, addresses % ALIGNMENT == 0)
+
+
+class BatchLaunch:
+    """The launches of a `PreparedKernel` in one batch, where grid and sizes are the same.
+
+    Args:
+        prepared: the kernel.
+        grid: its grid. One with a 0 launches nothing.
+        sizes: the values of its sizes.
+    """
+
+    __slots__ = ("_compiled", "_fits", "_grid", "_prepared", "_rest")
+
+    def __init__(
+        self, prepared: PreparedKernel, grid: tuple[int, int], sizes: tuple[int, ...]
+    ) -> None:
+        self._prepared, self._grid = prepared, grid
+        self._rest = (*sizes, *prepared.constants)
+        self._fits = max(sizes, default=0) < 2**31 and 0 not in grid
+        self._compiled = prepared.compiled if self._fits else None
+
+    def __call__(self, tensors: tuple[Tensors, ...], aligned: bool) -> None:
+        """Launch the kernel.
+
+        Args:
+            tensors: the values of its tensors.
+            aligned: whether the addresses of all tensors are multiples of `ALIGNMENT` bytes. Those
+                of new tensors are; a view may begin anywhere.
+        """
+        compiled = self._compiled
+        if compiled is None or not aligned:
+            self._launch_through_triton(tensors, aligned)
             return
-        kernel = self._kernel[grid](*tensors, *sizes, *self._constants, **self._options)
-        if fits:
-            self._compiled = kernel
+        hooks, (x, y), driver = triton.knobs.runtime, self._grid, triton.runtime.driver.active
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler watches
+            compiled[x, y, 1](*tensors, *self._rest)
+            return
+        # What the line above does, without what hooks would be told.
+        stream = driver.get_current_stream(driver.get_current_device())
+        nothing = (None, None, None)
+        of_kernel = (compiled.function, compiled.packed_metadata, *nothing)
+        compiled.run(x, y, 1, stream, *of_kernel, *tensors, *self._rest)
+
+    def _launch_through_triton(self, tensors: tuple[Tensors, ...], aligned: bool) -> None:
+        if 0 in self._grid:
+            return
+        prepared = self._prepared
+        compiled = prepared.kernel[self._grid](*tensors, *self._rest, **prepared.options)
+        if aligned and self._fits:
+            prepared.compiled = self._compiled = compiled  # None if Triton interprets

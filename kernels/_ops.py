@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._triton import DEVICES
 
+_NO_DEVICE = nullcontext()
 _PLAIN = (Tensor, torch.nn.Parameter)
 _REFERENCES: dict[Any, Callable[..., Any]] = {}
 _LAUNCHERS: dict[Any, Callable[..., Any]] = {}
@@ -51,7 +52,7 @@ def on_triton(op: Any) -> Callable[[Callable], Callable]:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which may differ from the tensors' device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _NO_DEVICE
 
 
 def run(op: Any, *args: Any) -> Any:
@@ -74,9 +75,11 @@ def runs_reference(tensor: Tensor) -> bool:
 
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether nothing has to see an op of these tensors: no graph, fake tensor or mode."""
+    for each in tensors:
+        if type(each) not in _PLAIN or each.is_meta:
+            return False
     return (
         not torch.compiler.is_compiling()
-        and all(type(each) in _PLAIN and not each.is_meta for each in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()

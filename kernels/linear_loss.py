@@ -14,8 +14,6 @@ generator. PyTorch computes the matrix products, and the kernels of `loss` the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,8 +21,18 @@ import torch
 from torch import Tensor
 
 from ._ops import define_op, run, runs_eagerly
-from .loss import Options, check_options, cross_entropy, cross_entropy_backward_
-from .reduction import TokenStats, plan_reduction
+from .head_chunks import (
+    TokenResults,
+    add_product,
+    check_count,
+    logits_by_chunk,
+    new_gradients,
+    new_rows,
+    of_rows,
+    without_autocast,
+)
+from .loss import Options, check_options, cross_entropy_backward_
+from .reduction import Reduction, TokenStats, plan_reduction
 
 
 def packed_linear_cross_entropy(
@@ -92,21 +100,65 @@ def packed_linear_cross_entropy(
         ignore_index=ignore_index,
         like=hidden,
     )
-    head = (hidden, weight, bias, reduce.targets)
-    options = (label_smoothing, z_loss, softcap or 0.0, scale, compute, num_valid)
-    needs = _needs_gradient(hidden, weight, bias)
-    if any(needs) and reduction not in ("none", "sequence"):
-        is_eager = runs_eagerly(hidden, weight)
-        compute_total = _EagerTotal.apply if is_eager else _linear_cross_entropy_and_gradients
-        total, token_loss, correct, *_ = compute_total(reduce.weights, *head, *options, *needs)
-        loss = reduce.divide(total)
-    else:
-        op = _linear_cross_entropy if any(needs) else partial(run, _linear_cross_entropy)
-        token_loss, correct = op(*head, *options)
-        loss = reduce(token_loss)
+    options = (label_smoothing, z_loss, softcap or 0.0, scale, compute, num_valid, False)
+    loss, token_loss, correct = _loss(hidden, weight, bias, reduce, options)
     if return_stats:
         return loss, TokenStats(token_loss.detach(), correct, reduce.targets >= 0)
     return loss
+
+
+def mean_of_counted(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    num_valid: int,
+    *,
+    num_items: Tensor | float | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """`packed_linear_cross_entropy` for labels that the caller has counted.
+
+    ``num_valid`` must be how many of them are not -100. It is not checked.
+    """
+    compute = _check_head(hidden, weight, bias)
+    if num_items is None and not torch.compiler.is_compiling():
+        num_items = num_valid  # the sum of the weights, without adding them
+    reduce = plan_reduction(
+        labels,
+        None,
+        total_tokens=hidden.shape[0],
+        num_classes=weight.shape[0],
+        shift=False,
+        reduction="mean",
+        sequence_weights=None,
+        num_items=num_items,
+        ignore_index=-100,
+        like=hidden,
+    )
+    options = (0.0, 0.0, softcap or 0.0, scale, compute, num_valid, True)
+    return _loss(hidden, weight, bias, reduce, options)[0]
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reduce: Reduction,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced loss, the loss of each token, and ``correct``. Options are those of the ops."""
+    head = (hidden, weight, bias, reduce.targets)
+    needs = _needs_gradient(hidden, weight, bias)
+    if any(needs) and reduce.kind not in ("none", "sequence"):
+        is_eager = runs_eagerly(hidden, weight)
+        compute_total = _apply_eagerly if is_eager else _linear_cross_entropy_and_gradients
+        total, token_loss, correct, *_ = compute_total(reduce.weights, *head, *options, *needs)
+        return reduce.divide(total), token_loss, correct
+    op = _linear_cross_entropy if any(needs) else partial(run, _linear_cross_entropy)
+    token_loss, correct = op(*head, *options)
+    return reduce(token_loss), token_loss, correct
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -138,6 +190,8 @@ def _needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
 
 
 # -------------------------------------------------------------------------------------------- ops
+
+
 @define_op("tokenpack::linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor,
@@ -150,17 +204,17 @@ def _linear_cross_entropy(
     scale: float,
     compute: torch.dtype,
     num_valid: int | None,
+    is_counted: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each token, and whether its target has the largest logit."""
-    options = Options(label_smoothing, z_loss, softcap, scale)
-    token_loss, correct = _new_rows(hidden, compute)
-    chunks = _chunks(
-        hidden, weight, bias, targets, options, compute, num_valid, token_loss, correct
-    )
-    with _without_autocast(hidden):
+    if not is_counted:
+        check_count(targets, num_valid)
+    options, results = Options(label_smoothing, z_loss, softcap, scale), TokenResults()
+    chunks = logits_by_chunk(hidden, weight, bias, targets, options, compute, num_valid, results)
+    with without_autocast(hidden):
         for _ in chunks:
             pass
-    return token_loss, correct
+    return results.token_loss, results.correct
 
 
 def _total_and_gradients(
@@ -175,6 +229,7 @@ def _total_and_gradients(
     scale: float,
     compute: torch.dtype,
     num_valid: int | None,
+    is_counted: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -184,33 +239,39 @@ def _total_and_gradients(
     The gradients of weight and bias are float32 or float64. Gradients that are not needed are
     empty.
     """
-    options = Options(label_smoothing, z_loss, softcap, scale)
-    token_loss, correct = _new_rows(hidden, compute)
-    dhidden, dweight, dbias = gradients = _new_gradients(
+    if not is_counted:
+        check_count(targets, num_valid)
+    options, results = Options(label_smoothing, z_loss, softcap, scale), TokenResults()
+    dhidden, dweight, dbias = new_gradients(
         hidden, weight, compute, (needs_hidden, needs_weight, needs_bias)
     )
-    chunks = _chunks(
-        hidden, weight, bias, targets, options, compute, num_valid, token_loss, correct
-    )
+    chunks = logits_by_chunk(hidden, weight, bias, targets, options, compute, num_valid, results)
     is_first = True
-    with _without_autocast(hidden):
+    with without_autocast(hidden):
         for rows, inputs, matrix, logits, lse in chunks:
-            run(cross_entropy_backward_, dloss[rows], logits, lse, targets[rows], *options)
+            of_chunk = of_rows(dloss, rows), logits, lse, of_rows(targets, rows)
+            run(cross_entropy_backward_, *of_chunk, *options)
             dlogits = logits  # overwritten in place
             if is_first and isinstance(rows, Tensor):
                 dhidden.zero_()  # no chunk has the rows without a target
             if needs_bias:
                 part = dlogits.sum(0, dtype=dbias.dtype)
                 (dbias.copy_ if is_first else dbias.add_)(part)
-            if needs_hidden:
-                dhidden[rows] = (dlogits @ matrix).to(dhidden.dtype)
+            if needs_hidden and rows is None and dlogits.dtype == dhidden.dtype:
+                torch.mm(dlogits, matrix, out=dhidden)
+            elif needs_hidden:
+                dhidden[slice(None) if rows is None else rows] = (dlogits @ matrix).to(
+                    dhidden.dtype
+                )
             if needs_weight:
-                _add_product(dweight, dlogits, inputs, is_first)
+                add_product(dweight, dlogits, inputs, is_first)
             is_first = False
+    gradients = dhidden, dweight, dbias
     if is_first:  # no token has a target
         for gradient in gradients:
             gradient.zero_()
-    return (dloss * token_loss).sum(), token_loss, correct, *gradients
+    total = (dloss * results.token_loss).sum()
+    return total, results.token_loss, results.correct, *gradients
 
 
 _linear_cross_entropy_and_gradients = define_op("tokenpack::linear_cross_entropy_and_gradients")(
@@ -218,154 +279,18 @@ _linear_cross_entropy_and_gradients = define_op("tokenpack::linear_cross_entropy
 )
 
 
-# ----------------------------------------------------------------------------------------- chunks
-
-
-def _chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: Options,
-    compute: torch.dtype,
-    num_valid: int | None,
-    token_loss: Tensor,
-    correct: Tensor,
-) -> Iterator[tuple[slice | Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Fill ``token_loss`` and ``correct``, chunk by chunk of the tokens that have a target.
-
-    Yields for each chunk: its rows, the ``(rows, hidden_size)`` inputs, the weight of the head, the
-    ``(rows, num_classes)`` logits, which the caller may overwrite, and their ``(rows,)`` logsumexp.
-    """
-    matrix = weight.to(compute)
-    offset = None if bias is None else bias.to(compute)
-    memory = None  # reused by all chunks, so that only one chunk of logits exists
-    chunks = _split(targets, num_valid, _rows_per_chunk(hidden, weight))
-    if not chunks or isinstance(chunks[0], Tensor):  # some tokens are in no chunk
-        token_loss.zero_()
-        correct.zero_()
-    for rows in chunks:
-        inputs = hidden[rows].to(compute)
-        if memory is None:  # no later chunk is larger than the first
-            memory = inputs.new_empty(inputs.shape[0], weight.shape[0])
-        logits = memory[: inputs.shape[0]]
-        if offset is None:
-            torch.mm(inputs, matrix.mT, out=logits)
-        else:
-            torch.addmm(offset, inputs, matrix.mT, out=logits)
-        token_loss[rows], lse, correct[rows] = run(
-            cross_entropy, logits, targets[rows], *options, False
-        )
-        yield rows, inputs, matrix, logits, lse
-
-
-def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Disable autocast: inputs are already in its dtype, and float32 sums must stay float32."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _split(targets: Tensor, num_valid: int | None, at_most: int) -> list[slice] | list[Tensor]:
-    """Chunks of equal size of the tokens that have a target.
-
-    If all tokens have one, the chunks are slices, which select rows without a copy.
-    """
-    total = targets.numel()
-    is_valid = targets >= 0
-    if num_valid is None:
-        rows = is_valid.nonzero().squeeze(1)  # waits for the device
-        num_valid = rows.numel()
-    else:
-        found = is_valid.sum()
-        message = "num_valid must be the number of tokens with a target"
-        if not found.is_cpu:
-            torch._assert_async(found == num_valid, f"{message}, got {num_valid}")
-        elif int(found) != num_valid:
-            raise ValueError(f"{message}, got {num_valid} for {int(found)}")
-        if num_valid < total:
-            rows = torch.nonzero_static(is_valid, size=num_valid).squeeze(1)
-    if num_valid == 0:
-        return []
-    num_chunks = -(-num_valid // at_most)
-    size = -(-num_valid // num_chunks)
-    if num_valid < total:
-        return list(rows.split(size))
-    return [slice(first, min(first + size, total)) for first in range(0, total, size)]
-
-
-def smallest_chunk(device_type: str) -> int:
-    """Minimum number of rows per chunk of `packed_linear_cross_entropy`."""
-    return 256 if device_type == "cpu" else 1024
-
-
-def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
-    """Rows per chunk, so that its logits take about as much memory as the hidden states.
-
-    The minimum keeps the products compute-bound. Adding a chunk to the gradient of the weight moves
-    8 bytes per element and takes 2 operations per element and row. With fewer than
-    4 * (operations per second) / (bytes per second) rows, it is memory-bound. That is about 30
-    rows on a CPU core, and 1,000 on a GPU with 16-bit matrix units.
-    """
-    return max(smallest_chunk(hidden.device.type), hidden.numel() // weight.shape[0])
-
-
-_SLICE = 4096  # classes of a 16-bit gradient that are cast to float32 at a time
-
-
-def _add_product(total: Tensor, dlogits: Tensor, inputs: Tensor, is_first: bool) -> None:
-    """``total += dlogits.T @ inputs``, without rounding the product to 16 bits.
-
-    If ``is_first``, the total has no values yet. With a beta of 0, PyTorch does not read it.
-    """
-    beta = 0 if is_first else 1
-    if dlogits.dtype == total.dtype:
-        total.addmm_(dlogits.mT, inputs, beta=beta)
-        return
-    mm_casts = dlogits.is_cuda and torch.version.cuda is not None  # torch.mm(out_dtype=) works
-    if not mm_casts:
-        inputs = inputs.to(total.dtype)
-    for part, columns in zip(total.split(_SLICE), dlogits.split(_SLICE, dim=1), strict=True):
-        if mm_casts:
-            product = torch.mm(columns.mT, inputs, out_dtype=total.dtype)
-            (part.copy_ if is_first else part.add_)(product)
-        else:
-            part.addmm_(columns.mT.to(total.dtype), inputs, beta=beta)
-
-
-def _new_rows(hidden: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
-    token_loss = hidden.new_empty(
-        hidden.shape[0], dtype=torch.promote_types(compute, torch.float32)
-    )
-    return token_loss, torch.empty_like(token_loss, dtype=torch.bool)
-
-
-def _new_gradients(
-    hidden: Tensor, weight: Tensor, compute: torch.dtype, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(compute, torch.float32)
-    shapes = hidden.shape, weight.shape, weight.shape[:1]
-    dtypes = hidden.dtype, wide, wide
-    dhidden, dweight, dbias = (
-        hidden.new_empty(shape if needed else (0,), dtype=dtype)
-        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
-    )
-    return dhidden, dweight, dbias
-
-
 # --------------------------------------------------------------- fakes for torch.compile, autograd
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, bias, targets, smoothing, z_loss, softcap, scale, compute, num_valid):
-    return _new_rows(hidden, compute)
+def _(hidden, weight, bias, targets, smoothing, z_loss, softcap, scale, compute, *counts):
+    return new_rows(hidden, compute)
 
 
 @_linear_cross_entropy_and_gradients.register_fake
-def _(
-    dloss, hidden, weight, bias, targets, smoothing, z_loss, softcap, scale, compute, valid, *needs
-):
-    token_loss, correct = _new_rows(hidden, compute)
-    gradients = _new_gradients(hidden, weight, compute, needs)
+def _(dloss, hidden, weight, bias, targets, smoothing, z_loss, softcap, scale, compute, *others):
+    token_loss, correct = new_rows(hidden, compute)
+    gradients = new_gradients(hidden, weight, compute, others[-3:])
     return token_loss.new_empty(()), token_loss, correct, *gradients
 
 
@@ -406,9 +331,10 @@ def _backward_of_total(ctx, dtotal: Tensor | None, *_):
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:  # an earlier backward has returned them
         _, _, _, *gradients = _linear_cross_entropy_and_gradients(*tensors, *ctx.options)
-    # The mean over zero targets has an infinite derivative, and infinity * 0 is NaN.
-    dtotal = torch.where((tensors[4] >= 0).any(), dtotal, 0.0)
-    needs = ctx.options[-3:]
+    num_valid, _, *needs = ctx.options[-5:]
+    if type(num_valid) is not int or num_valid == 0:
+        # The mean over zero targets has an infinite derivative, and infinity * 0 is NaN.
+        dtotal = torch.where((tensors[4] >= 0).any(), dtotal, 0.0)
     scaled = [
         _times(gradient, dtotal).to(of.dtype) if needed else None
         for gradient, of, needed in zip(gradients, tensors[1:4], needs, strict=True)
@@ -447,3 +373,7 @@ class _EagerTotal(torch.autograd.Function):
         return output
 
     backward = staticmethod(_backward_of_total)
+
+
+# `torch.autograd.Function.apply` looks for transforms of functorch first. Here are none.
+_apply_eagerly = super(torch.autograd.Function, _EagerTotal).apply

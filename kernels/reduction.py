@@ -262,7 +262,7 @@ def _token_targets_kernel(
     sequence_weights,
     targets,
     weights,
-    errors,
+    valid,
     total_tokens,
     num_classes,
     ignore_index,
@@ -272,9 +272,9 @@ def _token_targets_kernel(
     PER_SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program handles one sequence, or all tokens if not BOUNDED.
+    """Each program handles one sequence, or BLOCK tokens if not BOUNDED.
 
-    ``errors[seq]`` is nonzero if a label or a boundary of the sequence is invalid.
+    ``valid[seq]`` is 1 if the labels and the boundaries of the sequence are valid, else 0.
     """
     seq = tl.program_id(0)
     if BOUNDED:
@@ -287,19 +287,19 @@ def _token_targets_kernel(
         start = tl.maximum(start, 0)
         end = tl.minimum(end, total_tokens)
     else:
-        start = tl.zeros([], tl.int64)
-        end = start + total_tokens
+        start = seq.to(tl.int64) * BLOCK
+        end = tl.minimum(start + BLOCK, total_tokens)
         misplaced = end < start
     token_weight = tl.full([], 1.0, weights.dtype.element_ty)
     if WEIGHTED:
         token_weight = tl.load(sequence_weights + seq).to(weights.dtype.element_ty)
     if PER_SEQUENCE:
-        valid = tl.zeros([BLOCK], tl.int32)
+        counts = tl.zeros([BLOCK], tl.int32)
         for first in range(start, end, BLOCK):
             token = first + tl.arange(0, BLOCK)
             label = _load_label(labels, token, end, ignore_index, SHIFT)
-            valid += (label != ignore_index).to(tl.int32)
-        token_weight = token_weight / tl.maximum(tl.sum(valid), 1).to(token_weight.dtype)
+            counts += (label != ignore_index).to(tl.int32)
+        token_weight = token_weight / tl.maximum(tl.sum(counts), 1).to(token_weight.dtype)
     invalid = tl.zeros([BLOCK], tl.int32)
     for first in range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
@@ -309,7 +309,10 @@ def _token_targets_kernel(
         target = tl.where(is_valid, label, -1).to(tl.int32)
         tl.store(targets + token, target, mask=token < end)
         tl.store(weights + token, tl.where(is_valid, token_weight, 0.0), mask=token < end)
-    tl.store(errors + seq, misplaced.to(tl.int32) + tl.sum(invalid))
+    tl.store(valid + seq, (misplaced.to(tl.int32) + tl.sum(invalid) == 0).to(tl.int32))
+
+
+_BLOCK = 1024  # tokens
 
 
 @on_triton(_token_targets)
@@ -326,8 +329,9 @@ def token_targets_triton(
     """The op ``token_targets`` in one launch, and a device-side assertion on its input."""
     targets = torch.empty_like(labels, dtype=torch.int32)
     weights = torch.empty_like(labels, dtype=dtype)
-    num_seqs = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
-    errors = torch.empty(num_seqs, dtype=torch.int32, device=labels.device)
+    total_tokens = labels.numel()
+    programs = -(-total_tokens // _BLOCK) if cu_seqlens is None else cu_seqlens.numel() - 1
+    valid = targets.new_empty(programs)
     # An absent tensor is replaced by one that the kernel does not read.
     offsets = labels if cu_seqlens is None else cu_seqlens.contiguous()
     of_seqs = weights if sequence_weights is None else sequence_weights.contiguous()
@@ -340,12 +344,12 @@ def token_targets_triton(
         shift,
         per_sequence,
     )
-    tensors = (labels.contiguous(), offsets, of_seqs, targets, weights, errors)
-    kernel((num_seqs, 1), tensors, (labels.numel(),))
+    tensors = (labels.contiguous(), offsets, of_seqs, targets, weights, valid)
+    kernel((programs, 1), tensors, (total_tokens,))
     torch._assert_async(
-        (errors == 0).all(),
+        valid if programs == 1 else valid.all(),
         f"labels must be from 0 to {num_classes - 1} or ignore_index = {ignore_index}, and "
-        f"cu_seqlens must start at 0, not decrease, and end at total_tokens = {labels.numel()}",
+        f"cu_seqlens must start at 0, not decrease, and end at total_tokens = {total_tokens}",
     )
     return targets, weights
 
@@ -362,7 +366,7 @@ def _targets_kernel(
     per_sequence: bool,
 ) -> PreparedKernel:
     """The kernel for tensors of these types on this device."""
-    tensors = ("labels", "cu_seqlens", "sequence_weights", "targets", "weights", "errors")
+    tensors = ("labels", "cu_seqlens", "sequence_weights", "targets", "weights", "valid")
     constants = {
         "num_classes": num_classes,
         "ignore_index": ignore_index,
@@ -370,7 +374,7 @@ def _targets_kernel(
         "WEIGHTED": weighted,
         "SHIFT": int(shift),
         "PER_SEQUENCE": per_sequence,
-        "BLOCK": 1024,
+        "BLOCK": _BLOCK,
         "num_warps": 4,
     }
     return PreparedKernel(_token_targets_kernel, tensors, ("total_tokens",), constants)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._launch import PreparedKernel
+from .._launch import ALIGNMENT, BatchLaunch
 from .backward import (
     backward_grids,
     backward_kernels,
@@ -41,22 +41,11 @@ class Saved(NamedTuple):
     seed: Tensor | None
 
 
-class _Forward(NamedTuple):
-    """The launch of a forward in one batch."""
-
-    kernel: PreparedKernel
-    grid: tuple[int, int]
-    sizes: tuple[int, ...]
-
-
 class _Backward(NamedTuple):
     """The launches of a backward in one batch, and how their outputs are allocated."""
 
-    dq: PreparedKernel
-    dkv: PreparedKernel
-    grid_dq: tuple[int, int]
-    grid_dkv: tuple[int, int]
-    sizes: tuple[int, ...]
+    dq: BatchLaunch
+    dkv: BatchLaunch
     like_q: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
     like_k: tuple[tuple[int, ...], tuple[int, ...]]
     rows: tuple[int, int]  # of delta and the logsumexp
@@ -84,6 +73,7 @@ class LayerKernels:
         self._offsets, self._spec = (cu_seqlens_q, cu_seqlens_k), spec
         self._prepared: dict[Any, Any] = {}
         self._table: tuple[Tensor, int, Tensor] | None = None
+        self._addresses = cu_seqlens_q.data_ptr() | cu_seqlens_k.data_ptr()
 
     def forward(
         self,
@@ -104,13 +94,13 @@ class LayerKernels:
         if table is not None:
             table = self._table_for_kernels(table)
         saved = Saved(query, key, value, out, lse, table, seed)
-        prepared: _Forward | None = self._prepared.get((query.dtype, strides))
-        if prepared is None:
-            prepared = self._prepared[query.dtype, strides] = self._prepare_forward(saved)
+        launch: BatchLaunch | None = self._prepared.get((query.dtype, strides))
+        if launch is None:
+            launch = self._prepared[query.dtype, strides] = self._prepare_forward(saved)
         # A kernel needs a pointer for each tensor. It reads no absent table or seed.
         of_table, of_seed = lse if table is None else table, lse if seed is None else seed
-        tensors = (query, key, value, of_table, of_seed, lse, out, *self._offsets)
-        prepared.kernel(prepared.grid, tensors, prepared.sizes)
+        given = (query, key, value, of_table, of_seed)
+        launch((*given, lse, out, *self._offsets), self._are_aligned(given))
         return saved
 
     def backward(
@@ -128,25 +118,32 @@ class LayerKernels:
         prepared: _Backward | None = self._prepared.get(kind)
         if prepared is None:
             prepared = self._prepared[kind] = self._prepare_backward(dout, saved, needs_table)
-        of_dq, of_dkv, grid_dq, grid_dkv, sizes, like_q, like_k, rows, sums = prepared
+        of_dq, of_dkv, like_q, like_k, rows, sums = prepared
         dq = query.new_empty_strided(*like_q)
         dk, dv = key.new_empty_strided(*like_k), value.new_empty_strided(*like_k)
         delta, base2_lse = lse.new_empty(rows), lse.new_empty(rows)
         partials = lse if sums is None else lse.new_zeros(sums)
         of_table, of_seed = lse if table is None else table, lse if seed is None else seed
-        shared = (query, key, value, of_table, of_seed, dout, delta)
-        written = (lse, out, dq, base2_lse, partials)
-        of_dq(grid_dq, (*shared, *written, *self._offsets), sizes)
-        of_dkv(grid_dkv, (*shared, base2_lse, dk, dv, *self._offsets), sizes)
+        given = (query, key, value, of_table, of_seed, dout)
+        aligned = self._are_aligned((*given, lse, out))
+        of_dq((*given, delta, lse, out, dq, base2_lse, partials, *self._offsets), aligned)
+        of_dkv((*given, delta, base2_lse, dk, dv, *self._offsets), aligned)
         return dq, dk, dv, None if sums is None else sum_partials(partials)
 
-    def _prepare_forward(self, saved: Saved) -> _Forward:
+    def _are_aligned(self, given: tuple[Tensor, ...]) -> bool:
+        """Whether the addresses of these tensors and of the offsets are aligned."""
+        addresses = self._addresses
+        for each in given:
+            addresses |= each.data_ptr()
+        return addresses % ALIGNMENT == 0
+
+    def _prepare_forward(self, saved: Saved) -> BatchLaunch:
         inputs, spec = self._inputs(saved), self._spec
         unit, tile = head_unit(inputs.q, inputs.k, inputs.v), forward_tile(inputs, spec)
         kind = (*_kind(inputs, spec, unit), tile)
         kernel = _kernels_of(kind, partial(forward_kernel, inputs, spec, unit, tile))
         grid = forward_grid(inputs, tile)
-        return _Forward(kernel, _or_none(grid, inputs.q), size_arguments(inputs, unit))
+        return BatchLaunch(kernel, _or_none(grid, inputs.q), size_arguments(inputs, unit))
 
     def _prepare_backward(self, dout: Tensor, saved: Saved, needs_table: bool) -> _Backward:
         inputs, spec, dout = self._inputs(saved), self._spec, dout[0]
@@ -157,12 +154,10 @@ class LayerKernels:
         make = partial(backward_kernels, inputs, spec, unit, *of_backward)
         of_dq, of_dkv = _kernels_of(kind, make)
         grid_dq, grid_dkv = backward_grids(inputs, tiles)
+        sizes = (*size_arguments(inputs, unit), dout.stride(1) // unit)
         return _Backward(
-            of_dq,
-            of_dkv,
-            _or_none(grid_dq, q),
-            _or_none(grid_dkv, k),
-            (*size_arguments(inputs, unit), dout.stride(1) // unit),
+            BatchLaunch(of_dq, _or_none(grid_dq, q), sizes),
+            BatchLaunch(of_dkv, _or_none(grid_dkv, k), sizes),
             _like(q),
             _like(k),
             (q.shape[1], padded_rows(q.shape[0], inputs.cu_seqlens_q.numel() - 1)),

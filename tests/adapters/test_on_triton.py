@@ -85,7 +85,7 @@ def test_one_node_of_autograd_computes_what_the_op_does(causal, kv_heads, option
     """The same kernels run, so all bits are equal, with the same seed of dropout too."""
     results = []
     for is_one_node in (True, False):
-        monkeypatch.setattr(dispatch, "can_be_one_node", lambda *_, answer=is_one_node: answer)
+        monkeypatch.setattr(dispatch, "runs_eagerly", lambda *_, answer=is_one_node: answer)
         torch.manual_seed(0)
         q = torch.randn(1, 9, 2, 16).transpose(1, 2).requires_grad_()
         k, v = (torch.randn(1, 9, kv_heads, 16).transpose(1, 2).requires_grad_() for _ in "kv")
@@ -98,3 +98,13 @@ def test_one_node_of_autograd_computes_what_the_op_does(causal, kv_heads, option
         assert choice.backend == "triton"
         results.append([out, *(each.grad for each in (q, k, v, table))])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_a_second_derivative_is_an_error():
+    q = torch.randn(1, 2, 9, 16, requires_grad=True)
+    layouts = {"self": layout_from_lengths([4, 5])}
+    out, choice = layout_attention(q, q, q, layouts, causal=True)
+    assert choice.backend == "triton"
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -59,7 +59,7 @@ def test_a_right_model(run):
 
 
 def test_a_wrong_model(run):
-    with replaced(head, "packed_linear_cross_entropy", scaled_gradient(0.5)):
+    with replaced(head, "mean_of_counted", scaled_gradient(0.5)):
         code, text = run("\n".join(TEXTS))
     assert code == 1
     assert "the packed run DIFFERS from the padded one" in text

@@ -71,11 +71,11 @@ def wrong_positions(original):
 
 def dropped_last_label(original):
     def targets(*arguments):
-        found, stream = original(*arguments)
+        found = original(*arguments)
         last = int((found.labels != -100).nonzero()[-1])
         kept = found.labels.clone()
         kept[last] = -100
-        return inputs.Targets(kept, found.num_valid - 1), stream
+        return inputs.Targets(kept, found.num_valid - 1)
 
     return targets
 
@@ -134,15 +134,15 @@ FAULTS = {
     "positions": (LLAMA, inputs, "_positions", wrong_positions),
     "positions of a table": (NLLB, inputs, "_positions", wrong_positions),
     "the last label": (LLAMA, inputs, "_targets", dropped_last_label),
-    "half a gradient": (LLAMA, head, "packed_linear_cross_entropy", scaled_gradient(0.5)),
+    "half a gradient": (LLAMA, head, "mean_of_counted", scaled_gradient(0.5)),
     "0.1 permille of a gradient": (
-        *(LLAMA, head, "packed_linear_cross_entropy"),
+        *(LLAMA, head, "mean_of_counted"),
         scaled_gradient(1.0001),
     ),
     "sequences see one another": (LLAMA, interface, "layout_attention", one_sequence),
     "so do those of an encoder": (BERT, interface, "layout_attention", one_sequence),
     "so do those of both stacks": (T5, interface, "layout_attention", one_sequence),
-    "the reduction": (T5, head, "packed_linear_cross_entropy", mean_over_tokens),
+    "the reduction": (T5, head, "mean_of_counted", mean_over_tokens),
     "the bias": (T5, interface, "layout_attention", no_bias),
     "the rows of logits": (BERT, forward, "repad", swapped_rows),
 }
@@ -165,7 +165,7 @@ def test_small_faults_are_found_in_bfloat16():
     assert compared(model, batch).ok
     for module, function, make in (
         (inputs, "_targets", dropped_last_label),
-        (head, "packed_linear_cross_entropy", scaled_gradient(0.8)),
+        (head, "mean_of_counted", scaled_gradient(0.8)),
     ):
         with replaced(module, function, make):
             assert compared(model, batch).verdict == "differs"
@@ -200,7 +200,7 @@ def test_rounding_of_the_padded_run_is_no_fault():
 @pytest.mark.parametrize("error", [1e-4, 1e-2])
 def test_the_same_error_of_the_packed_run_is_a_fault(error):
     model, batch = LLAMA.build(), LLAMA.batch("right")
-    with replaced(head, "packed_linear_cross_entropy", off_by_result(1 + error)):
+    with replaced(head, "mean_of_counted", off_by_result(1 + error)):
         assert compared(model, batch).verdict == "differs"
 
 

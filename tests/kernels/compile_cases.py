@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenpack.kernels import layout_from_lengths, layout_ops, loss, padding, reduction
+from tokenpack.kernels import layout_from_lengths, layout_ops, loss, padding, reduction, tokens
 from tokenpack.kernels.attention import op
 
 from .yardstick import yardstick
@@ -40,6 +40,8 @@ def rows(dtype):
         streams = padding.unpad_triton(tensors, layout.indices)
         fills = [0.0] * len(streams)
         padding.repad_triton(streams, layout.indices, 32, fills)
+    for labels, shift in ((None, False), (ids, False), (ids, True)):
+        tokens.take_tokens_triton(ids, labels, layout.indices, shift)
 
 
 def targets(dtype):

@@ -32,6 +32,7 @@ from tokenpack.kernels import (
     padding,
     padding_kernels,
     reduction,
+    tokens,
 )
 from tokenpack.kernels._triton import AVAILABLE, INTERPRETED
 from tokenpack.kernels.attention import (
@@ -61,6 +62,7 @@ MODULES = [
     layout_kernels,
     padding_kernels,
     reduction,
+    tokens,
     loss_kernels,
     forward,
     backward_q,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenpack.cost.allocations import allocations
-from tokenpack.kernels import linear_loss, packed_cross_entropy, packed_linear_cross_entropy
+from tokenpack.kernels import head_chunks, packed_cross_entropy, packed_linear_cross_entropy
 from tokenpack.kernels._triton import INTERPRETED
 
 from .losses import IGNORED, reduced, token_losses
@@ -188,7 +188,7 @@ def test_value_and_gradients_in_float64(bias, options):
 @pytest.fixture
 def chunks_of_16(monkeypatch):
     """At most 16 tokens with a target per chunk. The usual minimum is 256, slow to interpret."""
-    monkeypatch.setattr(linear_loss, "smallest_chunk", lambda device_type: 16)
+    monkeypatch.setattr(head_chunks, "smallest_chunk", lambda device_type: 16)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 15, 22, 23, 24, 50])  # 0.7 of them have a target
@@ -382,7 +382,7 @@ def test_no_gradient_of_gradients():
 def test_registered_correctly_for_compile_and_autograd():
     inputs = make_inputs(60).leaves()
     targets = inputs.labels.clamp(min=-1).int()
-    head = (*inputs[:3], targets, 0.1, 1e-3, 5.0, 2.0, torch.float32, None)
+    head = (*inputs[:3], targets, 0.1, 1e-3, 5.0, 2.0, torch.float32, None, False)
     ops = torch.ops.tokenpack
     torch.library.opcheck(ops.linear_cross_entropy, head)
     arguments = (torch.rand(60), *head, True, True, True)

@@ -16,6 +16,7 @@ from tokenpack.kernels import (
     varlen_attention,
 )
 from tokenpack.kernels._triton import INTERPRETED
+from tokenpack.kernels.tokens import take_tokens
 
 from .test_compile_gate import MODULES
 
@@ -81,7 +82,9 @@ def copies():
     streams = unpad(padded, layout)
     returned = repad(streams, layout)
     (returned[0] * random(24)).sum().backward()
-    return [*streams, *returned, padded[0].grad]
+    wide = torch.ones(40, 60, dtype=torch.bool)
+    taken = [take_tokens(mask.long(), mask.long(), layout_from_mask(mask)) for mask in (MASK, wide)]
+    return [*streams, *returned, padded[0].grad, *taken[0], *taken[1]]
 
 
 def losses():

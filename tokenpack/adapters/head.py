@@ -1,8 +1,9 @@
 """The LM head: from hidden states to the loss without materializing logits.
 
 The fused loss runs in the head's own forward, because FSDP gathers sharded parameters only while
-their module runs. The head stores the loss on the call, and returns the logits of the first token.
-So the model still runs what it does to logits after the head, and `logits_match` can compare.
+their module runs. The head stores the loss on the call. In the first call, it returns the logits of
+the first token: the model still runs what it does to logits after the head, and `logits_match`
+compares. In later calls, it returns zeros, which nothing reads.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import IGNORE_INDEX
-from ..kernels import packed_linear_cross_entropy
+from ..kernels.linear_loss import mean_of_counted
 from .call import AfterHead, PackedCall, Targets, active_call
 from .swap import Replacement, swap_forward
 
@@ -62,18 +63,18 @@ def _with_loss(
     bias: Tensor | None = module.bias
     if after.bias is not None:
         bias = after.bias if bias is None else bias + after.bias
-    loss = packed_linear_cross_entropy(
+    call.loss = mean_of_counted(
         call.without_dead(input, LOGITS_OF).squeeze(0),
         module.weight,
         None if bias is None else bias.to(input.dtype),
         targets.labels.to(input.device),
+        targets.num_valid,
         num_items=on_device(call.num_items, input.device),
         softcap=after.softcap,
         scale=after.scale,
-        num_valid=targets.num_valid,
     )
-    assert isinstance(loss, Tensor)
-    call.loss = loss
+    if call.state.head_is_plain and not call.traced:  # the check has been done
+        return input.new_zeros((1, 1, module.weight.shape[0]))
     with torch.no_grad():
         call.head_logits = original(module, input[:, :1])
     return call.head_logits

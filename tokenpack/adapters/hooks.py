@@ -15,7 +15,12 @@ from torch.nn.utils import parametrize
 
 from .traced_once import traced_once
 
-_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
+_HOOKS = {
+    "_forward_hooks": "a forward hook",
+    "_forward_pre_hooks": "a forward-pre hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward-pre hook",
+}
 
 # The arguments of PEFT's hooks that have one value for each row of the padded batch.
 _BY_ROW = ("adapter_names", "alora_offsets")
@@ -30,12 +35,12 @@ def changed_by(module: Any) -> str | None:
     """
     if "forward" in vars(module):
         return "a forward set on the instance"
-    if parametrize.is_parametrized(module):
+    if module._modules and parametrize.is_parametrized(module):  # it looks for a child
         return "a parametrization"
-    for kind in _KINDS:
-        for hook in getattr(module, f"_{kind}_hooks").values():
-            if not _is_of_fsdp(hook):
-                return f"a {kind.replace('_', '-')} hook"
+    for attribute, name in _HOOKS.items():
+        hooks = getattr(module, attribute)
+        if hooks and not all(map(_is_of_fsdp, hooks.values())):
+            return name
     return None
 
 
@@ -61,8 +66,9 @@ def hook_by_row(model: nn.Module) -> str | None:
 
 def has_neftune(embedding: Any) -> bool:
     """Whether transformers' NEFTune adds noise to the embeddings, scaled by the padded width."""
-    noise = getattr(embedding, "neftune_noise_alpha", None)
-    return bool(embedding.training and noise and embedding._forward_hooks)
+    if not (embedding.training and embedding._forward_hooks):
+        return False
+    return bool(getattr(embedding, "neftune_noise_alpha", None))
 
 
 def _is_of_fsdp(hook: Any) -> bool:

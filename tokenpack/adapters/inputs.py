@@ -22,6 +22,7 @@ from ..kernels import (
     repad,
     unpad,
 )
+from ..kernels.tokens import TakenTokens, take_tokens
 from .call import KEYWORD, Entry, PackedCall, PatchState, Targets, marker_mask
 from .checks import check_call, check_pooling, has_pooler
 from .dead_tokens import add_dead_tokens
@@ -64,10 +65,13 @@ class _Side:
     is_packed: bool
     slots: int
     is_stream: bool = False  # packed embeddings, which are too large to pad
+    taken: TakenTokens | None = None  # if the labels have been taken in the same launch
 
     @property
     def stream(self) -> Tensor:
         """``(1, total_tokens[, hidden])``."""
+        if self.taken is not None:
+            return self.taken.tokens[None]
         return self.padded if self.is_stream else unpad(self.padded, self.layout)[None]
 
 
@@ -174,9 +178,9 @@ def _pack_encoder_decoder(
     if decoder.is_packed != encoder.is_packed:
         raise ValueError("cu_seqlens and decoder_cu_seqlens must be given together or not at all")
     counted = counted.after(decoder.layout, decoder.slots, state.key)
-    targets = stream = None
+    targets = None
     if labels is not None:
-        targets, stream = _targets(labels, decoder, counted if traced else None)
+        targets = _targets(labels, False, decoder, counted if traced else None)
     call = PackedCall(state, {"enc": encoder.layout, "dec": decoder.layout}, traced)
     if state.family.swaps and not state.family.has_relative_bias:
         for name, side in (("enc", encoder), ("dec", decoder)):
@@ -187,7 +191,7 @@ def _pack_encoder_decoder(
         call,
         {
             _input_name("", encoder): encoder.stream,
-            _input_name("decoder_", decoder): decoder.stream if stream is None else stream,
+            _input_name("decoder_", decoder): decoder.stream,
             "attention_mask": marker,
             "decoder_attention_mask": marker,
         },
@@ -211,15 +215,14 @@ def _pack_single(model: Any, entry: Entry, inputs: dict[str, Any], traced: bool)
     side = _pop_side(inputs, "", state, in_graph)
     call = PackedCall(state, {name: side.layout}, traced)
     check_pooling(model, entry, side.layout, traced)
-    targets, stream = None, None
+    targets = None
     if labels is not None:
         labels, _ = _padded_labels(labels, cu_seqlens, side.layout if traced else None)
         counted = Counted().after(side.layout, side.slots, state.key)
-        labels = shift_left(labels) if entry.shifts_labels else labels
-        targets, stream = _targets(labels, side, counted if traced else None)
+        targets = _targets(labels, entry.shifts_labels, side, counted if traced else None)
 
     arguments = {
-        _input_name("", side): side.stream if stream is None else stream,
+        _input_name("", side): side.stream,
         "attention_mask": marker_mask(side.padded.device),
     }
     if "position_ids" in entry.parameters:
@@ -401,38 +404,39 @@ def _positions(stack: Any, state: PatchState, side: _Side) -> Tensor:
     """``(total_tokens,)`` int64, the position that the model gives each token when padded."""
     rule = state.family.positions
     if rule is None:
-        return side.layout.columns.long()
+        return side.layout.columns.long() if side.taken is None else side.taken.columns
     if side.padded.dim() == 3:
         raise CannotPackError("positions are computed from ids, but inputs_embeds is given")
     return unpad(rule(stack, side.padded), side.layout)
 
 
-def _targets(labels: Tensor, side: _Side, counted: Counted | None) -> tuple[Targets, Tensor | None]:
-    """The labels of the real tokens, and the stream of ``side`` if the same call takes it.
+def _targets(labels: Tensor, shift: bool, side: _Side, counted: Counted | None) -> Targets:
+    """The labels of the real tokens, or with ``shift`` those of the next slots.
 
     Labels at padded positions must be -100. ``counted`` is what the call counts, if it is traced.
     """
-    if labels.shape != side.layout.padded_shape:
+    layout = side.layout
+    if labels.shape != layout.padded_shape:
         raise ValueError(
-            f"labels must have the shape of their inputs, {side.layout.padded_shape}, "
+            f"labels must have the shape of their inputs, {layout.padded_shape}, "
             f"got {tuple(labels.shape)}"
         )
-    labels = labels.to(side.layout.device)
-    if counted is not None:
-        return Targets(*targets_in_graph(labels, side.layout, counted)), None
-    stream = None
-    if side.is_stream:
-        targets = unpad(labels, side.layout)
+    labels = labels.to(layout.device)
+    if counted is None and not side.is_stream and side.padded.dim() == 2:
+        side.taken = take_tokens(side.padded, labels, layout, shift=shift)
+        targets, (num_labels, num_valid) = side.taken.targets, side.taken.counts.tolist()
     else:
-        targets, taken = unpad([labels, side.padded], side.layout)
-        stream = taken[None]
-    num_labels, num_valid = count_labels(labels, targets)
+        labels = shift_left(labels) if shift else labels
+        if counted is not None:
+            return Targets(*targets_in_graph(labels, layout, counted))
+        targets = unpad(labels, layout)
+        num_labels, num_valid = count_labels(labels, targets)
     if num_labels != num_valid:
         raise CannotPackError(
             "labels at padded positions must be -100 (and, for a causal model, the label of the "
             "first token after left padding)"
         )
-    return Targets(targets, num_valid), stream
+    return Targets(targets, num_valid)
 
 
 def _input_name(prefix: str, side: _Side) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import PackedLayout
+from ..kernels._ops import runs_eagerly
 from ..kernels.attention import (
     HostPlan,
     LayerKernels,
@@ -24,7 +25,7 @@ from ..kernels.attention import (
     plan_reference,
 )
 from .backends import TABLE, AttentionCall, Backend, Options
-from .kernel_node import attend_on_kernel, can_be_one_node, layer_kernels
+from .kernel_node import attend_on_kernel, layer_kernels
 from .one_call import OneCall, plan_one_call
 
 BACKENDS = tuple(backend.name for backend in TABLE)
@@ -128,7 +129,8 @@ class Prepared:
         self.choice = choice
         self._kind, self._layouts = kind, layouts
         self._is_reference = choice.backend == "reference"
-        self._is_triton = choice.backend == "triton"
+        # The kernels as one node of autograd, unless something has to see the op.
+        self._can_be_one_node = choice.backend == "triton" and options["scale"] > 0.0
         self._kernels: LayerKernels | None = None
         self.totals = layouts[0].total_tokens, layouts[1].total_tokens
         self._options = options
@@ -146,7 +148,7 @@ class Prepared:
         if self._is_reference:
             return self._on_host(query, key, value, relative_bias)
         options = self._options
-        if self._is_triton and can_be_one_node(query, options):
+        if self._can_be_one_node and runs_eagerly(query):
             if self._kernels is None:
                 self._kernels = layer_kernels(self._offsets, options)
             dropout_p = self._kind.dropout_p

@@ -8,17 +8,14 @@ a batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..kernels._ops import on_device_of, runs_eagerly
+from ..kernels._ops import on_device_of
 from ..kernels.attention import AttentionSpec, LayerKernels, Saved
 from .backends import Options
-
-
-def can_be_one_node(query: Tensor, options: Options) -> bool:
-    """Whether nothing has to see the op, and the kernels take the scale, which the op mends."""
-    return options["scale"] > 0.0 and runs_eagerly(query)
 
 
 def layer_kernels(offsets: tuple[Tensor, Tensor], options: Options) -> LayerKernels:
@@ -26,7 +23,7 @@ def layer_kernels(offsets: tuple[Tensor, Tensor], options: Options) -> LayerKern
 
     Args:
         offsets: ``cu_seqlens_q`` and ``cu_seqlens_k``.
-        options: those of `varlen_attention`.
+        options: those of `varlen_attention`. The scale must be positive: the op mends others.
     """
     spec = AttentionSpec(
         options["causal"],
@@ -49,7 +46,8 @@ def attend_on_kernel(
     """`varlen_attention` of a layer, which has checked its arguments.
 
     Args:
-        query, key, value: ``(1, heads, total, head_dim)`` each.
+        query, key, value: ``(1, heads, total, head_dim)`` each. They must run eagerly, see
+            `runs_eagerly`.
         relative_bias: ``(heads, 2 * reach + 1)`` or None.
         dropout_p: probability that a weight is dropped, that of ``kernels``.
         kernels: those of the batch and of this kind of layer.
@@ -60,8 +58,21 @@ def attend_on_kernel(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(2**62, (1,), device=query.device)
-    out: Tensor = _OnKernel.apply(query, key, value, relative_bias, seed, kernels)
+    out: Tensor = _apply(query, key, value, relative_bias, seed, kernels)
     return out
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    # Saved tensors are read once: checkpointing allows one unpack.
+    saved, needs_table = Saved(*ctx.saved_tensors), ctx.needs_input_grad[3]
+    with on_device_of(dout):
+        dq, dk, dv, dtable = ctx.kernels.backward(dout, saved, needs_table)
+    if dtable is not None:
+        dtable = dtable.to(ctx.table_dtype)
+    return dq, dk, dv, dtable, None, None
+
+
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
 
 
 class _OnKernel(torch.autograd.Function):
@@ -75,12 +86,11 @@ class _OnKernel(torch.autograd.Function):
         return saved.out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        # Saved tensors are read once: checkpointing allows one unpack.
-        saved, needs_table = Saved(*ctx.saved_tensors), ctx.needs_input_grad[3]
-        with on_device_of(dout):
-            dq, dk, dv, dtable = ctx.kernels.backward(dout, saved, needs_table)
-        if dtable is not None:
-            dtable = dtable.to(ctx.table_dtype)
-        return dq, dk, dv, dtable, None, None
+        # With create_graph, the gradients must refuse to be differentiated again.
+        gradients = _gradients_once if torch.is_grad_enabled() else _gradients
+        return gradients(ctx, dout)
+
+
+# `torch.autograd.Function.apply` looks for transforms of functorch first. Here are none.
+_apply = super(torch.autograd.Function, _OnKernel).apply

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..kernels.linear_loss import smallest_chunk
+from ..kernels.head_chunks import smallest_chunk
 from .traffic import make_inputs, without_attention
 
 _ROWS, _SHORT, _LONG = 256, 16, 32
@@ -163,7 +163,7 @@ def _follow(model: nn.Module, encoder: int, decoder: int, chunk: int | None) -> 
         hidden, weight, bias = args[0].flatten(0, 1), module.weight, module.bias
         needs = (hidden.requires_grad, weight.requires_grad, bias is not None)
         of_tokens = hidden.new_empty(hidden.shape[0])
-        options = (0.0, 0.0, 0.0, 1.0, hidden.dtype, targets.numel())
+        options = (0.0, 0.0, 0.0, 1.0, hidden.dtype, targets.numel(), True)
         total, *_ = _LOSS(of_tokens, hidden, weight, bias, targets.flatten(), *options, *needs)
         loss.append(total)
         return (args[0][:1, :1],)  # the head computes the logits of a single token

@@ -716,3 +716,22 @@ def test_on_cuda_against_the_reference_in_float64(backend, causal, window):
         assert ours.isfinite().all()
         allowed = 3 * (theirs.double() - truth).norm() + 2**-8 * truth.norm()
         assert (ours.double() - truth).norm() <= allowed
+
+
+@pytest.mark.parametrize("lengths", [[4, 5], [200, 300]], ids=["one call", "groups"])
+@pytest.mark.parametrize("options", [{}, {"relative_bias": True}, {"dropout_p": 0.2}], ids=str)
+def test_a_second_derivative_is_an_error(options, lengths):
+    """Also if no gradient of the output requires one: a sum of these gradients would lack a term.
+
+    With ``TRITON_INTERPRET=1``, the kernels run.
+    """
+    options = dict(options)
+    q = torch.randn(1, 2, sum(lengths), 16, requires_grad=True)
+    if options.pop("relative_bias", False):
+        options["relative_bias"] = torch.randn(2, 7, requires_grad=True)
+    out, _ = layout_attention(
+        q, q, q, {"self": layout_from_lengths(lengths)}, causal=True, **options
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once|is not implemented"):
+        (gradient.sum() + q.sum()).backward()

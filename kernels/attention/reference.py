@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._derivatives import first_order
 from .explicit import explicit_attention, explicit_attention_backward, take_slots
 from .fused import flash_backward, flash_forward, scaled_dot_product
 from .grouping import Plan, plan_groups
@@ -172,7 +173,7 @@ class _HostAttention(torch.autograd.Function):
         return out[None] if ctx.is_layer else out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dout):
         plan: HostPlan = ctx.plan
         dtable = None

@@ -98,13 +98,3 @@ def test_one_node_of_autograd_computes_what_the_op_does(causal, kv_heads, option
         assert choice.backend == "triton"
         results.append([out, *(each.grad for each in (q, k, v, table))])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-
-
-def test_a_second_derivative_is_an_error():
-    q = torch.randn(1, 2, 9, 16, requires_grad=True)
-    layouts = {"self": layout_from_lengths([4, 5])}
-    out, choice = layout_attention(q, q, q, layouts, causal=True)
-    assert choice.backend == "triton"
-    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()

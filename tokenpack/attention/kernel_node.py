@@ -8,11 +8,10 @@ a batch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..kernels._derivatives import first_order
 from ..kernels._ops import on_device_of
 from ..kernels.attention import AttentionSpec, LayerKernels, Saved
 from .backends import Options
@@ -62,19 +61,6 @@ def attend_on_kernel(
     return out
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    # Saved tensors are read once: checkpointing allows one unpack.
-    saved, needs_table = Saved(*ctx.saved_tensors), ctx.needs_input_grad[3]
-    with on_device_of(dout):
-        dq, dk, dv, dtable = ctx.kernels.backward(dout, saved, needs_table)
-    if dtable is not None:
-        dtable = dtable.to(ctx.table_dtype)
-    return dq, dk, dv, dtable, None, None
-
-
-_gradients_once = torch.autograd.function.once_differentiable(_gradients)
-
-
 class _OnKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, table, seed, kernels):
@@ -86,10 +72,15 @@ class _OnKernel(torch.autograd.Function):
         return saved.out
 
     @staticmethod
+    @first_order
     def backward(ctx, dout):
-        # With create_graph, the gradients must refuse to be differentiated again.
-        gradients = _gradients_once if torch.is_grad_enabled() else _gradients
-        return gradients(ctx, dout)
+        # Saved tensors are read once: checkpointing allows one unpack.
+        saved, needs_table = Saved(*ctx.saved_tensors), ctx.needs_input_grad[3]
+        with on_device_of(dout):
+            dq, dk, dv, dtable = ctx.kernels.backward(dout, saved, needs_table)
+        if dtable is not None:
+            dtable = dtable.to(ctx.table_dtype)
+        return dq, dk, dv, dtable, None, None
 
 
 # `torch.autograd.Function.apply` looks for transforms of functorch first. Here are none.

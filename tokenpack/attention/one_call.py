@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels import PackedLayout
+from ..kernels._derivatives import first_order
 from .backends import Options
 
 _MOST_SCORES = 2**15  # of all heads
@@ -148,7 +149,7 @@ class _WithBias(torch.autograd.Function):
         return torch.bmm(weights, v).transpose(0, 1)[None]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dout):
         q, k, v, weights = ctx.saved_tensors
         dout = dout.squeeze(0).transpose(0, 1)  # [heads, total_q, head_dim]

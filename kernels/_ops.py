@@ -22,11 +22,19 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {}
 _LAUNCHERS: dict[Any, Callable[..., Any]] = {}
 
 
-def define_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Any]:
+ON_HOST = (torch.Tag.cudagraph_unsafe,)
+"""The tag of an op that reads values on the host, or counts there. A CUDA graph would replay its
+kernels alone, so ``mode="reduce-overhead"`` of torch.compile must leave it out of the graph."""
+
+
+def define_op(
+    name: str, *, mutates_args: Sequence[str] = (), on_host: bool = False
+) -> Callable[[Callable], Any]:
     """Decorator: `torch.library.custom_op`, whose function is the reference of the op."""
 
     def define(reference: Callable) -> Any:
-        op = torch.library.custom_op(name, reference, mutates_args=mutates_args)
+        tags = ON_HOST if on_host else ()
+        op = torch.library.custom_op(name, reference, mutates_args=mutates_args, tags=tags)
         _REFERENCES[op] = reference
         return op
 

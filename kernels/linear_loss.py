@@ -192,7 +192,7 @@ def _needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
 # -------------------------------------------------------------------------------------------- ops
 
 
-@define_op("tokenpack::linear_cross_entropy")
+@define_op("tokenpack::linear_cross_entropy", on_host=True)
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -274,9 +274,9 @@ def _total_and_gradients(
     return total, results.token_loss, results.correct, *gradients
 
 
-_linear_cross_entropy_and_gradients = define_op("tokenpack::linear_cross_entropy_and_gradients")(
-    _total_and_gradients
-)
+_linear_cross_entropy_and_gradients = define_op(
+    "tokenpack::linear_cross_entropy_and_gradients", on_host=True
+)(_total_and_gradients)
 
 
 # --------------------------------------------------------------- fakes for torch.compile, autograd

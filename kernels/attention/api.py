@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import runs_eagerly
+from .offsets import assert_offsets
 from .op import kernel_lacks
 from .reference import HostPlan, attend_by_sequence, plan_on_host
 from .spec import NO_LIMIT, AttentionSpec
@@ -41,7 +43,8 @@ def varlen_attention(
 
     On a GPU of compute capability 8.0 or newer, a Triton kernel runs for float16, bfloat16 and
     float32 and for a head_dim from 16 to 256 (`docs/attention.md`). It never synchronizes with the
-    host and does not validate the values in ``cu_seqlens``. All other calls run in plain PyTorch,
+    host. Invalid values in ``cu_seqlens`` are device-side assertions, but not in a graph of
+    torch.compile, which does not check them. All other calls run in plain PyTorch,
     as `varlen_attention_reference` does; `kernel_lacks` gives the reason. Results are deterministic
     on the kernel: two runs give the same bits, gradients included. Gradients are of first order:
     differentiating them again raises an error, as `torch.func.grad` does.
@@ -89,6 +92,9 @@ def varlen_attention(
     on_kernel = kernel_lacks(q.device, q.dtype, q.shape[2]) is None
     if not (on_kernel or return_lse or dropout_seed is not None or torch.compiler.is_compiling()):
         return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, relative_bias, spec)
+    if on_kernel and runs_eagerly(q, cu_seqlens_q, cu_seqlens_k):
+        assert_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        assert_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     if spec.dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = torch.randint(2**62, (1,), device=q.device)
     out, lse = torch.ops.tokenpack.varlen_attention(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._last import LastResult
 from .._launch import ALIGNMENT, BatchLaunch
 from .backward import (
     backward_grids,
@@ -72,7 +73,8 @@ class LayerKernels:
     def __init__(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, spec: AttentionSpec) -> None:
         self._offsets, self._spec = (cu_seqlens_q, cu_seqlens_k), spec
         self._prepared: dict[Any, Any] = {}
-        self._table: tuple[Tensor, int, Tensor] | None = None
+        # T5's layers share one table.
+        self._table_for_kernels = LastResult(partial(table_for_kernels, spec=spec))
         self._addresses = cu_seqlens_q.data_ptr() | cu_seqlens_k.data_ptr()
 
     def forward(
@@ -167,13 +169,6 @@ class LayerKernels:
     def _inputs(self, saved: Saved) -> AttentionInputs:
         q, k, v = (side.squeeze(0).transpose(0, 1) for side in saved[:3])
         return AttentionInputs(q, k, v, *self._offsets, saved.table, saved.seed)
-
-    def _table_for_kernels(self, table: Tensor) -> Tensor:
-        """The table as the kernels read it. T5's layers share one table."""
-        last = self._table
-        if last is None or last[0] is not table or last[1] != table._version:
-            last = self._table = table, table._version, table_for_kernels(table, self._spec)
-        return last[2]
 
 
 def _kind(inputs: AttentionInputs, spec: AttentionSpec, unit: int) -> tuple[Any, ...]:

@@ -97,3 +97,17 @@ def test_evaluation_outputs_equal_the_padded_models(case: Case):
 
 def as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
+
+
+@parametrize_cases
+def test_inference_mode_changes_nothing(case: Case):
+    """Tensors of inference mode do not count their changes."""
+    model = patch_model(case.build()).eval()
+    model.config.use_cache = False
+    batch, results = case.batch("right"), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            made_here = {name: tensor.clone() for name, tensor in batch.items()}
+            results.append(model(**made_here).to_tuple())
+    assert packing_stats(model).packed_calls == 2
+    torch.testing.assert_close(*results, rtol=0, atol=0)

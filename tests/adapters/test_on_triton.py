@@ -98,3 +98,13 @@ def test_one_node_of_autograd_computes_what_the_op_does(causal, kv_heads, option
         assert choice.backend == "triton"
         results.append([out, *(each.grad for each in (q, k, v, table))])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_inference_mode_changes_nothing():
+    case, model = build(T5S[0])
+    patch_model(model).eval()
+    losses = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            losses.append(model(**case.batch("right")).loss)
+    assert torch.equal(*losses)

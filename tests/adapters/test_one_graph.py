@@ -425,3 +425,18 @@ def test_ops_that_read_values_follow_the_rules_of_torch():
         (ops.require_real_slots, (mask, torch.zeros(2, dtype=torch.long))),
     ):
         torch.library.opcheck(op.default, arguments)
+
+
+def test_cuda_graphs_leave_out_what_runs_on_the_host():
+    """A CUDA graph replays kernels: it would read no values and count nothing."""
+    tagged = set()
+    for name in dir(torch.ops.tokenpack):
+        op = getattr(torch.ops.tokenpack, name)
+        if torch.Tag.cudagraph_unsafe in getattr(getattr(op, "default", None), "tags", ()):
+            tagged.add(name)
+    of_loss = {"linear_cross_entropy", "linear_cross_entropy_and_gradients"}
+    of_adapters = {
+        *("pack_rows", "pack_boundaries", "full_rows", "take_targets", "dead_tokens"),
+        *("require_real_slots", "require_plain_head", "count_padded"),
+    }
+    assert tagged == of_loss | of_adapters

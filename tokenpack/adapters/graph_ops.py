@@ -31,6 +31,7 @@ from ..kernels import (
     layout_from_lengths,
     layout_from_mask,
 )
+from ..kernels._ops import ON_HOST
 from ..kernels.layout import require_padded_form
 from ..segments import rounded_sequences
 from .call import AfterHead, state_of
@@ -156,7 +157,7 @@ def count_padded_in_graph(
 # -------------------------------------------------------------------------------------------- ops
 
 
-@torch.library.custom_op("tokenpack::pack_rows", mutates_args=())
+@torch.library.custom_op("tokenpack::pack_rows", mutates_args=(), tags=ON_HOST)
 def _pack_rows(
     mask: Tensor,
     name: str,
@@ -180,7 +181,7 @@ def _pack_rows(
     return outputs_of(layout, mask)
 
 
-@torch.library.custom_op("tokenpack::pack_boundaries", mutates_args=())
+@torch.library.custom_op("tokenpack::pack_boundaries", mutates_args=(), tags=ON_HOST)
 def _pack_boundaries(
     cu_seqlens: Tensor,
     padded: Tensor,
@@ -218,7 +219,7 @@ def _check_rows(
         )
 
 
-@torch.library.custom_op("tokenpack::full_rows", mutates_args=())
+@torch.library.custom_op("tokenpack::full_rows", mutates_args=(), tags=ON_HOST)
 def _full_rows(padded: Tensor, key: str, tokens: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = padded.shape[:2]
     layout = layout_from_lengths([columns] * rows, device=padded.device)
@@ -227,7 +228,7 @@ def _full_rows(padded: Tensor, key: str, tokens: int, slots: int) -> tuple[Tenso
     return layout.cu_seqlens, layout.indices, layout.position_ids
 
 
-@torch.library.custom_op("tokenpack::take_targets", mutates_args=())
+@torch.library.custom_op("tokenpack::take_targets", mutates_args=(), tags=ON_HOST)
 def _take_targets(
     labels: Tensor, indices: Tensor, key: str, tokens: int, slots: int
 ) -> tuple[Tensor, Tensor]:
@@ -242,7 +243,7 @@ def _take_targets(
     return targets, labels.new_empty((num_valid, 0))
 
 
-@torch.library.custom_op("tokenpack::dead_tokens", mutates_args=())
+@torch.library.custom_op("tokenpack::dead_tokens", mutates_args=(), tags=ON_HOST)
 def _dead_tokens(cu_seqlens: Tensor, total: int, multiple: int, key: str) -> tuple[Tensor, Tensor]:
     dead = -total % multiple
     state = state_of(key)
@@ -257,7 +258,7 @@ def filled_boundaries(cu_seqlens: Tensor, total: int) -> Tensor:
     return nn.functional.pad(cu_seqlens, (0, rounded_sequences(num_seqs) - num_seqs), value=total)
 
 
-@torch.library.custom_op("tokenpack::require_real_slots", mutates_args=())
+@torch.library.custom_op("tokenpack::require_real_slots", mutates_args=(), tags=ON_HOST)
 def _require_real_slots(mask: Tensor, read: Tensor) -> Tensor:
     if pads_read_slots(mask, read):
         raise ValueError(
@@ -266,7 +267,7 @@ def _require_real_slots(mask: Tensor, read: Tensor) -> Tensor:
     return mask.clone()
 
 
-@torch.library.custom_op("tokenpack::require_plain_head", mutates_args=())
+@torch.library.custom_op("tokenpack::require_plain_head", mutates_args=(), tags=ON_HOST)
 def _require_plain_head(
     raw: Tensor, final: Tensor, scale: float, softcap: float | None, bias: Tensor | None
 ) -> Tensor:
@@ -278,7 +279,7 @@ def _require_plain_head(
     return raw.new_zeros((), dtype=torch.float32)
 
 
-@torch.library.custom_op("tokenpack::count_padded", mutates_args=())
+@torch.library.custom_op("tokenpack::count_padded", mutates_args=(), tags=ON_HOST)
 def _count_padded(values: Tensor, key: str, reason: str, model: str, training: bool) -> Tensor:
     state = state_of(key)
     if state is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import PackedLayout
+from ..kernels._last import LastResult
 from ..kernels._ops import runs_eagerly
 from ..kernels.attention import (
     HostPlan,
@@ -139,7 +140,8 @@ class Prepared:
         self._run = find_backend(choice.backend).run
         self._plan: HostPlan | None = None  # of the reference
         self._one_call: tuple[OneCall | None] | None = None  # the same, for few tokens
-        self._table: tuple[Tensor, int, Lines] | None = None
+        # What earlier layers have computed from the same table.
+        self._lines_of: LastResult[Lines] = LastResult(lambda table: {})
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, relative_bias: Tensor | None
@@ -192,13 +194,6 @@ class Prepared:
             kind.has_bias,
             self._options,
         )
-
-    def _lines_of(self, table: Tensor) -> Lines:
-        """What earlier layers have computed from the same table."""
-        last = self._table
-        if last is None or last[0] is not table or last[1] != table._version:
-            last = self._table = table, table._version, {}
-        return last[2]
 
 
 class _Kind(NamedTuple):

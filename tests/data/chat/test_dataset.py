@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 import warnings
 
 import datasets
@@ -10,6 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from tokenpack.data import ChatTemplate, chat_dataset, collate_packed_rows, pack_dataset
 from tokenpack.data.chat import dataset as module
+from tokenpack.data.chat.pipeline import ChatOptions, ChatPipeline
 
 from .helpers import assistant, make_tokenizer, runs, system, user
 
@@ -384,3 +386,41 @@ def test_the_error_is_of_the_first_wrong_row(tokenizer, monkeypatch):
                 rows = [good] * 2 + [first] + [good] * between + [other]
                 with pytest.raises(ValueError, match=f"row 2.*{message}"):
                     encoded(rows, tokenizer, max_length=100, truncation="error")
+
+
+@pytest.mark.parametrize("first, message", [("[", "got '\\['"), ('{"text": 1}', "columns")])
+def test_lines_are_read_in_their_order_too(first, message, tokenizer, tmp_path, monkeypatch):
+    """A line that is no JSON hides no error of an earlier row, and no later one comes first."""
+    monkeypatch.setattr("tokenpack.data.chat.pipeline._PART", 2)
+    good = json.dumps({"prompt": "a", "response": "b"})
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([good, good, first, good, '{"text": 1}', good, "["]))
+    with pytest.raises(ValueError, match=rf"{message}.*row 2|row 2.*{message}"):
+        encoded(path, tokenizer)
+    with pytest.raises(ValueError, match=rf"{message}.*row 2|row 2.*{message}"):
+        encoded(path, tokenizer, streaming=True)
+
+
+def test_parts_in_flight_are_few_and_end_with_an_interrupt(tokenizer, monkeypatch):
+    monkeypatch.setattr("tokenpack.data.chat.pipeline._PART", 2)
+    monkeypatch.setattr("tokenpack.data.chat.pipeline._WAITING", 3)
+    pipeline = ChatPipeline(tokenizer, ChatOptions())
+    taken = []
+
+    def rows(interrupted):
+        for number in range(100):
+            taken.append(number)
+            if number == interrupted:
+                raise KeyboardInterrupt
+            yield number, {"prompt": "a", "response": "b" * number}
+
+    before = threading.active_count()
+    parts = pipeline.encode_parts(rows(None))
+    for at in range(5):
+        assert [sample.row for sample in next(parts)] == [2 * at, 2 * at + 1]
+        assert len(taken) == 2 * (at + 4)  # three wait while a fourth is rendered
+    parts.close()
+    assert threading.active_count() == before
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.encode(rows(21))
+    assert threading.active_count() == before

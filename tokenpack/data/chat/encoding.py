@@ -138,14 +138,15 @@ class Encoder:
             for place in (span.begin, span.end)
         ]
         tokens = np.searchsorted(starts, places).clip(max=len(ids)).reshape(-1, 2)
+        counts = [len(each.spans) for each in chosen]
+        owners = np.repeat(np.arange(len(chosen)), counts)  # the text of each span
         merged = starts[tokens[:, 0]] > places[::2]
-        done = 0
-        for at, each, (token, stop), (begin, end) in zip(
-            numbers, chosen, pairwise(edges), pairwise(begins)
-        ):
-            own = slice(done, done := done + len(each.spans))
-            if end - begin == _bytes(each.text):
-                placed[at] = _Placed(ids[token:stop], tokens[own] - token, int(merged[own].sum()))
+        merges = np.bincount(owners, merged, len(chosen)).astype(np.int64).tolist()
+        spans = np.split(tokens - np.array(edges)[owners, None], np.cumsum(counts)[:-1])
+        for k, at in enumerate(numbers):
+            if begins[k + 1] - begins[k] == _bytes(texts[k]):
+                own = ids[edges[k] : edges[k + 1]]
+                placed[at] = _Placed(own, spans[k], merges[k])
         return placed
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
@@ -172,24 +173,30 @@ def _by_offset(rendering: Rendering, encoding: Encoding) -> _Placed:
     ids = np.array(encoding.ids, np.int32)
     spans = np.empty((len(rendering.spans), 2), np.int64)
     merged = 0
+    done = 0
     for at, span in enumerate(rendering.spans):
-        first = _first_token(encoding, span.begin, len(ids))
-        spans[at] = first, _first_token(encoding, span.end, len(ids), first)
+        first = max(_first_token(encoding, span.begin, len(ids)), done)
+        done = max(_first_token(encoding, span.end, len(ids), first), first)
+        spans[at] = first, done
         merged += first > 0 and _characters(encoding, first - 1)[1] > span.begin
     return _Placed(ids, spans, merged)
 
 
 def _label(renderings: Sequence[Rendering], placed: Sequence[_Placed]) -> list[Encoded]:
     """The labels of texts, which are views into arrays of all of them."""
+    if not placed:
+        return []
     edges = [0, *accumulate(len(each.ids) for each in placed)]
-    ids = np.concatenate([each.ids for each in placed]) if placed else np.empty(0, np.int32)
-    labels = np.full_like(ids, IGNORE_INDEX)
-    weights = np.zeros(len(ids), np.float32)
-    for rendering, each, edge in zip(renderings, placed, edges):
-        for span, (first, last) in zip(rendering.spans, (each.spans + edge).tolist()):
-            labels[first:last] = ids[first:last]
-            weights[first:last] = span.weight
-    learned = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)])
+    ids = np.concatenate([each.ids for each in placed])
+    spans = np.concatenate([each.spans + edge for each, edge in zip(placed, edges)])
+    # Runs of context and of learned tokens take turns.
+    runs = np.diff([0, *spans.ravel().tolist(), len(ids)])
+    of_runs = np.zeros(len(runs), np.float32)
+    of_runs[1::2] = [span.weight for each in renderings for span in each.spans]
+    weights = np.repeat(of_runs, runs)
+    is_learned = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    labels = np.where(is_learned, ids, np.int32(IGNORE_INDEX))
+    learned = np.concatenate([[0], np.cumsum(is_learned)])
     targets = np.diff(learned[edges]).tolist()
     return [
         Encoded(

@@ -90,18 +90,22 @@ def read_conversation(
             else _without_none(message)
             for message in messages
         ]
-        row = {name: _without_none(row.get(name)) for name in _READ}
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
+    more = {name: row[name] for name in _READ if row.get(name) is not None}
+    if sparse:
+        more = _without_none(more)
+    if more.get("system"):
+        messages.insert(0, {"role": "system", "content": more["system"]})
         weights.insert(0, None)
     if not messages:
         raise ValueError(f"{where} must have at least one message, got none")
+    if not more:
+        return Conversation(messages, weights)
     return Conversation(
         messages,
         weights,
-        _parsed(row, "tools", list, where) or None,
-        _parsed(row, "documents", list, where) or None,
-        dict(_parsed(row, "chat_template_kwargs", Mapping, where) or {}),
+        _parsed(more, "tools", list, where) or None,
+        _parsed(more, "documents", list, where) or None,
+        dict(_parsed(more, "chat_template_kwargs", Mapping, where) or {}),
     )
 
 
@@ -171,6 +175,9 @@ def _message_list(value: Any, where: str) -> tuple[list[dict[str, Any]], list[fl
 def _read_message(given: Any, where: str) -> tuple[dict[str, Any], float | None]:
     if not isinstance(given, _MAPPINGS):
         raise ValueError(f"{where} must be a mapping, got {type(given).__name__}")
+    role, content = given.get("role"), given.get("content")
+    if len(given) == 2 and isinstance(role, str) and isinstance(content, str):
+        return _message(_ROLES.get(role, role), content), None  # most messages
     message = {key: value for key, value in given.items() if value is not None}
     if "role" not in message and "from" in message:
         message["role"] = message.pop("from")

@@ -79,10 +79,10 @@ def rows_of(
     return map(_parse, batch[json_column], numbers)
 
 
-def first_rows(dataset: Any, json_column: str | None, count: int) -> list[Any]:
-    """The first rows of a dataset, or fewer if it has fewer."""
-    rows = enumerate(islice(iter(dataset), count))
-    return [row if json_column is None else _parse(row[json_column], at) for at, row in rows]
+def first_rows(dataset: Any, json_column: str | None, count: int) -> Iterator[Any]:
+    """The first rows of a dataset, or fewer if it has fewer; see `rows_of`."""
+    for at, row in enumerate(islice(iter(dataset), count)):
+        yield row if json_column is None else _parse(row[json_column], at)
 
 
 def columns_of(dataset: Any) -> list[str]:

@@ -22,8 +22,13 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ...checks import IGNORE_INDEX
+from .ascii_texts import for_ascii
 from .byte_lengths import byte_lengths
 from .rendering import Rendering
+
+# Texts after which a tokenizer for ASCII is made. For a vocabulary of 128,000 tokens that takes a
+# second, about as long as it saves for this many.
+_MANY = 10_000
 
 
 class Encoded(NamedTuple):
@@ -88,6 +93,8 @@ class Encoder:
         self._tokenizer.no_padding()
         split = getattr(tokenizer, "split_special_tokens", False)
         self._tokenizer.encode_special_tokens = bool(split)
+        self._for_ascii: Tokenizer | None = None
+        self._expected = 0
 
     @property
     def identity(self) -> str:
@@ -96,8 +103,13 @@ class Encoder:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text."""
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [len(each) for each in found]
+        return [len(each) for each in self._without_offsets(texts)]
+
+    def expect(self, count: int) -> None:
+        """Prepare for more texts. Not while another thread calls this."""
+        before, self._expected = self._expected, self._expected + count
+        if before <= _MANY < self._expected and self._lengths is not None:
+            self._for_ascii = for_ascii(self._tokenizer)
 
     def encode(self, renderings: Sequence[Rendering]) -> list[Encoded]:
         """Tokenize texts, and label the tokens of their learned spans."""
@@ -124,8 +136,7 @@ class Encoder:
         if not chosen:
             return placed
         texts = [each.text for each in chosen]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        lists = [each.ids for each in encodings]
+        lists = [each.ids for each in self._without_offsets(texts)]
         # The texts one behind the other: text k has the tokens edges[k] to edges[k + 1].
         edges = [0, *accumulate(map(len, lists))]
         ids = np.fromiter(chain.from_iterable(lists), np.int32, edges[-1])
@@ -148,6 +159,21 @@ class Encoder:
                 own = ids[edges[k] : edges[k + 1]]
                 placed[at] = _Placed(own, spans[k], merges[k])
         return placed
+
+    def _without_offsets(self, texts: Sequence[str]) -> list[Encoding]:
+        """The tokens of texts."""
+        for_ascii = self._for_ascii
+        if for_ascii is None:
+            return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        kinds: dict[bool, list[int]] = {True: [], False: []}
+        for at, text in enumerate(texts):
+            kinds[text.isascii()].append(at)
+        found: dict[int, Encoding] = {}
+        for tokenizer, chosen in ((for_ascii, kinds[True]), (self._tokenizer, kinds[False])):
+            some = [texts[at] for at in chosen]
+            encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
+            found.update(zip(chosen, encodings))
+        return [found[at] for at in range(len(texts))]
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The first and the last character (exclusive) of each token."""

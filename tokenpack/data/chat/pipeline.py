@@ -150,6 +150,7 @@ class ChatPipeline:
                     break
                 rendered, unwritten = self._render(part, sparse)
                 wrong = unwritten or unread
+                self._encoder.expect(len(rendered))
                 encoding = threads.submit(self._encoder.encode, [each for _, each in rendered])
                 waiting.append(([number for number, _ in rendered], encoding))
                 if len(waiting) > _WAITING:

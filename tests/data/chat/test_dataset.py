@@ -269,6 +269,34 @@ def test_wrong_sources(tokenizer, tmp_path):
         chat_dataset([{"messages": [user("a"), assistant("b", x=object())]}], tokenizer)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_json_over_several_lines(streaming, tokenizer, tmp_path):
+    """One array or one row in a file, as editors and other programs write them."""
+
+    def found(value, *more):
+        for at, each in enumerate([value, *more]):
+            text = each if isinstance(each, str) else json.dumps(each, indent=2)
+            (tmp_path / f"{at}.json").write_text(text)
+        paths = [tmp_path / f"{at}.json" for at in range(1 + len(more))]
+        return encoded(paths, tokenizer, streaming=streaming)
+
+    row = ROWS[0]
+    (one,) = encoded([row], tokenizer)
+    assert found([row, row]) == [one, one]
+    assert found(row) == [one]
+    assert found(row["messages"]) == [one]
+    assert found(row, [row], f"{json.dumps(row)}\n\n{json.dumps(row)}\n") == [one] * 4
+    text = json.dumps(row, indent=2)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    assert encoded(path, tokenizer, streaming=streaming) == [one]
+    for wrong, where in ((f"{text}\n{text}", "Extra data: line "), (text[:-9], "line ")):
+        with pytest.raises(ValueError, match=f"0.json must have one JSON object per .*{where}"):
+            found(wrong)
+    with pytest.raises(ValueError, match=r"one JSON object per line, got .* in row 0"):
+        found(f"{json.dumps(row)[:-1]}\n{json.dumps(row)}")  # a line that is cut off
+
+
 def test_lines_that_are_lists_of_messages(tokenizer, tmp_path):
     rows = [row["messages"] for row in ROWS if "messages" in row]
     path = tmp_path / "a.jsonl"

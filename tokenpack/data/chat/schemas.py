@@ -6,10 +6,10 @@
     prompt, response              the same
     instruction, input, output    input may be empty or missing
 
-A row is of the first schema whose columns it has. A column that is None counts as missing. The
-schema is detected for each row, so a dataset may mix them. Other columns that are read are
-``system`` (a text, put first), ``tools`` and ``documents`` (lists, or JSON) and
-``chat_template_kwargs`` (a mapping).
+A row is of the first schema whose columns it has. A column that is None counts as missing, and so
+does an empty list of messages in a row that has another schema. The schema is detected for each
+row, so a dataset may mix them. Other columns that are read are ``system`` (a text, put first),
+``tools`` and ``documents`` (lists, or JSON) and ``chat_template_kwargs`` (a mapping).
 """
 
 from __future__ import annotations
@@ -110,12 +110,19 @@ def read_conversation(
 
 
 def _columns_of(row: Mapping[str, Any], where: str, schema: str | None) -> tuple[str, ...]:
+    without_messages = None
     for name, choices in SCHEMAS.items():
         if schema not in (None, name):
             continue
         for columns in choices:
-            if all(row.get(column) is not None for column in columns):
+            values = [row.get(column) for column in columns]
+            if any(value is None for value in values):
+                continue
+            if all(len(value) > 0 for value in values if isinstance(value, (list, tuple))):
                 return columns
+            without_messages = without_messages or columns
+    if without_messages is not None:
+        return without_messages
     wanted = SCHEMAS if schema is None else {schema: SCHEMAS[schema]}
     known = "; ".join(" and ".join(columns) for each in wanted.values() for columns in each)
     keys = ", ".join(str(key) for key, value in row.items() if value is not None)

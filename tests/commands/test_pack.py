@@ -299,12 +299,14 @@ def test_a_run_that_fails_leaves_nothing(tokens, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pack, "write_json", full)
-    out = tmp_path / "out"
-    assert "No space left on device" in refused(capsys, tokens, out)
-    assert list(out.iterdir()) == []
     np.save(tmp_path / "lengths.npy", [1, 2])
-    assert "No space left on device" in refused(capsys, tmp_path / "lengths.npy", out)
-    assert list(out.iterdir()) == []
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for source in (tokens, tmp_path / "lengths.npy"):
+        assert "No space left on device" in refused(capsys, source, mine / "new" / "out")
+        assert list(mine.iterdir()) == []
+        assert "No space left on device" in refused(capsys, source, mine)
+        assert list(mine.iterdir()) == []
 
 
 def test_bad_sequences_are_named(tmp_path, capsys):
@@ -326,7 +328,7 @@ def test_bad_sequences_are_named(tmp_path, capsys):
         error = refused(capsys, source, tmp_path / "out")
         assert message in error
         assert "IN: " in error
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_labels_must_be_as_long_as_tokens(tmp_path, capsys):

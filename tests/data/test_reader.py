@@ -677,7 +677,7 @@ def test_a_truncated_line_is_an_error(write):
         (b"[1, 2]", "must be a JSON object, got a JSON list"),
         (b"3", "must be a JSON object, got a JSON int"),
         (b'{"a": 1} {"a": 2}', "not JSON"),
-        (b'{"a":\n1}', "not JSON"),
+        (b'{"a":\n1}', "not JSON .*an object must be on one line: jq -c"),
         (b'{"b": "\xff"}', "not UTF-8 .byte 0xff"),
         (b'{"b": "\\ud800"}', "surrogate"),
         (b'{"b": 123456789012345678901234567890}', "more than 64 bits"),
@@ -695,7 +695,8 @@ def test_a_bad_line_of_json_is_named(write, line, message):
 @pytest.mark.parametrize("start", [b"[", b"\n\n[", b"a,b\n", b'\xef\xbb\xbf["x"'])
 def test_a_json_array_is_refused_before_it_is_read(write, start):
     line = start.count(b"\n", 0, 2) + 1
-    with pytest.raises(ValueError, match=rf"a\.json, line {line}: must be a JSON object"):
+    hint = ".*one object per line: jq" if b"[" in start else ""
+    with pytest.raises(ValueError, match=rf"a\.json, line {line}: must be a JSON object{hint}"):
         read(write("a.json", start))
 
 

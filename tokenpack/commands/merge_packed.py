@@ -21,7 +21,7 @@ from ..packing import PackMetrics, merge_saved
 from ..packing.result import common_strategy
 from . import machine
 from .interrupts import uninterrupted
-from .output import make_folder, write_json
+from .output import new_folder, write_json
 from .pack import check_empty, empty, format_metrics
 
 if TYPE_CHECKING:
@@ -32,13 +32,12 @@ _OF_A_RANK = frozenset({"rank", "out", "num_proc"})
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write OUT and print the table. Returns 0; bad input raises and leaves OUT empty."""
+    """Write OUT and print the table. Returns 0; bad input raises, and leaves OUT as it was."""
     out: Path = arguments.out
     parts = _find_parts(out)
     reports = [_read_report(part, rank) for rank, part in enumerate(parts)]
     _require_one_input(parts, reports)
-    make_folder(out, "OUT")
-    with locked_folder(out, "OUT"):
+    with new_folder(out, "OUT"), locked_folder(out, "OUT"):
         check_empty(out)
         try:
             to_load = _join(parts, [report["metrics"]["num_bins"] for report in reports], out)

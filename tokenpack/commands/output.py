@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .interrupts import uninterrupted
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -21,6 +26,21 @@ def make_folder(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{option}: cannot create the folder {folder}: {error.strerror}") from None
+
+
+@contextmanager
+def new_folder(folder: Path, option: str) -> Iterator[None]:
+    """`make_folder`. After an error, those that it created are removed again, unless they hold a
+    file."""
+    created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        make_folder(folder, option)
+        yield
+    except BaseException:
+        with uninterrupted(), suppress(OSError):
+            for each in created:
+                each.rmdir()
+        raise
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from ..segments import offsets_of
 from ..table import format_table
 from . import figures, machine
 from .interrupts import uninterrupted
-from .output import make_folder, write_json
+from .output import new_folder, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +40,7 @@ _LENGTHS_AT_ONCE = 1 << 20
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write OUT and print the table. Returns 0; bad input raises and leaves OUT empty."""
+    """Write OUT and print the table. Returns 0; bad input raises, and leaves OUT as it was."""
     packer = Packer(
         arguments.capacity,
         arguments.strategy,
@@ -56,8 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     only_lengths = Path(arguments.input).suffix == ".npy"
     _check_options(arguments, only_lengths)
     _check_packages("tqdm", *(() if only_lengths else ("datasets", "pyarrow")))
-    make_folder(arguments.out, "OUT")
-    with locked_folder(arguments.out, "OUT"):
+    with new_folder(arguments.out, "OUT"), locked_folder(arguments.out, "OUT"):
         _remove_unfinished(arguments.out)
         check_empty(arguments.out)
         try:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 import warnings
 
 import datasets
@@ -10,6 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from tokenpack.data import ChatTemplate, chat_dataset, collate_packed_rows, pack_dataset
 from tokenpack.data.chat import dataset as module
+from tokenpack.data.chat.pipeline import ChatOptions, ChatPipeline
 
 from .helpers import assistant, make_tokenizer, runs, system, user
 
@@ -267,6 +269,34 @@ def test_wrong_sources(tokenizer, tmp_path):
         chat_dataset([{"messages": [user("a"), assistant("b", x=object())]}], tokenizer)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_json_over_several_lines(streaming, tokenizer, tmp_path):
+    """One array or one row in a file, as editors and other programs write them."""
+
+    def found(value, *more):
+        for at, each in enumerate([value, *more]):
+            text = each if isinstance(each, str) else json.dumps(each, indent=2)
+            (tmp_path / f"{at}.json").write_text(text)
+        paths = [tmp_path / f"{at}.json" for at in range(1 + len(more))]
+        return encoded(paths, tokenizer, streaming=streaming)
+
+    row = ROWS[0]
+    (one,) = encoded([row], tokenizer)
+    assert found([row, row]) == [one, one]
+    assert found(row) == [one]
+    assert found(row["messages"]) == [one]
+    assert found(row, [row], f"{json.dumps(row)}\n\n{json.dumps(row)}\n") == [one] * 4
+    text = json.dumps(row, indent=2)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    assert encoded(path, tokenizer, streaming=streaming) == [one]
+    for wrong, where in ((f"{text}\n{text}", "Extra data: line "), (text[:-9], "line ")):
+        with pytest.raises(ValueError, match=f"0.json must have one JSON object per .*{where}"):
+            found(wrong)
+    with pytest.raises(ValueError, match=r"one JSON object per line, got .* in row 0"):
+        found(f"{json.dumps(row)[:-1]}\n{json.dumps(row)}")  # a line that is cut off
+
+
 def test_lines_that_are_lists_of_messages(tokenizer, tmp_path):
     rows = [row["messages"] for row in ROWS if "messages" in row]
     path = tmp_path / "a.jsonl"
@@ -384,3 +414,41 @@ def test_the_error_is_of_the_first_wrong_row(tokenizer, monkeypatch):
                 rows = [good] * 2 + [first] + [good] * between + [other]
                 with pytest.raises(ValueError, match=f"row 2.*{message}"):
                     encoded(rows, tokenizer, max_length=100, truncation="error")
+
+
+@pytest.mark.parametrize("first, message", [("[", "got '\\['"), ('{"text": 1}', "columns")])
+def test_lines_are_read_in_their_order_too(first, message, tokenizer, tmp_path, monkeypatch):
+    """A line that is no JSON hides no error of an earlier row, and no later one comes first."""
+    monkeypatch.setattr("tokenpack.data.chat.pipeline._PART", 2)
+    good = json.dumps({"prompt": "a", "response": "b"})
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([good, good, first, good, '{"text": 1}', good, "["]))
+    with pytest.raises(ValueError, match=rf"{message}.*row 2|row 2.*{message}"):
+        encoded(path, tokenizer)
+    with pytest.raises(ValueError, match=rf"{message}.*row 2|row 2.*{message}"):
+        encoded(path, tokenizer, streaming=True)
+
+
+def test_parts_in_flight_are_few_and_end_with_an_interrupt(tokenizer, monkeypatch):
+    monkeypatch.setattr("tokenpack.data.chat.pipeline._PART", 2)
+    monkeypatch.setattr("tokenpack.data.chat.pipeline._WAITING", 3)
+    pipeline = ChatPipeline(tokenizer, ChatOptions())
+    taken = []
+
+    def rows(interrupted):
+        for number in range(100):
+            taken.append(number)
+            if number == interrupted:
+                raise KeyboardInterrupt
+            yield number, {"prompt": "a", "response": "b" * number}
+
+    before = threading.active_count()
+    parts = pipeline.encode_parts(rows(None))
+    for at in range(5):
+        assert [sample.row for sample in next(parts)] == [2 * at, 2 * at + 1]
+        assert len(taken) == 2 * (at + 4)  # three wait while a fourth is rendered
+    parts.close()
+    assert threading.active_count() == before
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.encode(rows(21))
+    assert threading.active_count() == before

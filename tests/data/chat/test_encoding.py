@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, proces
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
+from tokenpack.data.chat.ascii_texts import for_ascii
 from tokenpack.data.chat.encoding import Encoder
 from tokenpack.data.chat.rendering import Rendering, Span
 
@@ -93,11 +94,15 @@ def renderings(rng):
         yield Rendering(None, {}, text, spans)
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_lengths_and_offsets_give_the_same(kind):
+def test_lengths_and_offsets_give_the_same(kind, many):
     make, share = TOKENIZERS[kind]
     encoder, by_offsets = Encoder(make()), Encoder(make())
     by_offsets._lengths = None
+    if many:
+        encoder.expect(10_001)
+    assert (encoder._for_ascii is not None) == (many and share != "none")
     texts = list(renderings(random.Random(kind)))
     for one, other in zip(encoder.encode(texts), by_offsets.encode(texts), strict=True):
         assert one.ids.tolist() == other.ids.tolist()
@@ -132,3 +137,39 @@ def test_a_cut_counts_its_targets():
     cut = encoded.cut(slice(None, 3))
     assert cut.targets == (cut.labels != -100).sum() > 0
     assert encoded.cut(slice(1)).targets == 0
+
+
+def characters(count):
+    rng = random.Random(0)
+    letters = [*map(chr, range(128)), *"   \n\n''tsdremvl", " don't", "<|im_end|>", "</s>"]
+    return ["".join(rng.choices(letters, k=rng.randrange(60))) for _ in range(count)]
+
+
+LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer", [None, BYTES, Sequence([Split(Regex(LLAMA), "isolated"), BYTES])]
+)
+def test_a_tokenizer_for_ascii_gives_the_same_ids(pre_tokenizer):
+    own = changed(**{"pre_tokenizer": pre_tokenizer} if pre_tokenizer else {}).backend_tokenizer
+    other = for_ascii(own)
+    for text in characters(2000):
+        ids = own.encode(text, add_special_tokens=False).ids
+        assert other.encode(text, add_special_tokens=False).ids == ids
+
+
+def test_some_vocabularies_have_no_tokenizer_for_ascii():
+    """A token with a space of its own cannot be told from one with the space's name."""
+    names = {"a": 0, "Ġ": 1, "Ġa": 2, " a": 3}
+    backend = Tokenizer(models.BPE(names, [("Ġ", "a")]))
+    backend.pre_tokenizer = BYTES
+    assert for_ascii(backend) is None
+    del names[" a"]
+    backend.model = models.BPE(names, [("Ġ", "a")])
+    assert for_ascii(backend).encode("a a").ids == [0, 2]
+    backend.add_tokens(["x\ny"])  # not in the vocabulary, so no merge writes it
+    assert for_ascii(backend).encode("x\ny a").ids == [3, 2]

@@ -24,6 +24,9 @@ SAME = {
     "instruction": {"instruction": "q", "input": "", "output": "a"},
     "no input": {"instruction": "q", "output": "a"},
     "missing columns": {"messages": None, "prompt": "q", "response": "a", "completion": None},
+    "no messages, but a pair": {"messages": [], "prompt": "q", "response": "a"},
+    "no messages of the prompt": {"prompt": [], "response": "a", "conversations": PAIR},
+    "two without": {"messages": [], "conversations": [], "instruction": "q", "output": "a"},
     "JSON": {
         "messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'
     },
@@ -103,6 +106,10 @@ WRONG = {
     "no keys": ({}, "row 3 must have the columns .*; got none"),
     "output missing": ({"instruction": "x"}, "got instruction"),
     "no messages": ({"messages": []}, "row 3 must have at least one message, got none"),
+    "no messages or answer": (
+        {"messages": [], "prompt": "q"},
+        "row 3 must have at least one message, got none",
+    ),
     "text": ({"messages": "hello"}, "row 3: messages must be JSON if it is a text, got 'hello'"),
     "one message": ({"messages": user("x")}, "messages must be a list of messages, got dict"),
     "no mapping": ({"messages": ["x"]}, r"row 3: messages\[0\] must be a mapping, got str"),

@@ -45,11 +45,11 @@ def byte_lengths(description: str) -> ByteLengths | None:
         description: the tokenizer as JSON, from ``to_str`` of the ``tokenizers`` library.
     """
     parts = json.loads(description)
-    normalizers = {part["type"] for part in _flat(parts["normalizer"], "normalizers")}
+    normalizers = {part["type"] for part in flat_parts(parts["normalizer"], "normalizers")}
     keeps = (
         normalizers <= {"NFC"}  # which changes no ASCII
-        and _cuts(list(_flat(parts["pre_tokenizer"], "pretokenizers")))
-        and all(map(_keeps_offsets, _flat(parts["post_processor"], "processors")))
+        and _cuts(list(flat_parts(parts["pre_tokenizer"], "pretokenizers")))
+        and all(map(_keeps_offsets, flat_parts(parts["post_processor"], "processors")))
         and _merges_bytes(parts["model"])
     )
     if not keeps:
@@ -57,11 +57,11 @@ def byte_lengths(description: str) -> ByteLengths | None:
     return ByteLengths(_lengths(parts["model"], parts["added_tokens"]), bool(normalizers))
 
 
-def _flat(part: Any, members: str) -> Iterator[Any]:
+def flat_parts(part: Any, members: str) -> Iterator[Any]:
     """The parts of a sequence, at any depth."""
     if part is not None and part["type"] == "Sequence":
         for each in part[members]:
-            yield from _flat(each, members)
+            yield from flat_parts(each, members)
     elif part is not None:
         yield part
 

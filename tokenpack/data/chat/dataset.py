@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -190,25 +190,14 @@ class _Encode:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> pa.Table:
         """All samples of the rows, also those that are dropped, with notes."""
-        samples = self._encode(batch, numbers)
-        notes = [
-            [
-                each.row,
-                each.kept,
-                each.flags,
-                each.cut_messages,
-                each.cut_tokens,
-                each.encoded.targets,
-            ]
-            for each in samples
-        ]
-        columns = self._columns(samples)
-        arrays = np.array(notes, np.int64).reshape(-1, len(_NOTES)).T
-        return pa.table({**columns, **dict(zip(_NOTES, arrays))})
+        # Each sample is ten objects, which the garbage collector looks at again and again for as
+        # long as they live, so a part becomes arrays before the next one.
+        parts = [self._with_notes(samples) for samples in self._encode(batch, numbers)]
+        return pa.concat_tables(parts or [self._with_notes([])])
 
     def stream(self, batch: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> dict[str, Any]:
         """The samples that are kept. Warns once about each problem, or raises it."""
-        samples = self._encode(batch, numbers)
+        samples = [sample for part in self._encode(batch, numbers) for sample in part]
         report = ChatReport(rows=len(numbers))
         count_samples(samples, report)
         act(report, self._actions, self._warned)
@@ -216,10 +205,27 @@ class _Encode:
         table = pa.table(self._columns([each for each in samples if each.kept]))
         return {name: table[name].to_pylist() for name in table.column_names}
 
-    def _encode(self, batch: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> list[Sample]:
+    def _encode(
+        self, batch: Mapping[str, Sequence[Any]], numbers: Sequence[int]
+    ) -> Iterator[list[Sample]]:
         rows = zip(numbers, rows_of(batch, self._json_column, numbers))
-        given = [(number, row) for number, row in rows if row is not None]
-        return self._pipeline.encode(given, sparse=self._sparse)
+        given = ((number, row) for number, row in rows if row is not None)
+        return self._pipeline.encode_parts(given, sparse=self._sparse)
+
+    def _with_notes(self, samples: Sequence[Sample]) -> pa.Table:
+        notes = [
+            (
+                each.row,
+                each.kept,
+                each.flags,
+                each.cut_messages,
+                each.cut_tokens,
+                each.encoded.targets,
+            )
+            for each in samples
+        ]
+        arrays = np.array(notes, np.int64).reshape(-1, len(_NOTES)).T
+        return pa.table({**self._columns(samples), **dict(zip(_NOTES, arrays))})
 
     def _columns(self, samples: Sequence[Sample]) -> dict[str, pa.Array]:
         lengths = np.array([len(each.encoded.ids) for each in samples], np.int32)
@@ -243,15 +249,16 @@ def _lists(arrays: list[Any], offsets: Any, dtype: Any) -> pa.ListArray:
 
 def _check_first(
     pipeline: ChatPipeline,
-    rows: list[Any],
+    rows: Iterable[Any],
     sparse: bool,
     actions: Mapping[str, str],
     options: ChatOptions,
 ) -> set[str]:
     """Check the first rows. Returns the checks that found a problem."""
-    given = [(number, row) for number, row in enumerate(rows) if row is not None]
-    report = ChatReport(rows=len(given))
-    count_samples(pipeline.encode(given, sparse=sparse), report)
+    given = ((number, row) for number, row in enumerate(rows) if row is not None)
+    samples = pipeline.encode(given, sparse=sparse)
+    report = ChatReport(rows=len({each.row for each in samples}))
+    count_samples(samples, report)
     if options.max_length is not None:
         count_padding(report, options.max_length)
     act(report, actions)

@@ -22,8 +22,13 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ...checks import IGNORE_INDEX
+from .ascii_texts import for_ascii
 from .byte_lengths import byte_lengths
 from .rendering import Rendering
+
+# Texts after which a tokenizer for ASCII is made. For a vocabulary of 128,000 tokens that takes a
+# second, about as long as it saves for this many.
+_MANY = 10_000
 
 
 class Encoded(NamedTuple):
@@ -88,6 +93,8 @@ class Encoder:
         self._tokenizer.no_padding()
         split = getattr(tokenizer, "split_special_tokens", False)
         self._tokenizer.encode_special_tokens = bool(split)
+        self._for_ascii: Tokenizer | None = None
+        self._expected = 0
 
     @property
     def identity(self) -> str:
@@ -96,8 +103,13 @@ class Encoder:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text."""
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [len(each) for each in found]
+        return [len(each) for each in self._without_offsets(texts)]
+
+    def expect(self, count: int) -> None:
+        """Prepare for more texts. Not while another thread calls this."""
+        before, self._expected = self._expected, self._expected + count
+        if before <= _MANY < self._expected and self._lengths is not None:
+            self._for_ascii = for_ascii(self._tokenizer)
 
     def encode(self, renderings: Sequence[Rendering]) -> list[Encoded]:
         """Tokenize texts, and label the tokens of their learned spans."""
@@ -124,8 +136,7 @@ class Encoder:
         if not chosen:
             return placed
         texts = [each.text for each in chosen]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        lists = [each.ids for each in encodings]
+        lists = [each.ids for each in self._without_offsets(texts)]
         # The texts one behind the other: text k has the tokens edges[k] to edges[k + 1].
         edges = [0, *accumulate(map(len, lists))]
         ids = np.fromiter(chain.from_iterable(lists), np.int32, edges[-1])
@@ -138,15 +149,31 @@ class Encoder:
             for place in (span.begin, span.end)
         ]
         tokens = np.searchsorted(starts, places).clip(max=len(ids)).reshape(-1, 2)
+        counts = [len(each.spans) for each in chosen]
+        owners = np.repeat(np.arange(len(chosen)), counts)  # the text of each span
         merged = starts[tokens[:, 0]] > places[::2]
-        done = 0
-        for at, each, (token, stop), (begin, end) in zip(
-            numbers, chosen, pairwise(edges), pairwise(begins)
-        ):
-            own = slice(done, done := done + len(each.spans))
-            if end - begin == _bytes(each.text):
-                placed[at] = _Placed(ids[token:stop], tokens[own] - token, int(merged[own].sum()))
+        merges = np.bincount(owners, merged, len(chosen)).astype(np.int64).tolist()
+        spans = np.split(tokens - np.array(edges)[owners, None], np.cumsum(counts)[:-1])
+        for k, at in enumerate(numbers):
+            if begins[k + 1] - begins[k] == _bytes(texts[k]):
+                own = ids[edges[k] : edges[k + 1]]
+                placed[at] = _Placed(own, spans[k], merges[k])
         return placed
+
+    def _without_offsets(self, texts: Sequence[str]) -> list[Encoding]:
+        """The tokens of texts."""
+        for_ascii = self._for_ascii
+        if for_ascii is None:
+            return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        kinds: dict[bool, list[int]] = {True: [], False: []}
+        for at, text in enumerate(texts):
+            kinds[text.isascii()].append(at)
+        found: dict[int, Encoding] = {}
+        for tokenizer, chosen in ((for_ascii, kinds[True]), (self._tokenizer, kinds[False])):
+            some = [texts[at] for at in chosen]
+            encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
+            found.update(zip(chosen, encodings))
+        return [found[at] for at in range(len(texts))]
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The first and the last character (exclusive) of each token."""
@@ -172,24 +199,30 @@ def _by_offset(rendering: Rendering, encoding: Encoding) -> _Placed:
     ids = np.array(encoding.ids, np.int32)
     spans = np.empty((len(rendering.spans), 2), np.int64)
     merged = 0
+    done = 0
     for at, span in enumerate(rendering.spans):
-        first = _first_token(encoding, span.begin, len(ids))
-        spans[at] = first, _first_token(encoding, span.end, len(ids), first)
+        first = max(_first_token(encoding, span.begin, len(ids)), done)
+        done = max(_first_token(encoding, span.end, len(ids), first), first)
+        spans[at] = first, done
         merged += first > 0 and _characters(encoding, first - 1)[1] > span.begin
     return _Placed(ids, spans, merged)
 
 
 def _label(renderings: Sequence[Rendering], placed: Sequence[_Placed]) -> list[Encoded]:
     """The labels of texts, which are views into arrays of all of them."""
+    if not placed:
+        return []
     edges = [0, *accumulate(len(each.ids) for each in placed)]
-    ids = np.concatenate([each.ids for each in placed]) if placed else np.empty(0, np.int32)
-    labels = np.full_like(ids, IGNORE_INDEX)
-    weights = np.zeros(len(ids), np.float32)
-    for rendering, each, edge in zip(renderings, placed, edges):
-        for span, (first, last) in zip(rendering.spans, (each.spans + edge).tolist()):
-            labels[first:last] = ids[first:last]
-            weights[first:last] = span.weight
-    learned = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)])
+    ids = np.concatenate([each.ids for each in placed])
+    spans = np.concatenate([each.spans + edge for each, edge in zip(placed, edges)])
+    # Runs of context and of learned tokens take turns.
+    runs = np.diff([0, *spans.ravel().tolist(), len(ids)])
+    of_runs = np.zeros(len(runs), np.float32)
+    of_runs[1::2] = [span.weight for each in renderings for span in each.spans]
+    weights = np.repeat(of_runs, runs)
+    is_learned = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    labels = np.where(is_learned, ids, np.int32(IGNORE_INDEX))
+    learned = np.concatenate([[0], np.cumsum(is_learned)])
     targets = np.diff(learned[edges]).tolist()
     return [
         Encoded(

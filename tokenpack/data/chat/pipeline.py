@@ -18,9 +18,10 @@ from .schemas import SCHEMAS, Conversation, read_conversation
 from .writing import RenderError
 
 # Rows that are tokenized together, without the interpreter's lock, while others are rendered. With
-# two parts at a time, the tokenizer works while the thread of one waits for the lock.
-_PART = 100
-_WAITING = 2
+# three parts at a time, the tokenizer works while the threads of others wait for the lock. Fewer
+# rows would make threads wait more often.
+_PART = 250
+_WAITING = 3
 
 
 def check_choice(name: str, given: Any, known: Collection[Any]) -> None:
@@ -133,23 +134,31 @@ class ChatPipeline:
             ValueError, TypeError: naming the row: if it has no known schema, if the template cannot
                 write it, or if it is too long and that is an error.
         """
-        samples: list[Sample] = []
+        return [sample for part in self.encode_parts(rows, sparse=sparse) for sample in part]
+
+    def encode_parts(
+        self, rows: Iterable[tuple[int, Any]], *, sparse: bool = False
+    ) -> Iterator[list[Sample]]:
+        """The samples of `encode`, a part at a time. A part that was used needs no memory."""
         waiting: deque[tuple[list[int], Future[list[Encoded]]]] = deque()
+        iterator = iter(rows)
         wrong: Exception | None = None
         with ThreadPoolExecutor(_WAITING) as threads:
-            for part in _parts(rows):
-                rendered, wrong = self._render(part, sparse)
+            while wrong is None:
+                part, unread = _take(iterator)
+                if not part and unread is None:
+                    break
+                rendered, unwritten = self._render(part, sparse)
+                wrong = unwritten or unread
+                self._encoder.expect(len(rendered))
                 encoding = threads.submit(self._encoder.encode, [each for _, each in rendered])
                 waiting.append(([number for number, _ in rendered], encoding))
                 if len(waiting) > _WAITING:
-                    samples += self._fit_all(*waiting.popleft())
-                if wrong is not None:
-                    break
+                    yield self._fit_all(*waiting.popleft())
             while waiting:
-                samples += self._fit_all(*waiting.popleft())
+                yield self._fit_all(*waiting.popleft())
         if wrong is not None:  # an error of an earlier row came first
             raise wrong
-        return samples
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The first and the last character (exclusive) of each token of a text."""
@@ -224,10 +233,15 @@ def _require_unicode(rendered: list[Rendering]) -> None:
             raise RenderError(f"text must be valid Unicode: {error}") from None
 
 
-def _parts(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
-    iterator = iter(rows)
-    while part := list(islice(iterator, _PART)):
-        yield part
+def _take(rows: Iterator[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], Exception | None]:
+    """The next rows, up to the first that cannot be read, and its error."""
+    part: list[tuple[int, Any]] = []
+    try:
+        for each in islice(rows, _PART):
+            part.append(each)
+    except (TypeError, ValueError) as error:
+        return part, error
+    return part, None
 
 
 def count_samples(samples: Iterable[Sample], report: ChatReport) -> None:

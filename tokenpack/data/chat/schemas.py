@@ -6,10 +6,10 @@
     prompt, response              the same
     instruction, input, output    input may be empty or missing
 
-A row is of the first schema whose columns it has. A column that is None counts as missing. The
-schema is detected for each row, so a dataset may mix them. Other columns that are read are
-``system`` (a text, put first), ``tools`` and ``documents`` (lists, or JSON) and
-``chat_template_kwargs`` (a mapping).
+A row is of the first schema whose columns it has. A column that is None counts as missing, and so
+does an empty list of messages in a row that has another schema. The schema is detected for each
+row, so a dataset may mix them. Other columns that are read are ``system`` (a text, put first),
+``tools`` and ``documents`` (lists, or JSON) and ``chat_template_kwargs`` (a mapping).
 """
 
 from __future__ import annotations
@@ -90,28 +90,39 @@ def read_conversation(
             else _without_none(message)
             for message in messages
         ]
-        row = {name: _without_none(row.get(name)) for name in _READ}
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
+    more = {name: row[name] for name in _READ if row.get(name) is not None}
+    if sparse:
+        more = _without_none(more)
+    if more.get("system"):
+        messages.insert(0, {"role": "system", "content": more["system"]})
         weights.insert(0, None)
     if not messages:
         raise ValueError(f"{where} must have at least one message, got none")
+    if not more:
+        return Conversation(messages, weights)
     return Conversation(
         messages,
         weights,
-        _parsed(row, "tools", list, where) or None,
-        _parsed(row, "documents", list, where) or None,
-        dict(_parsed(row, "chat_template_kwargs", Mapping, where) or {}),
+        _parsed(more, "tools", list, where) or None,
+        _parsed(more, "documents", list, where) or None,
+        dict(_parsed(more, "chat_template_kwargs", Mapping, where) or {}),
     )
 
 
 def _columns_of(row: Mapping[str, Any], where: str, schema: str | None) -> tuple[str, ...]:
+    without_messages = None
     for name, choices in SCHEMAS.items():
         if schema not in (None, name):
             continue
         for columns in choices:
-            if all(row.get(column) is not None for column in columns):
+            values = [row.get(column) for column in columns]
+            if any(value is None for value in values):
+                continue
+            if all(len(value) > 0 for value in values if isinstance(value, (list, tuple))):
                 return columns
+            without_messages = without_messages or columns
+    if without_messages is not None:
+        return without_messages
     wanted = SCHEMAS if schema is None else {schema: SCHEMAS[schema]}
     known = "; ".join(" and ".join(columns) for each in wanted.values() for columns in each)
     keys = ", ".join(str(key) for key, value in row.items() if value is not None)
@@ -171,6 +182,9 @@ def _message_list(value: Any, where: str) -> tuple[list[dict[str, Any]], list[fl
 def _read_message(given: Any, where: str) -> tuple[dict[str, Any], float | None]:
     if not isinstance(given, _MAPPINGS):
         raise ValueError(f"{where} must be a mapping, got {type(given).__name__}")
+    role, content = given.get("role"), given.get("content")
+    if len(given) == 2 and isinstance(role, str) and isinstance(content, str):
+        return _message(_ROLES.get(role, role), content), None  # most messages
     message = {key: value for key, value in given.items() if value is not None}
     if "role" not in message and "from" in message:
         message["role"] = message.pop("from")

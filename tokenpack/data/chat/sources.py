@@ -8,11 +8,12 @@ arguments, would come back with other values than they had.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -79,10 +80,10 @@ def rows_of(
     return map(_parse, batch[json_column], numbers)
 
 
-def first_rows(dataset: Any, json_column: str | None, count: int) -> list[Any]:
-    """The first rows of a dataset, or fewer if it has fewer."""
-    rows = enumerate(islice(iter(dataset), count))
-    return [row if json_column is None else _parse(row[json_column], at) for at, row in rows]
+def first_rows(dataset: Any, json_column: str | None, count: int) -> Iterator[Any]:
+    """The first rows of a dataset, or fewer if it has fewer; see `rows_of`."""
+    for at, row in enumerate(islice(iter(dataset), count)):
+        yield row if json_column is None else _parse(row[json_column], at)
 
 
 def columns_of(dataset: Any) -> list[str]:
@@ -134,8 +135,9 @@ def _not_utf8(path: str, error: UnicodeDecodeError) -> ValueError:
 
 
 def _open_json(files: list[DataFile], streaming: bool) -> Any:
-    if any(_begins_with_array(file) for file in files):
-        rows = [row for file in files for row in _read_array(file)]
+    if any(are_values := [_is_one_value(file) for file in files]):
+        read = [_read_value if is_value else _read_lines for is_value in are_values]
+        rows = [row for read_file, file in zip(read, files) for row in read_file(file)]
         texts = [_as_json(row, number) for number, row in enumerate(rows)]
         dataset = datasets.Dataset.from_dict({JSON_COLUMN: texts})
         return dataset.to_iterable_dataset() if streaming else dataset
@@ -143,23 +145,38 @@ def _open_json(files: list[DataFile], streaming: bool) -> Any:
     return lines.rename_column("text", JSON_COLUMN)
 
 
-def _begins_with_array(file: DataFile) -> bool:
-    """Whether a file is one JSON array of rows. Its lines may be arrays as well: conversations."""
+def _is_one_value(file: DataFile) -> bool:
+    """Whether a file is one JSON array of rows, or one row over several lines. Each of its lines
+    may also be an array: a conversation."""
     with file.open() as content:
         head = content.read(1 << 12)
         try:  # a character may be cut off at the end
             codecs.getincrementaldecoder("utf-8-sig")().decode(head)
         except UnicodeDecodeError as error:
             raise _not_utf8(file.path, error) from None
-        if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
+        begin = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if begin not in (b"[", b"{"):
             return False
-    with file.open() as content:
-        lines = (line for line in content if line.removeprefix(codecs.BOM_UTF8).strip())
-        try:
-            first = json.loads(next(lines).decode("utf-8-sig"))
-        except ValueError:  # the array goes on in the next line
-            return True
-        return next(lines, None) is None and not _are_messages(first)
+    lines = (line for line in _lines_of(file) if line.removeprefix(codecs.BOM_UTF8).strip())
+    first, second = (_value_of(next(lines, b"")) for _ in range(2))
+    if begin == b"{":  # a line behind one that is cut off is JSON, but none within an object
+        return first is second is _NO_JSON
+    return first is _NO_JSON or (second is _NO_LINE and not _are_messages(first))
+
+
+def _lines_of(file: DataFile) -> Iterator[bytes]:
+    with file.open() as content:  # Arrow's has no lines
+        yield from io.BufferedReader(cast(io.RawIOBase, content))
+
+
+_NO_LINE, _NO_JSON = object(), object()
+
+
+def _value_of(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig")) if line else _NO_LINE
+    except ValueError:
+        return _NO_JSON
 
 
 def _are_messages(rows: list[Any]) -> bool:
@@ -168,16 +185,27 @@ def _are_messages(rows: list[Any]) -> bool:
     )
 
 
-def _read_array(file: DataFile) -> list[Any]:
+def _read_lines(file: DataFile) -> list[Any]:
+    lines = enumerate(_lines_of(file))
+    rows = [_parse(line.decode("utf-8-sig"), number) for number, line in lines]
+    return [row for row in rows if row is not None]
+
+
+def _read_value(file: DataFile) -> list[Any]:
+    """The rows of a file that is one JSON value."""
     with file.open() as content:
         text = bytes(content.read()).decode("utf-8-sig")
     try:
-        rows = json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file.path} must be one JSON array of rows: {error}") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{file.path} must be a JSON array of rows, as the other files are")
-    return rows
+        raise ValueError(
+            f"{file.path} must have one JSON object per line, or be one JSON array of rows or one "
+            f"row: {error}"
+        ) from None
+    is_row = isinstance(value, dict) or (isinstance(value, list) and _are_messages(value))
+    if not is_row and not isinstance(value, list):
+        raise ValueError(f"{file.path} must be a JSON array of rows, got {text!r:.80}")
+    return [value] if is_row else value
 
 
 def _parse(text: str, number: int) -> Any:

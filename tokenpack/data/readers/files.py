@@ -192,4 +192,5 @@ def _check_textual_content(file: DataFile) -> None:
     if file.format == "jsonl" and start and not start.startswith(b"{"):
         line = head[: -len(start)].count(b"\n") + 1
         shown = start.split(b"\n")[0][:40].decode(errors="replace")
-        raise ValueError(f"{file.at(line)}: must be a JSON object, got {shown}")
+        hint = "; write an array with one object per line: jq -c '.[]'" if shown[0] == "[" else ""
+        raise ValueError(f"{file.at(line)}: must be a JSON object, got {shown}{hint}")

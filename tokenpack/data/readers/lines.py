@@ -141,6 +141,8 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
     except json.JSONDecodeError as error:
         why = f"{error.msg}, column {error.colno}"
+        if error.pos >= len(error.doc.rstrip()):
+            why += "; an object must be on one line: jq -c ."
         if b"\r" in line.strip(JSON_SPACE):
             why += "; a line must end with LF or CRLF, not with CR alone"
         raise ValueError(f"{where}: not JSON ({why})") from None

@@ -32,7 +32,7 @@ READY := .venv/.installed
 REAL_READY := .venv/.published-models
 endif
 
-.PHONY: help demo test lint docs compile compile-check bench gpu real clean python-ready
+.PHONY: help demo test test-long lint docs compile compile-check bench gpu real clean python-ready
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,10 @@ demo: $(READY) ## train T5, NLLB and Llama padded and packed, and compare
 test: $(READY) ## the test suite, on WORKERS=3 processes, then the kernels in Triton's interpreter
 	HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)
+
+test-long: $(READY) ## the tests marked long: more families and lengths than CI runs
+	HF_HUB_OFFLINE=1 $(PYTEST) -m long $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m long $(INTERPRETED_TESTS) $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format, mypy on the public API
 	@$(PY) -c '$(call MISSING,ruff mypy)'

@@ -41,7 +41,10 @@ def assert_same_step(case, reference, model, run=None):
     assert all(choice.startswith("triton (") for choice in stats.attention.values())
 
 
-@pytest.mark.parametrize("name", T5S)
+# mT5's attention is that of T5.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long][: n.startswith("MT5")]) for n in T5S]
+)
 def test_every_gradient_of_t5_models(name):
     case, reference = build(name)
     model = patch_model(copy.deepcopy(reference))

@@ -23,7 +23,7 @@ DEVICE = Ceilings(
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
     """Arguments of inspect: data of pairs, a tokenizer, a model's config; and a device's file."""
-    monkeypatch.setattr(prediction, "_SEQUENCES", 20_000)  # to plan steps of 1,024 ranks
+    monkeypatch.setattr(prediction, "_SEQUENCES", 1_000)
     data, tokenizer = tmp_path / "pairs.jsonl", tmp_path / "tokenizer.json"
     lines = [{"source": text, "target": "Summary."} for text in TEXTS]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -38,7 +38,8 @@ def arguments(tmp_path, monkeypatch):
     ]
 
 
-def test_it_prints_and_writes_a_prediction(arguments, tmp_path, capsys):
+def test_it_prints_and_writes_a_prediction(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prediction, "_SEQUENCES", 20_000)  # to plan steps of 1,024 ranks
     device = ["--gpus", "4", "--ceilings", str(tmp_path / "device.json"), "--link", "50"]
     assert main([*arguments, *device]) == 0
     printed = capsys.readouterr().out

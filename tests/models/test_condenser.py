@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from tokenpack.comparison.float64 import KeepFloat64
 from tokenpack.models.condenser import Condenser, CondenserConfig
 from tokenpack.models.condenser.layout import context_layout, count_vectors
 
+from ..trainer.setting import on_ranks
 from .condensers import FAMILIES, causal_model, make_batch, make_condenser, make_documents
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -330,14 +329,9 @@ def saved_models(folder):
     return [str(folder / name) for name in ("condenser", "decoder")]
 
 
-FRESH = """
-import sys, torch
-from tokenpack.models.condenser import Condenser
-model = Condenser.from_pretrained(sys.argv[1])
-import numpy as np
-ids = torch.arange(3, 40)
-torch.save(model.vectors(ids, np.array([30, 7]))[0].detach(), sys.argv[2])
-"""
+def loaded_vectors(_, folder):
+    model = Condenser.from_pretrained(folder)
+    return model.vectors(torch.arange(3, 40), np.array([30, 7]))[0].detach()
 
 
 def test_a_fresh_process_gives_identical_vectors(tmp_path):
@@ -356,9 +350,7 @@ def test_a_fresh_process_gives_identical_vectors(tmp_path):
     assert {"config.json", "model.safetensors", "adapter_model.safetensors"} <= names
     base = (tmp_path / "condenser" / "model.safetensors").stat().st_size
     assert sum(path.stat().st_size for path in folder.iterdir()) < base  # no base weights
-    command = [sys.executable, "-P", "-c", FRESH, str(folder), str(tmp_path / "vectors.pt")]
-    subprocess.run(command, check=True, capture_output=True)
-    theirs = torch.load(tmp_path / "vectors.pt", weights_only=True)
+    (theirs,) = on_ranks(1, loaded_vectors, folder)
     ours = model.vectors(torch.arange(3, 40), np.array([30, 7]))[0]
     assert theirs.equal(ours.detach())
 

@@ -758,7 +758,8 @@ def evaluate_on_rank(rank, folder, counts):
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+# Rows divide by 3 in more ways: a rank has none, one or two more than another.
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_ranks(ranks, tmp_path):
     counts = (ranks - 1, 17)
     first, *others = on_ranks(ranks, evaluate_on_rank, tmp_path, counts)

@@ -1,13 +1,13 @@
 """The examples, small: they learn, leave what they should, and do on ranks what they do alone."""
 
 import importlib.util
+import io
 import json
 import math
-import os
 import re
 import struct
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from transformers import AutoTokenizer
 from tokenpack.data import byte_tokenizer
 from tokenpack.models.decoder import DecoderConfig
 from tokenpack.samples.text import split_summary, standard_library_texts
+
+from .setting import on_ranks
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
@@ -41,8 +43,9 @@ def texts():
     return standard_library_texts(400)
 
 
-def load(name, monkeypatch, texts):
+def load(name, monkeypatch=None, texts=()):
     """An example as a module, that finds these texts alone."""
+    monkeypatch = monkeypatch or pytest.MonkeyPatch()  # of a process that ends soon
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
@@ -165,32 +168,26 @@ def test_t5_reads_paragraphs_and_folders(tmp_path, monkeypatch, texts):
     assert read(dataset=folder, dataset_split="train[:3]") == ["0", "1", "2"]
 
 
+def t5_on_rank(_, given, cache):
+    """The losses that the example prints, on each rank; torchrun sets the same variables."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        load("pretrain_t5").main(given)
+    return LINE.findall(printed.getvalue())
+
+
 def test_t5_is_the_same_on_two_ranks(tmp_path, monkeypatch, texts, capsys):
     rows = write_jsonl(tmp_path / "texts.jsonl", [{"text": text.source} for text in texts[:200]])
     given = {"train_file": rows, "eval_texts": 20, "max_steps": 4, "learning_rate": 0.003}
     load("pretrain_t5", monkeypatch, texts).main(flags(tmp_path / "alone", **given))
     alone = LINE.search(capsys.readouterr().out).groups()
 
-    environment = {
-        **os.environ,
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "PYTHONSAFEPATH": "1",
-    }
-    done = subprocess.run(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
-            *["--nproc-per-node", "2", EXAMPLES / "pretrain_t5.py"],
-            # Without a GPU it must find by itself that ranks are to meet on the CPU.
-            *flags(tmp_path / "ranks", **given, use_cpu=torch.accelerator.is_available() or None),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = LINE.findall(done.stdout)
-    assert len(lines) == 1, done.stdout
+    # Without a GPU it must find by itself that ranks are to meet on the CPU.
+    given["use_cpu"] = torch.accelerator.is_available() or None
+    ranks = on_ranks(2, t5_on_rank, flags(tmp_path / "ranks", **given), tmp_path / "cache")
+    lines = [line for printed in ranks for line in printed]
+    assert len(lines) == 1, lines
     assert lines[0][0] == "4"
     for ours, theirs in zip(lines[0][3:], alone[3:]):
         assert float(ours) == pytest.approx(float(theirs), abs=2e-3)

@@ -45,7 +45,7 @@ def test_80_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
     from tokenpack.samples.text import standard_library_texts
     from tokenpack.samples.tokenizer import train_tokenizer
 
-    texts = [text.source for text in standard_library_texts(1500)]
+    texts = [text.source for text in standard_library_texts(900)]
     plain = train_tokenizer(texts, 500)
     tokenizer = as_transformers(plain)
     examples = [{"input_ids": ids[:60]} for ids in tokenizer(texts)["input_ids"] if len(ids) > 3]
@@ -72,8 +72,8 @@ def test_80_steps_have_the_losses_of_seq2seq_trainer(tmp_path):
         examples,
         model=model(),
         data_collator=collator(),
-        max_tokens_per_batch=500,
-        max_tokens_per_microbatch=200,
+        max_tokens_per_batch=300,
+        max_tokens_per_microbatch=120,
         **options,
     )
     ours.train()

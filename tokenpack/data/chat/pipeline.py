@@ -22,6 +22,7 @@ from .writing import RenderError
 # rows would make threads wait more often.
 _PART = 250
 _WAITING = 3
+_FIRST = 32  # rows of the first part, so that the tokenizer begins soon
 
 
 def check_choice(name: str, given: Any, known: Collection[Any]) -> None:
@@ -143,9 +144,11 @@ class ChatPipeline:
         waiting: deque[tuple[list[int], Future[list[Encoded]]]] = deque()
         iterator = iter(rows)
         wrong: Exception | None = None
+        count = min(_FIRST, _PART)
         with ThreadPoolExecutor(_WAITING) as threads:
             while wrong is None:
-                part, unread = _take(iterator)
+                part, unread = _take(iterator, count)
+                count = min(count * 2, _PART)
                 if not part and unread is None:
                     break
                 rendered, unwritten = self._render(part, sparse)
@@ -233,11 +236,13 @@ def _require_unicode(rendered: list[Rendering]) -> None:
             raise RenderError(f"text must be valid Unicode: {error}") from None
 
 
-def _take(rows: Iterator[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], Exception | None]:
+def _take(
+    rows: Iterator[tuple[int, Any]], count: int
+) -> tuple[list[tuple[int, Any]], Exception | None]:
     """The next rows, up to the first that cannot be read, and its error."""
     part: list[tuple[int, Any]] = []
     try:
-        for each in islice(rows, _PART):
+        for each in islice(rows, count):
             part.append(each)
     except (TypeError, ValueError) as error:
         return part, error

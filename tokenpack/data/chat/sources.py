@@ -19,12 +19,14 @@ import numpy as np
 
 try:
     import datasets
+    from datasets.formatting.formatting import LazyBatch
 except ImportError as error:
     raise ImportError("chat_dataset needs datasets: pip install 'tokenpack[data]'") from error
 
 from ..readers.files import DataFile, resolve_files
 
 JSON_COLUMN = "tokenpack_json_row"  # the only column of rows that are JSON
+_ROWS = 50  # that become Python objects together
 _BUILDERS = {"parquet": "parquet", "arrow": "arrow"}
 
 
@@ -71,13 +73,25 @@ def rows_of(
     """The rows of a batch of columns; None for an empty line of a JSON file.
 
     Args:
-        batch: the columns.
+        batch: the columns. Those of `datasets` become Python objects some rows at a time, while
+            rows before them are encoded.
         json_column: the one that holds each row as JSON, or None.
         numbers: of the rows, for error messages.
     """
-    if json_column is None:
-        return (dict(zip(batch, values)) for values in zip(*batch.values()))
-    return map(_parse, batch[json_column], numbers)
+    numbers = iter(numbers)
+    for part in _parts_of(batch):
+        if json_column is None:
+            yield from (dict(zip(part, values)) for values in zip(*part.values()))
+        else:
+            yield from map(_parse, part[json_column], numbers)
+
+
+def _parts_of(batch: Mapping[str, Sequence[Any]]) -> Iterator[Mapping[str, Sequence[Any]]]:
+    if not isinstance(batch, LazyBatch):
+        yield batch
+        return
+    for at in range(0, batch.pa_table.num_rows, _ROWS):
+        yield LazyBatch(batch.pa_table.slice(at, _ROWS), batch.formatter)
 
 
 def first_rows(dataset: Any, json_column: str | None, count: int) -> Iterator[Any]:

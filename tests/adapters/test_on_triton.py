@@ -43,7 +43,7 @@ def assert_same_step(case, reference, model, run=None):
 
 # mT5's attention is that of T5.
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.long][: n.startswith("MT5")]) for n in T5S]
+    "name", [pytest.param(n, marks=pytest.mark.long if n.startswith("MT5") else ()) for n in T5S]
 )
 def test_every_gradient_of_t5_models(name):
     case, reference = build(name)

@@ -87,7 +87,9 @@ ERRORS = {
 # has a gated layer more than T5, and is compiled as a packed stream below.
 LIKE_OTHERS = ("Mistral", "Qwen2", "Qwen3", "Gemma3", "MT5", "Bart")
 ONE_GRAPH = [
-    pytest.param(smallest_case_of(name), marks=[pytest.mark.long][: name.startswith(LIKE_OTHERS)])
+    pytest.param(
+        smallest_case_of(name), marks=pytest.mark.long if name.startswith(LIKE_OTHERS) else ()
+    )
     for name in FAMILIES
 ]
 

@@ -29,6 +29,7 @@ from .primitives import (
     between,
     dot_transposed,
     find_tile,
+    hide_step,
     load_rows,
     padded_start,
     params_of_head,
@@ -88,15 +89,17 @@ def _backward_queries(
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
         if EDGE and FEATURES.BIAS and FEATURES.RIGHT:
             start = tl.where(start < jump.at, start, start + jump.distance)
+        if SHAPE.QUERIES < 64 or FEATURES.BIAS:  # the others have the registers
+            start = hide_step(start, k.rows)
         q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
         query = start + column
         # Behind the last query, lse is +inf and delta is 0: masks would be a seventh of the loop.
-        row_lse, row_delta = tl.load(queries.lse + query), tl.load(queries.delta + query)
         product = dot_transposed(k, RowTile(q, queries.q, start), EDGE, SHAPE)
         raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BN, BM]
         if tiles.TABLE:
             raw += tile_biases(params, k.first - offset - start, True, SHAPE)
+        row_lse = tl.load(queries.lse + query)
         # 0 past the last query, where lse is +inf. Rows past the last key are never stored.
         weights = tl.exp2(raw * params.factor - (row_lse - tiles.bias)[None, :])
         if tiles.MASKED:
@@ -112,6 +115,7 @@ def _backward_queries(
         if SHAPE.CHUNK:  # load dout only now, so that it holds no registers during the products
             dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
         dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
+        row_delta = tl.load(queries.delta + query)
         dscores = weights * (dweights - row_delta[None, :]) * slope
         if SHAPE.CHUNK:
             q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)
@@ -248,8 +252,6 @@ def _attention_backward_kv_kernel(
         return
     k_rows = select_rows(k, span_k, K_STRIDE, kv_head, k_head_stride, HEAD_UNIT)
     v_rows = select_rows(v, span_k, V_STRIDE, kv_head, v_head_stride, HEAD_UNIT)
-    dk_rows = select_rows(dk, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
-    dv_rows = select_rows(dv, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)
     limits = DistanceLimits(left, right, reach)
     last_key = tl.minimum(first_key + KEYS, span_k.count) - 1
     offset = span_k.count - span_q.count
@@ -276,5 +278,7 @@ def _attention_backward_kv_kernel(
     dk_tile, dv_tile = grads
     if WIDE:
         dk_tile, dv_tile = tl.trans(dk_tile), tl.trans(dv_tile)
+    dk_rows = select_rows(dk, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
+    dv_rows = select_rows(dv, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)
     store_rows(dk_rows, dk_tile * scale, first_key, KEYS, SHAPE)
     store_rows(dv_rows, dv_tile, first_key, KEYS, SHAPE)

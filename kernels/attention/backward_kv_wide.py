@@ -16,6 +16,7 @@ from .dropout import dropout_keep_mask
 from .primitives import (
     apply_softcap,
     between,
+    hide_step,
     load_rows,
     tile_biases,
     visible_keys,
@@ -62,15 +63,16 @@ def backward_queries_wide(
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
         if EDGE and FEATURES.BIAS and FEATURES.RIGHT:
             start = tl.where(start < jump.at, start, start + jump.distance)
+        start = hide_step(start, k.rows)
         q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
         query = start + row
         # Behind the last query, lse is +inf and delta is 0.
-        row_lse, row_delta = tl.load(queries.lse + query), tl.load(queries.delta + query)
         product = _dot_by_columns(q, k.data, exists)
         raw, slope = apply_softcap(product, params, FEATURES.SOFTCAP)  # [BM, BN]
         if tiles.TABLE:
             raw += tile_biases(params, first_position - start, False, SHAPE)
+        row_lse = tl.load(queries.lse + query)
         weights = tl.exp2(raw * params.factor - (row_lse - tiles.bias)[:, None])
         if tiles.MASKED:
             position = query - first_position  # the column of the key at distance 0
@@ -86,6 +88,7 @@ def backward_queries_wide(
             dropped = tl.where(keep, weights * dropout.factor, 0.0)
             dweights = tl.where(keep, dweights * dropout.factor, 0.0)
         dv = tl.dot(tl.trans(dout), dropped.to(dout.dtype), dv)
+        row_delta = tl.load(queries.delta + query)
         dscores = weights * (dweights - row_delta[:, None]) * slope
         dk = tl.dot(tl.trans(q), dscores.to(q.dtype), dk)
     return dk, dv

@@ -31,6 +31,7 @@ from .primitives import (
     dot_transposed,
     edge_range,
     find_tile,
+    hide_step,
     key_ranges,
     load_rows,
     params_of_head,
@@ -65,6 +66,8 @@ def _attend_keys(
     first_key, last_key = visible_keys(position, keys.count, params.limits, FEATURES)
     column = tl.arange(0, SHAPE.KEYS)[None, :]
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
+        if tiles.MASKED or (SHAPE.KEYS < 128 and SHAPE.COLUMNS < 256):
+            start = hide_step(start, keys)
         k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
         product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)

@@ -279,6 +279,16 @@ def query_ranges(
 
 
 @triton.jit
+def hide_step(start, rows):
+    """``start``, a row of ``rows``, in a form in which the compiler does not see how it advances.
+
+    Where it sees that a loop advances by a constant, it keeps the address of each load of a thread
+    in two registers, advanced by itself. Otherwise it computes the addresses from one of them.
+    """
+    return tl.where(rows.count > 0, start, 0)
+
+
+@triton.jit
 def load_rows(rows, first, SIZE: tl.constexpr, MASKED: tl.constexpr, SHAPE: tl.constexpr):
     """[SIZE, COLUMNS] from row ``first`` on; MASKED if the rows may end within the tile."""
     return load_columns(rows, first, 0, SIZE, SHAPE.COLUMNS, MASKED, SHAPE)
@@ -379,13 +389,19 @@ def tile_biases(params, base, TRANSPOSED: tl.constexpr, SHAPE: tl.constexpr):
     furthest = params.limits.reach + SHAPE.QUERIES
     first = tl.maximum(tl.minimum(base, furthest), -params.limits.reach - SHAPE.KEYS)
     first -= SHAPE.QUERIES
-    line = tl.load(params.table + first + tl.arange(0, SPAN))
+    line, x = params.table + first, tl.arange(0, SPAN)
     score = tl.arange(0, SHAPE.QUERIES * SHAPE.KEYS)
     if TRANSPOSED:
-        index = SHAPE.QUERIES + score // SHAPE.QUERIES - score % SHAPE.QUERIES
+        # In reverse, so that the index is a constant per query added to one number per key.
+        line = tl.load(line + (SPAN - 1 - x))
+        index = score % SHAPE.QUERIES + (SPAN - 1 - SHAPE.QUERIES - score // SHAPE.QUERIES)
         biases = tl.reshape(tl.gather(line, index, 0), [SHAPE.KEYS, SHAPE.QUERIES])
     else:
-        index = SHAPE.QUERIES + score % SHAPE.KEYS - score // SHAPE.KEYS
+        line = tl.load(line + x)
+        if SHAPE.KEYS >= 128:  # the same, in an order that takes fewer registers of a wide tile
+            index = score % SHAPE.KEYS + (SHAPE.QUERIES - score // SHAPE.KEYS)
+        else:
+            index = SHAPE.QUERIES + score % SHAPE.KEYS - score // SHAPE.KEYS
         biases = tl.reshape(tl.gather(line, index, 0), [SHAPE.QUERIES, SHAPE.KEYS])
     return biases
 

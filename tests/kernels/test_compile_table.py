@@ -54,7 +54,8 @@ def test_whole_calls_with_a_bias_are_predicted():
     calls = {(row["tokens"], row["head_dim"], row["direction"]) for row in rows}
     sizes = [(tokens, width) for tokens in ("128", "512") for width in ("64", "128")]
     assert calls == {(*size, way) for size in sizes for way in ("causal", "both directions")}
-    assert all(1.0 <= float(row["both"]) <= 1.5 for row in rows)
+    # Short causal sequences: with a bias, dq's smaller tiles compute fewer hidden scores.
+    assert all(0.95 <= float(row["both"]) <= 1.5 for row in rows)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

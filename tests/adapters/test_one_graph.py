@@ -316,7 +316,10 @@ PADDED = {
 }
 
 
-@pytest.mark.parametrize("name", PADDED)
+# The call with embeddings has a cache as well.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long][: n == "a cache"]) for n in PADDED]
+)
 def test_a_call_that_runs_padded_is_one_graph_and_counted(name):
     case, change = PADDED[name]
     run, model = compiled(case)

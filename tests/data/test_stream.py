@@ -1,6 +1,7 @@
 """Streams of packed rows give each sample once over ranks and workers, and can resume anywhere."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from tokenpack.data import PackedStreamLoader, collate_packed_rows, pack_dataset, pack_stream
+
+from ..long import long_unless
 
 datasets = pytest.importorskip("datasets")
 CAPACITY = 32
@@ -80,8 +83,18 @@ def test_rows_hold_each_sample_once_with_labels_and_positions(source):
         assert row["position_ids"].tolist() == want_positions + list(range(padding))
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("world_size, num_workers", [(1, 2), (2, 0), (2, 3), (3, 1)])
+# Each source without workers and with some, and each number of workers with two sources or more.
+SHARED = [(1, 2), (2, 0), (2, 3), (3, 1)]
+SOME_SHARED = [
+    *((name, 2, 0) for name in SOURCES),
+    *((name, *SHARED[at]) for name, at in zip(SOURCES, (0, 2, 3, 0, 2))),
+]
+
+
+@pytest.mark.parametrize(
+    "source, world_size, num_workers",
+    long_unless(SOME_SHARED, ((name, *shared) for name in SOURCES for shared in SHARED)),
+)
 def test_ranks_and_workers_share_the_samples_without_loss_or_repetition(
     source, world_size, num_workers
 ):
@@ -96,8 +109,12 @@ def test_ranks_and_workers_share_the_samples_without_loss_or_repetition(
     assert sorted(found) == sorted(SAMPLES)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
+SOME_RESUMED = [*((name, 0) for name in SOURCES), *zip(SOURCES, (1, 3, 1, 3, 3))]
+
+
+@pytest.mark.parametrize(
+    "source, num_workers", long_unless(SOME_RESUMED, product(SOURCES, [0, 1, 3]))
+)
 def test_a_loader_resumes_from_any_batch(source, num_workers):
     def loader():
         stream = pack_stream(SOURCES[source](), CAPACITY, "obfd", lookahead=16)

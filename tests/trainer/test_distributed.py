@@ -1,6 +1,7 @@
 """An epoch on several ranks: each example once, equally many steps, and the same weights."""
 
 import importlib.util
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tokenpack.trainer.step import StepRunner
 
+from ..long import long_unless
 from .setting import CASES, distance, make_examples, make_trainer, on_ranks, whole
 from .test_exactness import Seen
 
@@ -97,8 +99,9 @@ def check_like(ranks, one):
     assert together == [sorted(step) for step in one["examples"]]
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", ["T5", "Llama"])
+@pytest.mark.parametrize(
+    "name, world", long_unless([("T5", 3), ("Llama", 2)], product(["T5", "Llama"], [2, 3]))
+)
 def test_ddp(name, world, alone, tmp_path):
     ranks = on_ranks(world, epoch_on_rank, name, tmp_path, {})
     check_epoch(ranks)
@@ -145,7 +148,7 @@ def sharded_on_rank(rank, function, *arguments):
 
 # Without T5 and NLLB: accelerate's wrapping does not support their tied embeddings ("shared with a
 # parameter already managed by another FSDP group"), not even in an unpatched model.
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_fsdp2(world, alone, tmp_path):
     ranks = on_ranks(world, sharded_on_rank, epoch_on_rank, "Llama", tmp_path, FSDP2)
     check_epoch(ranks)

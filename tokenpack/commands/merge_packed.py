@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.shards.parts import part_name
-from ..files import locked_folder, written_whole
+from ..files import written_whole
 from ..packing import PackMetrics, merge_saved
 from ..packing.result import common_strategy
 from . import machine
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     parts = _find_parts(out)
     reports = [_read_report(part, rank) for rank, part in enumerate(parts)]
     _require_one_input(parts, reports)
-    with new_folder(out, "OUT"), locked_folder(out, "OUT"):
+    with new_folder(out, "OUT"):
         check_empty(out)
         try:
             to_load = _join(parts, [report["metrics"]["num_bins"] for report in reports], out)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..files import locked_folder
 from .interrupts import uninterrupted
 
 
@@ -30,17 +31,23 @@ def make_folder(folder: Path, option: str) -> None:
 
 @contextmanager
 def new_folder(folder: Path, option: str) -> Iterator[None]:
-    """`make_folder`. After an error, those that it created are removed again, unless they hold a
-    file."""
+    """`make_folder`, and keep other runs out of it.
+
+    After an error, the folders that it created are removed again, unless they hold a file.
+
+    Raises:
+        ValueError: if the folder cannot be created, or if another run uses it.
+    """
     created = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-    try:
-        make_folder(folder, option)
-        yield
-    except BaseException:
-        with uninterrupted(), suppress(OSError):
-            for each in created:
-                each.rmdir()
-        raise
+    make_folder(folder, option)
+    with locked_folder(folder, option):
+        try:
+            yield
+        except BaseException:
+            with uninterrupted(), suppress(OSError):
+                for each in created:
+                    each.rmdir()
+            raise
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

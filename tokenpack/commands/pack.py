@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from ..data.shards.parts import check_ranks, part_name, part_of
 from ..data.tokens import Tokens, flatten_tokens, plan_of, require_same_lengths
-from ..files import locked_folder
 from ..packing import Packer, PackMetrics, PackResult, pack_shards
 from ..segments import offsets_of
 from ..table import format_table
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     only_lengths = Path(arguments.input).suffix == ".npy"
     _check_options(arguments, only_lengths)
     _check_packages("tqdm", *(() if only_lengths else ("datasets", "pyarrow")))
-    with new_folder(arguments.out, "OUT"), locked_folder(arguments.out, "OUT"):
+    with new_folder(arguments.out, "OUT"):
         _remove_unfinished(arguments.out)
         check_empty(arguments.out)
         try:

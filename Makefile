@@ -125,8 +125,8 @@ python-ready:
 
 # Those whose ops have kernels.
 INTERPRETED_TESTS = \
-	$(addprefix tests/kernels/test_,layout.py layout_ops.py padding.py loss.py linear_loss.py counts.py races.py) \
-	$(addprefix tests/kernels/attention/test_,kernels.py tuning.py) tests/adapters/test_on_triton.py
+	$(addprefix tests/kernels/test_,layout.py layout_ops.py padding.py tokens.py loss.py linear_loss.py counts.py races.py) \
+	$(addprefix tests/kernels/attention/test_,kernels.py offsets.py tuning.py) tests/adapters/test_on_triton.py
 
 # Exits with a message when the interpreter lacks one of the packages $(1).
 MISSING = import sys; from importlib.util import find_spec; \

@@ -14,6 +14,18 @@ ALIGNMENT = 16
 """Triton compiles a kernel for addresses that are multiples of 16 bytes, or for any address."""
 
 
+def are_aligned(tensors: tuple[Tensors, ...]) -> bool:
+    """Whether the addresses of all tensors are multiples of `ALIGNMENT` bytes."""
+    addresses = 0
+    for tensor in tensors:
+        if isinstance(tensor, tuple):
+            for each in tensor:
+                addresses |= each.data_ptr()
+        else:
+            addresses |= tensor.data_ptr()
+    return addresses % ALIGNMENT == 0
+
+
 class PreparedKernel:
     """A kernel whose launches differ only in tensors, in sizes of the batch, and in the grid.
 
@@ -46,14 +58,7 @@ class PreparedKernel:
         self, grid: tuple[int, int], tensors: tuple[Tensors, ...], sizes: tuple[int, ...] = ()
     ) -> None:
         """Launch the kernel. A grid with a 0 launches nothing."""
-        addresses = 0
-        for tensor in tensors:
-            if isinstance(tensor, tuple):
-                for each in tensor:
-                    addresses |= each.data_ptr()
-            else:
-                addresses |= tensor.data_ptr()
-        BatchLaunch(self, grid, sizes)(tensors, addresses % ALIGNMENT == 0)
+        BatchLaunch(self, grid, sizes)(tensors, are_aligned(tensors))
 
 
 class BatchLaunch:
@@ -80,8 +85,8 @@ class BatchLaunch:
 
         Args:
             tensors: the values of its tensors.
-            aligned: whether the addresses of all tensors are multiples of `ALIGNMENT` bytes. Those
-                of new tensors are; a view may begin anywhere.
+            aligned: `are_aligned` of the tensors. New tensors are, so it need not be asked of them;
+                a view may begin anywhere.
         """
         compiled = self._compiled
         if compiled is None or not aligned:

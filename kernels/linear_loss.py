@@ -130,12 +130,8 @@ def mean_of_counted(
         None,
         total_tokens=hidden.shape[0],
         num_classes=weight.shape[0],
-        shift=False,
-        reduction="mean",
-        sequence_weights=None,
-        num_items=num_items,
-        ignore_index=-100,
         like=hidden,
+        num_items=num_items,
     )
     options = (0.0, 0.0, softcap or 0.0, scale, compute, num_valid, True)
     return _loss(hidden, weight, bias, reduce, options)[0]

@@ -90,12 +90,12 @@ def plan_reduction(
     *,
     total_tokens: int,
     num_classes: int,
-    shift: bool,
-    reduction: str,
-    sequence_weights: Tensor | None,
-    num_items: Tensor | float | None,
-    ignore_index: int,
     like: Tensor,
+    shift: bool = False,
+    reduction: str = "mean",
+    sequence_weights: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    ignore_index: int = -100,
 ) -> Reduction:
     """Check the arguments that all losses share, and compute targets and weights.
 

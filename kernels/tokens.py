@@ -30,7 +30,6 @@ class TakenTokens(NamedTuple):
     Attributes:
         tokens: ``(total_tokens,)``, the ids.
         targets: ``(total_tokens,)``, the label of each token, or of the next slot in its row.
-            Empty if there are no labels.
         columns: ``(total_tokens,)`` int64, the column of each token in the padded batch.
         counts: ``(2,)`` int32 on the device: how many labels of the batch are not -100, and how
             many targets. They differ if the label of a padded slot is not -100.
@@ -43,13 +42,13 @@ class TakenTokens(NamedTuple):
 
 
 def take_tokens(
-    ids: Tensor, labels: Tensor | None, layout: PackedLayout, *, shift: bool = False
+    ids: Tensor, labels: Tensor, layout: PackedLayout, *, shift: bool = False
 ) -> TakenTokens:
     """Take the ids and labels of the real tokens. This does not wait for the device.
 
     Args:
         ids: ``(rows, columns)`` integers.
-        labels: ``(rows, columns)`` integers or None. -100 marks slots without a target.
+        labels: ``(rows, columns)`` integers. -100 marks slots without a target.
         layout: the layout of the padded batch, on the same device.
         shift: the target of a slot is the label of the next slot in its row, as in causal models.
 
@@ -58,8 +57,7 @@ def take_tokens(
             another device.
     """
     require_padded_form(layout)
-    given = {"ids": ids} if labels is None else {"ids": ids, "labels": labels}
-    for name, tensor in given.items():
+    for name, tensor in (("ids", ids), ("labels", labels)):
         if tensor.shape != layout.padded_shape:
             raise ValueError(f"{name} must be {layout.padded_shape}, got {tuple(tensor.shape)}")
         if tensor.device != layout.device:
@@ -67,21 +65,27 @@ def take_tokens(
     return TakenTokens(*run(_take_tokens, ids, labels, layout.indices, shift))
 
 
+def shift_left(labels: Tensor) -> Tensor:
+    """The label of the next slot for each slot; -100 at the end of a row. ``(rows, columns)``."""
+    return torch.nn.functional.pad(labels, (0, 1), value=_IGNORE_INDEX)[:, 1:]
+
+
+def count_labels(labels: Tensor, targets: Tensor) -> Tensor:
+    """``(2,)``, how many labels are not -100: of all slots, and of the real tokens."""
+    return torch.stack([(values != _IGNORE_INDEX).sum() for values in (labels, targets)])
+
+
 # ------------------------------------------------------------------ reference: CPU path and oracle
 
 
 @define_op("tokenpack::take_tokens")
 def _take_tokens(
-    ids: Tensor, labels: Tensor | None, indices: Tensor, shift: bool
+    ids: Tensor, labels: Tensor, indices: Tensor, shift: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, columns = ids.flatten().index_select(0, indices), indices.long() % ids.shape[1]
-    if labels is None:
-        return tokens, ids.new_empty(0), columns, indices.new_zeros(2)
-    if shift:
-        labels = torch.nn.functional.pad(labels, (0, 1), value=_IGNORE_INDEX)[:, 1:]
+    labels = shift_left(labels) if shift else labels
     targets = labels.flatten().index_select(0, indices)
-    counts = [(values != _IGNORE_INDEX).sum() for values in (labels, targets)]
-    return tokens, targets, columns, torch.stack(counts).to(torch.int32)
+    return tokens, targets, columns, count_labels(labels, targets).to(torch.int32)
 
 
 # ------------------------------------------------------------------------------------------ Triton
@@ -100,7 +104,6 @@ def _take_tokens_kernel(
     num_slots,
     num_columns,
     num_blocks,
-    LABELS: tl.constexpr,
     SHIFT: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,16 +116,15 @@ def _take_tokens_kernel(
     column = slot % num_columns
     tl.store(columns + entry, column.to(tl.int64), mask=is_token)
     tl.store(tokens + entry, tl.load(ids + slot, mask=is_token), mask=is_token)
-    if LABELS:
-        has_target = is_token & (column + SHIFT < num_columns)
-        target = tl.load(labels + slot + SHIFT, mask=has_target, other=IGNORE_INDEX)
-        tl.store(targets + entry, target, mask=is_token)
-        # A shifted row drops its first label.
-        is_label = (entry < num_slots) & (entry % num_columns >= SHIFT)
-        label = tl.load(labels + entry, mask=is_label, other=IGNORE_INDEX)
-        tl.store(counts + block, tl.sum((label != IGNORE_INDEX).to(tl.int32)))
-        taken = tl.sum((target != IGNORE_INDEX).to(tl.int32))
-        tl.store(counts + num_blocks + block, taken)
+    has_target = is_token & (column + SHIFT < num_columns)
+    target = tl.load(labels + slot + SHIFT, mask=has_target, other=IGNORE_INDEX)
+    tl.store(targets + entry, target, mask=is_token)
+    # A shifted row drops its first label.
+    is_label = (entry < num_slots) & (entry % num_columns >= SHIFT)
+    label = tl.load(labels + entry, mask=is_label, other=IGNORE_INDEX)
+    tl.store(counts + block, tl.sum((label != IGNORE_INDEX).to(tl.int32)))
+    taken = tl.sum((target != IGNORE_INDEX).to(tl.int32))
+    tl.store(counts + num_blocks + block, taken)
 
 
 _BLOCK = 1024
@@ -130,33 +132,26 @@ _BLOCK = 1024
 
 @on_triton(_take_tokens)
 def take_tokens_triton(
-    ids: Tensor, labels: Tensor | None, indices: Tensor, shift: bool
+    ids: Tensor, labels: Tensor, indices: Tensor, shift: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op ``take_tokens`` in one launch, and one that adds the counts of a large batch."""
     total_tokens, num_slots = indices.numel(), ids.numel()
     tokens, columns = ids.new_empty(total_tokens), ids.new_empty(total_tokens, dtype=torch.int64)
-    targets = ids.new_empty(0) if labels is None else labels.new_empty(total_tokens)
+    targets = labels.new_empty(total_tokens)
     num_blocks = triton.cdiv(num_slots, _BLOCK)
     counts = indices.new_empty((2, num_blocks))
-    # The kernel needs a pointer for absent labels. It does not read them.
-    of_labels = ids if labels is None else labels.contiguous()
-    kernel = _kernel((ids.device, ids.dtype, of_labels.dtype), labels is not None, shift)
-    tensors = (ids.contiguous(), of_labels, indices, tokens, targets, columns, counts)
+    kernel = _kernel((ids.device, ids.dtype, labels.dtype), shift)
+    tensors = (ids.contiguous(), labels.contiguous(), indices, tokens, targets, columns, counts)
     kernel((num_blocks, 1), tensors, (total_tokens, num_slots, ids.shape[1], num_blocks))
-    if labels is None:
-        counts.zero_()
     return tokens, targets, columns, counts.view(2) if num_blocks == 1 else counts.sum(1).int()
 
 
 @functools.cache
-def _kernel(
-    types: tuple[torch.device | torch.dtype, ...], labels: bool, shift: bool
-) -> PreparedKernel:
+def _kernel(types: tuple[torch.device | torch.dtype, ...], shift: bool) -> PreparedKernel:
     """The kernel for ids and labels of these types on this device."""
     tensors = ("ids", "labels", "indices", "tokens", "targets", "columns", "counts")
     sizes = ("total_tokens", "num_slots", "num_columns", "num_blocks")
     constants = {
-        "LABELS": labels,
         "SHIFT": int(shift),
         "IGNORE_INDEX": _IGNORE_INDEX,
         "BLOCK": _BLOCK,
@@ -167,12 +162,12 @@ def _kernel(
 
 @_take_tokens.register_fake
 def _(
-    ids: Tensor, labels: Tensor | None, indices: Tensor, shift: bool
+    ids: Tensor, labels: Tensor, indices: Tensor, shift: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total_tokens = indices.shape[0]
     return (
         ids.new_empty(total_tokens),
-        ids.new_empty(0) if labels is None else labels.new_empty(total_tokens),
+        labels.new_empty(total_tokens),
         ids.new_empty(total_tokens, dtype=torch.int64),
         ids.new_empty(2, dtype=torch.int32),
     )

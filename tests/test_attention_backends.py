@@ -721,10 +721,7 @@ def test_on_cuda_against_the_reference_in_float64(backend, causal, window):
 @pytest.mark.parametrize("lengths", [[4, 5], [200, 300]], ids=["one call", "groups"])
 @pytest.mark.parametrize("options", [{}, {"relative_bias": True}, {"dropout_p": 0.2}], ids=str)
 def test_a_second_derivative_is_an_error(options, lengths):
-    """Also if no gradient of the output requires one: a sum of these gradients would lack a term.
-
-    With ``TRITON_INTERPRET=1``, the kernels run.
-    """
+    """Also if no gradient of the output requires one: a sum of these would lack a term."""
     options = dict(options)
     q = torch.randn(1, 2, sum(lengths), 16, requires_grad=True)
     if options.pop("relative_bias", False):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._last import LastResult
-from .._launch import ALIGNMENT, BatchLaunch
+from .._launch import BatchLaunch, are_aligned
 from .backward import (
     backward_grids,
     backward_kernels,
@@ -75,7 +75,6 @@ class LayerKernels:
         self._prepared: dict[Any, Any] = {}
         # T5's layers share one table.
         self._table_for_kernels = LastResult(partial(table_for_kernels, spec=spec))
-        self._addresses = cu_seqlens_q.data_ptr() | cu_seqlens_k.data_ptr()
 
     def forward(
         self,
@@ -102,7 +101,7 @@ class LayerKernels:
         # A kernel needs a pointer for each tensor. It reads no absent table or seed.
         of_table, of_seed = lse if table is None else table, lse if seed is None else seed
         given = (query, key, value, of_table, of_seed)
-        launch((*given, lse, out, *self._offsets), self._are_aligned(given))
+        launch((*given, lse, out, *self._offsets), are_aligned((*given, *self._offsets)))
         return saved
 
     def backward(
@@ -127,17 +126,10 @@ class LayerKernels:
         partials = lse if sums is None else lse.new_zeros(sums)
         of_table, of_seed = lse if table is None else table, lse if seed is None else seed
         given = (query, key, value, of_table, of_seed, dout)
-        aligned = self._are_aligned((*given, lse, out))
+        aligned = are_aligned((*given, lse, out, *self._offsets))
         of_dq((*given, delta, lse, out, dq, base2_lse, partials, *self._offsets), aligned)
         of_dkv((*given, delta, base2_lse, dk, dv, *self._offsets), aligned)
         return dq, dk, dv, None if sums is None else sum_partials(partials)
-
-    def _are_aligned(self, given: tuple[Tensor, ...]) -> bool:
-        """Whether the addresses of these tensors and of the offsets are aligned."""
-        addresses = self._addresses
-        for each in given:
-            addresses |= each.data_ptr()
-        return addresses % ALIGNMENT == 0
 
     def _prepare_forward(self, saved: Saved) -> BatchLaunch:
         inputs, spec = self._inputs(saved), self._spec

@@ -112,3 +112,12 @@ def test_inference_mode_changes_nothing():
         with mode():
             losses.append(model(**case.batch("right")).loss)
     assert torch.equal(*losses)
+
+
+def test_a_second_derivative_is_an_error():
+    q = torch.randn(1, 2, 9, 16, requires_grad=True)
+    out, choice = layout_attention(q, q, q, {"self": layout_from_lengths([4, 5])}, causal=True)
+    assert choice.backend == "triton"
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (gradient.sum() + q.sum()).backward()

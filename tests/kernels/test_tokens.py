@@ -52,15 +52,6 @@ def test_types_are_kept_and_strides_are_not(dtypes):
     assert torch.equal(taken.targets, labels[mask])
 
 
-def test_without_labels():
-    mask = masks()["left padding"]
-    ids, _ = batch(mask)
-    taken = take_tokens(ids, None, layout_from_mask(mask))
-    assert torch.equal(taken.tokens, ids[mask])
-    assert taken.targets.numel() == 0
-    assert taken.counts.tolist() == [0, 0]
-
-
 def test_errors():
     mask = masks()["holes"]
     ids, labels = batch(mask)
@@ -79,4 +70,3 @@ def test_registered_correctly(shift):
     ids, labels = batch(mask)
     indices = layout_from_mask(mask).indices
     torch.library.opcheck(_take_tokens, (ids, labels, indices, shift))
-    torch.library.opcheck(_take_tokens, (ids, None, indices, shift))

@@ -24,7 +24,6 @@ from ..attention.layouts import (
     new_size,
     outputs_of,
 )
-from ..checks import IGNORE_INDEX
 from ..kernels import (
     PackedLayout,
     layout_from_cu_seqlens,
@@ -33,6 +32,7 @@ from ..kernels import (
 )
 from ..kernels._ops import ON_HOST
 from ..kernels.layout import require_padded_form
+from ..kernels.tokens import count_labels
 from ..segments import rounded_sequences
 from .call import AfterHead, state_of
 
@@ -233,7 +233,7 @@ def _take_targets(
     labels: Tensor, indices: Tensor, key: str, tokens: int, slots: int
 ) -> tuple[Tensor, Tensor]:
     targets = labels.flatten().index_select(0, indices)
-    num_labels, num_valid = count_labels(labels, targets)
+    num_labels, num_valid = count_labels(labels, targets).tolist()
     if num_labels != num_valid:
         raise ValueError(
             "labels must be -100 at padded positions (and, for a causal model, for the first token "
@@ -316,13 +316,6 @@ def pads_read_slots(mask: Tensor, read: Tensor) -> bool:
     """Whether the mask is 0 in column ``read[row]`` of some row."""
     rows = torch.arange(len(mask), device=mask.device)
     return bool((mask[rows, read.to(mask.device)] == 0).any())
-
-
-def count_labels(labels: Tensor, targets: Tensor) -> tuple[int, int]:
-    """How many labels are not -100: of all slots, and of the real tokens."""
-    counts = [(values != IGNORE_INDEX).sum() for values in (labels, targets)]
-    num_labels, num_valid = torch.stack(counts).tolist()
-    return num_labels, num_valid
 
 
 def logits_match(after: AfterHead, raw: Tensor, final: Tensor) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import IGNORE_INDEX
 from ..kernels import (
@@ -22,7 +22,7 @@ from ..kernels import (
     repad,
     unpad,
 )
-from ..kernels.tokens import TakenTokens, take_tokens
+from ..kernels.tokens import TakenTokens, count_labels, shift_left, take_tokens
 from .call import KEYWORD, Entry, PackedCall, PatchState, Targets, marker_mask
 from .checks import check_call, check_pooling, has_pooler
 from .dead_tokens import add_dead_tokens
@@ -30,7 +30,6 @@ from .errors import CannotPackError
 from .graph_ops import (
     Counted,
     GraphSide,
-    count_labels,
     full_layout_in_graph,
     has_holes,
     layout_in_graph,
@@ -117,11 +116,6 @@ def pack_inputs(
     if turns_cache_off:
         packed.arguments["use_cache"] = False
     return packed
-
-
-def shift_left(labels: Tensor) -> Tensor:
-    """The label of the next slot for each slot; -100 at the end of a row. ``(rows, columns)``."""
-    return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
 
 
 def shift_right(model: Any, labels: Tensor) -> Tensor:
@@ -422,15 +416,16 @@ def _targets(labels: Tensor, shift: bool, side: _Side, counted: Counted | None) 
             f"got {tuple(labels.shape)}"
         )
     labels = labels.to(layout.device)
-    if counted is None and not side.is_stream and side.padded.dim() == 2:
+    if counted is not None:
+        return Targets(*targets_in_graph(shift_left(labels) if shift else labels, layout, counted))
+    if side.padded.dim() == 2:
         side.taken = take_tokens(side.padded, labels, layout, shift=shift)
-        targets, (num_labels, num_valid) = side.taken.targets, side.taken.counts.tolist()
-    else:
+        targets, counts = side.taken.targets, side.taken.counts
+    else:  # embeddings
         labels = shift_left(labels) if shift else labels
-        if counted is not None:
-            return Targets(*targets_in_graph(labels, layout, counted))
         targets = unpad(labels, layout)
-        num_labels, num_valid = count_labels(labels, targets)
+        counts = count_labels(labels, targets)
+    num_labels, num_valid = counts.tolist()
     if num_labels != num_valid:
         raise CannotPackError(
             "labels at padded positions must be -100 (and, for a causal model, the label of the "

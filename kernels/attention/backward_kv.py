@@ -27,6 +27,7 @@ from .primitives import (
     TileShape,
     apply_softcap,
     between,
+    bias_beyond,
     dot_transposed,
     find_tile,
     hide_step,
@@ -89,8 +90,7 @@ def _backward_queries(
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
         if EDGE and FEATURES.BIAS and FEATURES.RIGHT:
             start = tl.where(start < jump.at, start, start + jump.distance)
-        if SHAPE.QUERIES < 64 or FEATURES.BIAS:  # the others have the registers
-            start = hide_step(start, k.rows)
+        start = hide_step(start, k.rows)
         q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
         query = start + column
@@ -170,7 +170,9 @@ def _backward_all_queries(
     elif not MERGED:
         grads = _add_queries(
             grads, k, v, queries, params, dropout,
-            TileRange(first, tl.minimum(near, edge), params.bias_after, MASKED, False),
+            TileRange(
+                first, tl.minimum(near, edge), bias_beyond(params, True, FEATURES), MASKED, False,
+            ),
             jump, False, FEATURES, SHAPE,
         )
     if FEATURES.BIAS:
@@ -181,7 +183,7 @@ def _backward_all_queries(
         )
     grads = _add_queries(
         grads, k, v, queries, params, dropout,
-        TileRange(far, edge, params.bias_before, FEATURES.LEFT, False),
+        TileRange(far, edge, bias_beyond(params, False, FEATURES), FEATURES.LEFT, False),
         jump, False, FEATURES, SHAPE,
     )
     return _add_queries(
@@ -280,5 +282,6 @@ def _attention_backward_kv_kernel(
         dk_tile, dv_tile = tl.trans(dk_tile), tl.trans(dv_tile)
     dk_rows = select_rows(dk, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
     dv_rows = select_rows(dv, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)
+    first_key = hide_step(first_key, span_k)
     store_rows(dk_rows, dk_tile * scale, first_key, KEYS, SHAPE)
     store_rows(dv_rows, dv_tile, first_key, KEYS, SHAPE)

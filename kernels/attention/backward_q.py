@@ -35,6 +35,7 @@ from .primitives import (
     TileShape,
     apply_softcap,
     between,
+    bias_beyond,
     dot_transposed,
     edge_range,
     find_tile,
@@ -123,14 +124,22 @@ def _sum_diagonals(dscores, corners, SHAPE: tl.constexpr):
     block = tl.arange(0, 64)[None, :]
     selector = (block % 8 - block // 8 + 8 == tl.arange(0, 16)[:, None]).to(tl.float32)
     sums = tl.dot(selector, folded, input_precision=SHAPE.PRECISION)  # [16, COLUMNS]
-    # Distance x lies in two neighboring blocks of each r. Entry 0 is always 0.
-    entry = tl.arange(0, 2 * ROWS * SPAN)
-    x, r, h = entry % SPAN, entry // (2 * SPAN), entry // SPAN % 2
-    n = x // 8 - (SPAN - SHAPE.KEYS) // 8 + 2 + 2 * r - h
+    # Distance x lies in two neighboring blocks of each r, and in two neighboring r of each block.
+    # The smaller number of parts is summed. Entry 0 is always 0.
+    PARTS: tl.constexpr = min(2 * ROWS, BLOCKS)
+    entry = tl.arange(0, PARTS * SPAN)
+    x, part = entry % SPAN, entry // SPAN
+    shift = x // 8 - (SPAN - SHAPE.KEYS) // 8 + 2  # n of the block with r = 0 and h = 0
+    if BLOCKS < 2 * ROWS:
+        n = part
+        r, h = (n - shift + 1) >> 1, (n - shift) & 1
+    else:
+        r, h = part // 2, part % 2
+        n = shift + 2 * r - h
     source = (h * 8 + x % 8) * COLUMNS + (r * BLOCKS + n) * (COLUMNS // (ROWS * BLOCKS))
-    source = tl.where((n >= 0) & (n < BLOCKS), source, 0)
+    source = tl.where((n >= 0) & (n < BLOCKS) & (r >= 0) & (r < ROWS), source, 0)
     parts = tl.gather(tl.reshape(sums, [16 * COLUMNS]), source, 0)
-    return tl.sum(tl.reshape(parts, [2 * ROWS, SPAN]), 0), corners
+    return tl.sum(tl.reshape(parts, [PARTS, SPAN]), 0), corners
 
 
 @triton.jit
@@ -175,8 +184,8 @@ def _backward_keys(
     first_key, last_key = visible_keys(position, keys.count, params.limits, FEATURES)
     column = tl.arange(0, SHAPE.KEYS)[None, :]
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
-        # 64 x 64 scores of 128 columns have few loads: there, the form costs more than it saves.
-        if tiles.MASKED or SHAPE.COLUMNS != 128 or SHAPE.QUERIES != 64:
+        # Far tiles of 64 x 64 scores of 128 columns have few values: there, the form costs time.
+        if tiles.TABLE or tiles.MASKED or SHAPE.COLUMNS != 128 or SHAPE.QUERIES != 64:
             start = hide_step(start, keys)
         k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
@@ -248,7 +257,8 @@ def _backward_all_keys(
     # fmt: off
     grads = _backward_keys(
         grads, queries, keys, values, params, dropout, partial,
-        TileRange(first, near, params.bias_before, FEATURES.LEFT, False), 0, FEATURES, SHAPE,
+        TileRange(first, near, bias_beyond(params, False, FEATURES), FEATURES.LEFT, False),
+        0, FEATURES, SHAPE,
     )
     if FEATURES.BIAS:
         if not FEATURES.LEFT:
@@ -277,12 +287,14 @@ def _backward_all_keys(
         if not FEATURES.LEFT:
             grads = _backward_keys(
                 grads, queries, keys, values, params, dropout, partial,
-                TileRange(far, last, params.bias_after, False, False), 0, FEATURES, SHAPE,
+                TileRange(far, last, bias_beyond(params, True, FEATURES), False, False),
+                0, FEATURES, SHAPE,
             )
     if FEATURES.LEFT or not FEATURES.BIAS:
         grads = _backward_keys(
             grads, queries, keys, values, params, dropout, partial,
-            TileRange(last, end, params.bias_after, True, False), 0, FEATURES, SHAPE,
+            TileRange(last, end, bias_beyond(params, True, FEATURES), True, False),
+            0, FEATURES, SHAPE,
         )
     # fmt: on
     if FEATURES.DTABLE:

@@ -28,6 +28,7 @@ from .primitives import (
     TileShape,
     apply_softcap,
     between,
+    bias_beyond,
     dot_transposed,
     edge_range,
     find_tile,
@@ -66,7 +67,7 @@ def _attend_keys(
     first_key, last_key = visible_keys(position, keys.count, params.limits, FEATURES)
     column = tl.arange(0, SHAPE.KEYS)[None, :]
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
-        if tiles.MASKED or (SHAPE.KEYS < 128 and SHAPE.COLUMNS < 256):
+        if tiles.MASKED or SHAPE.COLUMNS > 64:  # the others have few addresses
             start = hide_step(start, keys)
         k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
@@ -114,7 +115,8 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
     # fmt: off
     softmax = _attend_keys(
         softmax, q, keys, values, params, dropout,
-        TileRange(first, near, params.bias_before, FEATURES.LEFT, False), FEATURES, SHAPE,
+        TileRange(first, near, bias_beyond(params, False, FEATURES), FEATURES.LEFT, False),
+        FEATURES, SHAPE,
     )
     if FEATURES.BIAS:
         if not FEATURES.LEFT:
@@ -124,7 +126,8 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
             )
             softmax = _attend_keys(
                 softmax, q, keys, values, params, dropout,
-                TileRange(far, last, params.bias_after, False, False), FEATURES, SHAPE,
+                TileRange(far, last, bias_beyond(params, True, FEATURES), False, False),
+                FEATURES, SHAPE,
             )
         edge, edge_end, _ = edge_range(whole, far, last, end, FEATURES)
         softmax = _attend_keys(
@@ -134,7 +137,7 @@ def _attend_all_keys(q, keys, values, params, dropout, FEATURES: tl.constexpr, S
     if FEATURES.LEFT or not FEATURES.BIAS:
         softmax = _attend_keys(
             softmax, q, keys, values, params, dropout,
-            TileRange(last, end, params.bias_after, True, False), FEATURES, SHAPE,
+            TileRange(last, end, bias_beyond(params, True, FEATURES), True, False), FEATURES, SHAPE,
         )
     # fmt: on
     return softmax

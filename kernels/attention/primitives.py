@@ -74,8 +74,6 @@ class ScoreParams(NamedTuple):
     factor: tl.tensor  # of the raw score, positive
     inner: tl.tensor  # with a softcap: raw = tanh(inner * product)
     table: tl.tensor  # pointer to this head's bias at distance 0, in the unit of raw scores
-    bias_before: tl.tensor  # base-2, of all keys beyond the reach before the query, or 0
-    bias_after: tl.tensor  # of all keys beyond the reach after the query
     limits: DistanceLimits
 
 
@@ -140,9 +138,10 @@ def find_tile(tile, cu_seqlens, other_cu_seqlens, num_seqs, SIZE: tl.constexpr):
         end = tl.where(starts_before, end, middle)
     start, end = tl.load(cu_seqlens + seq), tl.load(cu_seqlens + seq + 1)
     other_start, other_end = tl.load(other_cu_seqlens + seq), tl.load(other_cu_seqlens + seq + 1)
-    # int64: a row's offset in elements can exceed 2**31.
-    span = Span(start.to(tl.int64), end - start)
-    other_span = Span(other_start.to(tl.int64), other_end - other_start)
+    # int64: a row's offset in elements can exceed 2**31. By way of uint32 because the compiler then
+    # knows the upper half: it is 0.
+    span = Span(start.to(tl.uint32).to(tl.int64), end - start)
+    other_span = Span(other_start.to(tl.uint32).to(tl.int64), other_end - other_start)
     return seq, (tile - start // SIZE - seq) * SIZE, span, other_span
 
 
@@ -174,12 +173,19 @@ def params_of_head(scale, softcap, table, head, limits, FEATURES: tl.constexpr):
         inner = 1.0
     origin = limits.reach + TABLE_PADDING
     at_zero = table + head * (2 * origin + 1) + origin
-    if FEATURES.BIAS:
-        before = tl.load(at_zero - limits.reach) * factor
-        after = tl.load(at_zero + limits.reach) * factor
-    else:
-        before, after = 0.0, 0.0
-    return ScoreParams(factor, inner, at_zero, before, after, limits)
+    return ScoreParams(factor, inner, at_zero, limits)
+
+
+@triton.jit
+def bias_beyond(params, AFTER: tl.constexpr, FEATURES: tl.constexpr):
+    """The base-2 bias of all keys beyond the reach: before the query, or AFTER it.
+
+    The kernels read it just before the loop that needs it, so that no register keeps it before.
+    """
+    if not FEATURES.BIAS:
+        return 0.0
+    distance = params.limits.reach if AFTER else -params.limits.reach
+    return tl.load(params.table + distance) * params.factor
 
 
 @triton.jit
@@ -280,10 +286,11 @@ def query_ranges(
 
 @triton.jit
 def hide_step(start, rows):
-    """``start``, a row of ``rows``, in a form in which the compiler does not see how it advances.
+    """``start``, a row of ``rows``, in a form in which the compiler does not see where it is from.
 
     Where it sees that a loop advances by a constant, it keeps the address of each load of a thread
-    in two registers, advanced by itself. Otherwise it computes the addresses from one of them.
+    in two registers, advanced by itself. Otherwise it computes the addresses in each tile. What is
+    stored after the loops then has no address that is kept during them.
     """
     return tl.where(rows.count > 0, start, 0)
 
@@ -307,11 +314,12 @@ def load_columns(
     """[SIZE, COLUMNS] from a row and a column on, 0 past the last row and the last column."""
     row = tl.arange(0, SIZE)
     column = first_column + tl.arange(0, COLUMNS)
-    # int64: the tile's offset in elements can exceed 2**31. Within a tile, offsets are small.
-    tile = rows.base + tl.full([], first, tl.int64) * rows.stride
-    tile = tile + row[:, None] * rows.stride + column[None, :]
+    # One product per row: rows that are a constant apart have no addresses of their own between
+    # tiles. The product is int64, because a row's offset in elements can exceed 2**31.
+    place = first + row
+    tile = rows.base + column[None, :] + place[:, None].to(tl.int64) * rows.stride
     if MASKED:
-        inside = (first + row < rows.count)[:, None]
+        inside = (place < rows.count)[:, None]
         if SHAPE.HEAD_DIM % COLUMNS:
             inside = inside & (column < SHAPE.HEAD_DIM)[None, :]
         return tl.load(tile, mask=inside, other=0.0)
@@ -422,11 +430,14 @@ def visible_keys(position, num_keys, limits, FEATURES: tl.constexpr):
 def between(index, first, last, LOWER: tl.constexpr, UPPER: tl.constexpr):
     """True where ``index`` is at least ``first`` if LOWER, and at most ``last`` if UPPER.
 
-    The mask of a tile compares its columns, which are constants to the compiler, with one bound
-    per row. It computes no distance per score.
+    The mask of a tile compares its columns with one bound per row. It computes no distance per
+    score. The matrix units leave the columns 8 n + 2 t and 8 n + 2 t + 1 in thread t of four. With
+    2 t on the side of the bound, what is left of a column is a constant to the compiler.
     """
+    lane = index & 6
+    index = index & ~6
     if LOWER and UPPER:
-        return (index >= first) & (index <= last)
+        return (index >= first - lane) & (index <= last - lane)
     if LOWER:
-        return index >= first
-    return index <= last
+        return index >= first - lane
+    return index <= last - lane

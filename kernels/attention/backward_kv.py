@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from .._triton import tl, triton
 from .backward_kv_wide import backward_queries_wide
+from .column_chunks import add_products, read_tile_again, store_sums, zero_sums
 from .dropout import dropout_keep_mask, dropout_params
 from .launch import SIZES
 from .primitives import (
@@ -36,7 +37,6 @@ from .primitives import (
     program_place,
     query_ranges,
     select_rows,
-    store_rows,
     tile_biases,
 )
 
@@ -60,8 +60,8 @@ class _Jump(NamedTuple):
 class _KeyGrads(NamedTuple):
     """The sums of the loop over queries, in float32."""
 
-    dk: tl.tensor  # [BN, COLUMNS], or transposed if SHAPE.WIDE, without the factor scale
-    dv: tl.tensor  # [BN, COLUMNS], or transposed if SHAPE.WIDE
+    dk: tl.tensor  # as in `zero_sums`, or transposed if SHAPE.WIDE, without the factor scale
+    dv: tl.tensor  # the same
 
 
 @triton.jit
@@ -106,20 +106,29 @@ def _backward_queries(
             first, last = (first_query - start)[:, None], (last_query - start)[:, None]
             visible = between(column[None, :], first, last, FEATURES.RIGHT, FEATURES.LEFT)
             weights = tl.where(visible, weights, 0.0)
-        dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
-        dropped = weights  # the weights that the forward multiplied by v
-        if FEATURES.DROPOUT:
-            keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
-            dropped = tl.where(keep, weights * dropout.factor, 0.0)
-            dweights = tl.where(keep, dweights * dropout.factor, 0.0)
-        if SHAPE.CHUNK:  # load dout only now, so that it holds no registers during the products
-            dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
-        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
+        if SHAPE.CHUNK:  # before the next product, so that fewer registers are needed at a time
+            dropped = weights
+            if FEATURES.DROPOUT:
+                keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
+                dropped = tl.where(keep, weights * dropout.factor, 0.0)
+            dv = add_products(dv, dropped, queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
+            dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
+            if FEATURES.DROPOUT:
+                dweights = tl.where(keep, dweights * dropout.factor, 0.0)
+        else:
+            dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
+            dropped = weights  # the weights that the forward multiplied by v
+            if FEATURES.DROPOUT:
+                keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
+                dropped = tl.where(keep, weights * dropout.factor, 0.0)
+                dweights = tl.where(keep, dweights * dropout.factor, 0.0)
+            dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
         row_delta = tl.load(queries.delta + query)
         dscores = weights * (dweights - row_delta[None, :]) * slope
         if SHAPE.CHUNK:
-            q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=SHAPE.PRECISION)
+            dk = add_products(dk, dscores, queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)
+        else:
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=SHAPE.PRECISION)
     return _KeyGrads(dk, dv)
 
 
@@ -163,6 +172,12 @@ def _backward_all_queries(
     # With wide rows, registers do not suffice for one loop more: [first, near) reads the table too.
     MERGED: tl.constexpr = FEATURES.BIAS and not FEATURES.RIGHT and SHAPE.COLUMNS > 64
     # fmt: off
+    if SHAPE.CHUNK:
+        # Registers suffice for one loop. Next to its products, table and masks are cheap.
+        return _add_queries(
+            grads, k, v, queries, params, dropout,
+            TileRange(first, end, 0.0, MASKED, FEATURES.BIAS), _Jump(end, 0), True, FEATURES, SHAPE,
+        )
     if FEATURES.BIAS and FEATURES.RIGHT:
         # One loop has all tiles with masks: [first, hidden) and, moved there, [edge, end).
         hidden = tl.minimum(whole, edge)
@@ -262,7 +277,7 @@ def _attention_backward_kv_kernel(
     if WIDE:
         zeros = tl.zeros([COLUMNS, KEYS], tl.float32)
     else:
-        zeros = tl.zeros([KEYS, COLUMNS], tl.float32)
+        zeros = zero_sums(KEYS, SHAPE)
     grads = _KeyGrads(zeros, zeros)
     for member in range(GROUP):  # the query heads that share these keys
         head = kv_head * GROUP + member
@@ -276,9 +291,11 @@ def _attention_backward_kv_kernel(
             grads, k_tile, v_tile, queries, params, dropout, ranges, FEATURES, SHAPE
         )
     dk_tile, dv_tile = grads
+    if CHUNK:
+        first_key, span_k = read_tile_again(number, seq, cu_seqlens_k, KEYS, SHAPE)
     if WIDE:
         dk_tile, dv_tile = tl.trans(dk_tile), tl.trans(dv_tile)
     dk_rows = select_rows(dk, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
     dv_rows = select_rows(dv, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)
-    store_rows(dk_rows, dk_tile * scale, first_key, KEYS, SHAPE)
-    store_rows(dv_rows, dv_tile, first_key, KEYS, SHAPE)
+    store_sums(dk_rows, dk_tile, scale, first_key, KEYS, SHAPE)
+    store_sums(dv_rows, dv_tile, 1.0, first_key, KEYS, SHAPE)

@@ -24,6 +24,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._triton import tl, triton
+from .column_chunks import add_products, store_sums, zero_sums
 from .dropout import dropout_keep_mask, dropout_params
 from .launch import SIZES
 from .primitives import (
@@ -46,7 +47,6 @@ from .primitives import (
     params_of_head,
     program_place,
     select_rows,
-    store_rows,
     tile_biases,
     visible_keys,
 )
@@ -73,7 +73,7 @@ class _Diagonals(NamedTuple):
 class _QueryGrads(NamedTuple):
     """The sums of the loop over keys, in float32."""
 
-    dq: tl.tensor  # [BM, COLUMNS], without the factor scale
+    dq: tl.tensor  # as in `zero_sums`, without the factor scale
     far_sum: tl.tensor  # [BM], sum of dS over keys beyond the reach on one side
     diagonals: _Diagonals
 
@@ -209,9 +209,10 @@ def _backward_keys(
             else:
                 far_sum += tl.sum(dscores, 1)  # summed over rows once, after the loop
         dscores = dscores * slope
-        if SHAPE.CHUNK:  # load k only now, so that it holds no registers during the products
-            k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=SHAPE.PRECISION)
+        if SHAPE.CHUNK:
+            dq = add_products(dq, dscores, keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
+        else:
+            dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=SHAPE.PRECISION)
     return _QueryGrads(dq, far_sum, _Diagonals(corners, carry, before, after))
 
 
@@ -241,7 +242,7 @@ def _backward_all_keys(
     corners = tl.zeros([SHAPE.QUERIES // 16, 8, 8], tl.float32)
     no_rows = tl.zeros([SHAPE.QUERIES], tl.float32)
     grads = _QueryGrads(
-        tl.zeros([SHAPE.QUERIES, SHAPE.COLUMNS], tl.float32),
+        zero_sums(SHAPE.QUERIES, SHAPE),
         no_rows,
         _Diagonals(corners, zeros, zeros, zeros),
     )
@@ -373,4 +374,4 @@ def _attention_backward_q_kernel(
     queries = _QueryTile(q_tile, dout_tile, row_lse, row_delta)
     grad = _backward_all_keys(queries, keys, values, params, dropout, partials, FEATURES, SHAPE)
     dq_rows = select_rows(dq, span_q, HEADS * HEAD_DIM, head, HEAD_DIM, 1)
-    store_rows(dq_rows, grad * scale, first, QUERIES, SHAPE)
+    store_sums(dq_rows, grad, scale, first, QUERIES, SHAPE)

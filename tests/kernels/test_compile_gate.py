@@ -40,6 +40,7 @@ from tokenpack.kernels.attention import (
     backward_kv,
     backward_kv_wide,
     backward_q,
+    column_chunks,
     dropout,
     forward,
     op,
@@ -70,6 +71,7 @@ MODULES = [
     backward_q,
     backward_kv,
     backward_kv_wide,
+    column_chunks,
     dropout,
     primitives,
 ]

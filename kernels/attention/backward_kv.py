@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from .._triton import tl, triton
 from .backward_kv_wide import backward_queries_wide
+from .column_chunks import add_products, store_sums, zero_sums
 from .dropout import dropout_keep_mask, dropout_params
 from .launch import SIZES
 from .primitives import (
@@ -27,17 +28,16 @@ from .primitives import (
     TileShape,
     apply_softcap,
     between,
-    bias_beyond,
     dot_transposed,
     find_tile,
     hide_step,
     load_rows,
+    padded_plane,
     padded_start,
     params_of_head,
     program_place,
     query_ranges,
     select_rows,
-    store_rows,
     tile_biases,
 )
 
@@ -49,6 +49,7 @@ class _Queries(NamedTuple):
     dout: StridedRows
     lse: tl.tensor  # pointer to one float32 per query, base-2, +inf where no key is visible
     delta: tl.tensor  # pointer to one float32 per query; both go on behind the last query
+    plane: tl.tensor  # entries from `lse` to the same less the bias before the reach, and after it
 
 
 class _Jump(NamedTuple):
@@ -61,8 +62,8 @@ class _Jump(NamedTuple):
 class _KeyGrads(NamedTuple):
     """The sums of the loop over queries, in float32."""
 
-    dk: tl.tensor  # [BN, COLUMNS], or transposed if SHAPE.WIDE, without the factor scale
-    dv: tl.tensor  # [BN, COLUMNS], or transposed if SHAPE.WIDE
+    dk: tl.tensor  # as in `zero_sums`, or transposed if SHAPE.WIDE, without the factor scale
+    dv: tl.tensor  # the same
 
 
 @triton.jit
@@ -101,25 +102,34 @@ def _backward_queries(
             raw += tile_biases(params, k.first - offset - start, True, SHAPE)
         row_lse = tl.load(queries.lse + query)
         # 0 past the last query, where lse is +inf. Rows past the last key are never stored.
-        weights = tl.exp2(raw * params.factor - (row_lse - tiles.bias)[None, :])
+        weights = tl.exp2(raw * params.factor - row_lse[None, :])
         if tiles.MASKED:
             first, last = (first_query - start)[:, None], (last_query - start)[:, None]
             visible = between(column[None, :], first, last, FEATURES.RIGHT, FEATURES.LEFT)
             weights = tl.where(visible, weights, 0.0)
-        dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
-        dropped = weights  # the weights that the forward multiplied by v
-        if FEATURES.DROPOUT:
-            keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
-            dropped = tl.where(keep, weights * dropout.factor, 0.0)
-            dweights = tl.where(keep, dweights * dropout.factor, 0.0)
-        if SHAPE.CHUNK:  # load dout only now, so that it holds no registers during the products
-            dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
-        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
+        if SHAPE.CHUNK:  # before the next product, so that fewer registers are needed at a time
+            dropped = weights
+            if FEATURES.DROPOUT:
+                keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
+                dropped = tl.where(keep, weights * dropout.factor, 0.0)
+            dv = add_products(dv, dropped, queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
+            dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
+            if FEATURES.DROPOUT:
+                dweights = tl.where(keep, dweights * dropout.factor, 0.0)
+        else:
+            dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
+            dropped = weights  # the weights that the forward multiplied by v
+            if FEATURES.DROPOUT:
+                keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
+                dropped = tl.where(keep, weights * dropout.factor, 0.0)
+                dweights = tl.where(keep, dweights * dropout.factor, 0.0)
+            dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
         row_delta = tl.load(queries.delta + query)
         dscores = weights * (dweights - row_delta[None, :]) * slope
         if SHAPE.CHUNK:
-            q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=SHAPE.PRECISION)
+            dk = add_products(dk, dscores, queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)
+        else:
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=SHAPE.PRECISION)
     return _KeyGrads(dk, dv)
 
 
@@ -152,6 +162,13 @@ def _add_queries(
 
 
 @triton.jit
+def _beyond(queries, AFTER: tl.constexpr):
+    """``queries`` with the logsumexp less the bias of keys beyond the reach, on one side."""
+    plane = 2 * queries.plane if AFTER else queries.plane
+    return _Queries(queries.q, queries.dout, queries.lse + plane, queries.delta, queries.plane)
+
+
+@triton.jit
 def _backward_all_queries(
     grads, k, v, queries, params, dropout, ranges, FEATURES: tl.constexpr, SHAPE: tl.constexpr
 ):
@@ -163,16 +180,20 @@ def _backward_all_queries(
     # With wide rows, registers do not suffice for one loop more: [first, near) reads the table too.
     MERGED: tl.constexpr = FEATURES.BIAS and not FEATURES.RIGHT and SHAPE.COLUMNS > 64
     # fmt: off
+    if SHAPE.CHUNK:
+        # Registers suffice for one loop. Next to its products, table and masks are cheap.
+        return _add_queries(
+            grads, k, v, queries, params, dropout,
+            TileRange(first, end, 0.0, MASKED, FEATURES.BIAS), _Jump(end, 0), True, FEATURES, SHAPE,
+        )
     if FEATURES.BIAS and FEATURES.RIGHT:
         # One loop has all tiles with masks: [first, hidden) and, moved there, [edge, end).
         hidden = tl.minimum(whole, edge)
         jump = _Jump(hidden, edge - hidden)
     elif not MERGED:
         grads = _add_queries(
-            grads, k, v, queries, params, dropout,
-            TileRange(
-                first, tl.minimum(near, edge), bias_beyond(params, True, FEATURES), MASKED, False,
-            ),
+            grads, k, v, _beyond(queries, True), params, dropout,
+            TileRange(first, tl.minimum(near, edge), 0.0, MASKED, False),
             jump, False, FEATURES, SHAPE,
         )
     if FEATURES.BIAS:
@@ -182,8 +203,8 @@ def _backward_all_queries(
             jump, False, FEATURES, SHAPE,
         )
     grads = _add_queries(
-        grads, k, v, queries, params, dropout,
-        TileRange(far, edge, bias_beyond(params, False, FEATURES), FEATURES.LEFT, False),
+        grads, k, v, _beyond(queries, False), params, dropout,
+        TileRange(far, edge, 0.0, FEATURES.LEFT, False),
         jump, False, FEATURES, SHAPE,
     )
     return _add_queries(
@@ -264,14 +285,15 @@ def _attention_backward_kv_kernel(
     if WIDE:
         zeros = tl.zeros([COLUMNS, KEYS], tl.float32)
     else:
-        zeros = tl.zeros([KEYS, COLUMNS], tl.float32)
+        zeros = zero_sums(KEYS, SHAPE)
     grads = _KeyGrads(zeros, zeros)
     for member in range(GROUP):  # the query heads that share these keys
         head = kv_head * GROUP + member
         q_rows = select_rows(q, span_q, Q_STRIDE, head, q_head_stride, HEAD_UNIT)
         dout_rows = select_rows(dout, span_q, DOUT_STRIDE, head, dout_head_stride, HEAD_UNIT)
         stored = padded_start(head, seq, span_q, total_q, num_seqs)
-        queries = _Queries(q_rows, dout_rows, lse + stored, delta + stored)
+        plane = padded_plane(HEADS, total_q, num_seqs) if BIAS else stored * 0
+        queries = _Queries(q_rows, dout_rows, lse + stored, delta + stored, plane)
         params = params_of_head(scale, softcap, table, head, limits, FEATURES)
         dropout = dropout_params(seed_value, seq, head, dropout_p)
         grads = _backward_all_queries(
@@ -283,5 +305,5 @@ def _attention_backward_kv_kernel(
     dk_rows = select_rows(dk, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
     dv_rows = select_rows(dv, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)
     first_key = hide_step(first_key, span_k)
-    store_rows(dk_rows, dk_tile * scale, first_key, KEYS, SHAPE)
-    store_rows(dv_rows, dv_tile, first_key, KEYS, SHAPE)
+    store_sums(dk_rows, dk_tile, scale, first_key, KEYS, SHAPE)
+    store_sums(dv_rows, dv_tile, 1.0, first_key, KEYS, SHAPE)

@@ -73,7 +73,7 @@ def backward_queries_wide(
         if tiles.TABLE:
             raw += tile_biases(params, first_position - start, False, SHAPE)
         row_lse = tl.load(queries.lse + query)
-        weights = tl.exp2(raw * params.factor - (row_lse - tiles.bias)[:, None])
+        weights = tl.exp2(raw * params.factor - row_lse[:, None])
         if tiles.MASKED:
             position = query - first_position  # the column of the key at distance 0
             first, last = visible_keys(position, SHAPE.KEYS, params.limits, FEATURES)

@@ -24,6 +24,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._triton import tl, triton
+from .column_chunks import add_products, store_sums, zero_sums
 from .dropout import dropout_keep_mask, dropout_params
 from .launch import SIZES
 from .primitives import (
@@ -43,11 +44,11 @@ from .primitives import (
     key_ranges,
     load_lse,
     load_rows,
+    padded_plane,
     padded_start,
     params_of_head,
     program_place,
     select_rows,
-    store_rows,
     tile_biases,
     visible_keys,
 )
@@ -74,7 +75,7 @@ class _Diagonals(NamedTuple):
 class _QueryGrads(NamedTuple):
     """The sums of the loop over keys, in float32."""
 
-    dq: tl.tensor  # [BM, COLUMNS], without the factor scale
+    dq: tl.tensor  # as in `zero_sums`, without the factor scale
     far_sum: tl.tensor  # [BM], sum of dS over keys beyond the reach on one side
     diagonals: _Diagonals
 
@@ -218,9 +219,10 @@ def _backward_keys(
             else:
                 far_sum += tl.sum(dscores, 1)  # summed over rows once, after the loop
         dscores = dscores * slope
-        if SHAPE.CHUNK:  # load k only now, so that it holds no registers during the products
-            k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=SHAPE.PRECISION)
+        if SHAPE.CHUNK:
+            dq = add_products(dq, dscores, keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
+        else:
+            dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=SHAPE.PRECISION)
     return _QueryGrads(dq, far_sum, _Diagonals(corners, carry, before, after))
 
 
@@ -250,7 +252,7 @@ def _backward_all_keys(
     corners = tl.zeros([SHAPE.QUERIES // 16, 8, 8], tl.float32)
     no_rows = tl.zeros([SHAPE.QUERIES], tl.float32)
     grads = _QueryGrads(
-        tl.zeros([SHAPE.QUERIES, SHAPE.COLUMNS], tl.float32),
+        zero_sums(SHAPE.QUERIES, SHAPE),
         no_rows,
         _Diagonals(corners, zeros, zeros, zeros),
     )
@@ -301,6 +303,19 @@ def _backward_all_keys(
         tl.store(partial, before)
         tl.store(partial + 2 * reach + 2, after + tl.sum(grads.far_sum))
     return grads.dq
+
+
+@triton.jit
+def _store_padded(target, values, behind, first, count, QUERIES: tl.constexpr):
+    """Store a number per query, and ``behind`` for the QUERY_PADDING behind the last of ``count``.
+
+    Masks, not a branch: with a branch, dropout's loops would be longer.
+    """
+    query = first + tl.arange(0, QUERIES)
+    tl.store(target + query, values, mask=query < count)
+    padding = tl.arange(0, QUERY_PADDING)
+    is_last = tl.full([QUERY_PADDING], first + QUERIES, tl.int32) >= count
+    tl.store(target + count + padding, tl.full([QUERY_PADDING], behind, tl.float32), mask=is_last)
 
 
 # What changes from batch to batch is not specialized; see the forward kernel.
@@ -364,25 +379,28 @@ def _attention_backward_q_kernel(
     q_tile = RowTile(load_rows(q_rows, first, QUERIES, True, SHAPE), q_rows, first)
     dout_tile = RowTile(load_rows(dout_rows, first, QUERIES, True, SHAPE), dout_rows, first)
     out_tile = load_rows(out_rows, first, QUERIES, True, SHAPE)
-    # delta and the logsumexp in base 2 are stored for the kernel of dk and dv, which runs next.
     query = first + tl.arange(0, QUERIES)
     row_delta = tl.sum(dout_tile.data.to(tl.float32) * out_tile.to(tl.float32), 1)
     row_lse = load_lse(lse + head.to(tl.int64) * total_q + span_q.start, query, span_q.count)
-    stored = padded_start(head, seq, span_q, total_q, num_seqs)
-    tl.store(delta + stored + query, row_delta, mask=query < span_q.count)
-    tl.store(base2_lse + stored + query, row_lse, mask=query < span_q.count)
-    # Behind the last query, every weight is 0. With a branch, dropout's loops would be longer.
-    behind = span_q.count + tl.arange(0, QUERY_PADDING)
-    is_last = tl.full([QUERY_PADDING], first + QUERIES, tl.int32) >= span_q.count
-    nothing = tl.zeros([QUERY_PADDING], tl.float32)
-    tl.store(delta + stored + behind, nothing, mask=is_last)
-    tl.store(base2_lse + stored + behind, nothing + float("inf"), mask=is_last)
-    keys = select_rows(k, span_k, K_STRIDE, head // GROUP, k_head_stride, HEAD_UNIT)
-    values = select_rows(v, span_k, V_STRIDE, head // GROUP, v_head_stride, HEAD_UNIT)
     limits = DistanceLimits(left, right, reach)
     params = params_of_head(scale, softcap, table, head, limits, FEATURES)
+    # delta and the logsumexp in base 2 are stored for the kernel of dk and dv, which runs next. It
+    # takes the logsumexp less the bias beyond the reach as it is. Behind the last query, every
+    # weight is 0.
+    stored = padded_start(head, seq, span_q, total_q, num_seqs)
+    _store_padded(delta + stored, row_delta, 0.0, first, span_q.count, QUERIES)
+    _store_padded(base2_lse + stored, row_lse, float("inf"), first, span_q.count, QUERIES)
+    if BIAS:
+        for beyond in tl.static_range(2):
+            shifted = row_lse - bias_beyond(params, beyond == 1, FEATURES)
+            target = base2_lse + (beyond + 1) * padded_plane(HEADS, total_q, num_seqs) + stored
+            _store_padded(target, shifted, float("inf"), first, span_q.count, QUERIES)
+    keys = select_rows(k, span_k, K_STRIDE, head // GROUP, k_head_stride, HEAD_UNIT)
+    values = select_rows(v, span_k, V_STRIDE, head // GROUP, v_head_stride, HEAD_UNIT)
     dropout = dropout_params(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     queries = _QueryTile(q_tile, dout_tile, row_lse, row_delta)
     grad = _backward_all_keys(queries, keys, values, params, dropout, partials, FEATURES, SHAPE)
     dq_rows = select_rows(dq, span_q, HEADS * HEAD_DIM, head, HEAD_DIM, 1)
-    store_rows(dq_rows, grad * scale, first, QUERIES, SHAPE)
+    if COLUMNS != 128 or QUERIES != 64:  # as in `_backward_keys`
+        first = hide_step(first, dq_rows)
+    store_sums(dq_rows, grad, scale, first, QUERIES, SHAPE)

@@ -67,7 +67,8 @@ def _attend_keys(
     first_key, last_key = visible_keys(position, keys.count, params.limits, FEATURES)
     column = tl.arange(0, SHAPE.KEYS)[None, :]
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
-        if tiles.MASKED or SHAPE.COLUMNS > 64:  # the others have few addresses
+        # Without it, narrow rows that see all keys fit into 128 registers: two programs on an SM.
+        if tiles.MASKED or FEATURES.RIGHT or SHAPE.COLUMNS > 64:
             start = hide_step(start, keys)
         k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)

@@ -122,7 +122,8 @@ class LayerKernels:
         of_dq, of_dkv, like_q, like_k, rows, sums = prepared
         dq = query.new_empty_strided(*like_q)
         dk, dv = key.new_empty_strided(*like_k), value.new_empty_strided(*like_k)
-        delta, base2_lse = lse.new_empty(rows), lse.new_empty(rows)
+        # With a table, also less the bias before the reach, and less the bias after it.
+        delta, base2_lse = lse.new_empty(rows), lse.new_empty((1 if table is None else 3, *rows))
         partials = lse if sums is None else lse.new_zeros(sums)
         of_table, of_seed = lse if table is None else table, lse if seed is None else seed
         given = (query, key, value, of_table, of_seed, dout)

@@ -156,6 +156,12 @@ def padded_start(head, seq, span, total, num_seqs):
 
 
 @triton.jit
+def padded_plane(HEADS: tl.constexpr, total, num_seqs):
+    """The entries of one ``(heads, total + num_seqs * QUERY_PADDING)``."""
+    return HEADS * (total.to(tl.int64) + num_seqs * QUERY_PADDING)
+
+
+@triton.jit
 def select_rows(base, span, stride, head, head_stride, UNIT: tl.constexpr):
     """The rows of one sequence and one head. ``head_stride`` is in units of ``UNIT`` elements."""
     first = base + span.start * stride + head.to(tl.int64) * head_stride * UNIT

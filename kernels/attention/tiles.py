@@ -51,7 +51,7 @@ def _tiles(plain: Tile, dropout: Tile | None = None) -> Tiles:
 #   rows. Below 64 rows, Triton uses the instruction of older GPUs, at 62 % of the rate.
 # - "dkv" of 256 columns needs eight warps for the sums of 64 keys. With 64 queries it takes the
 #   loop of `backward_kv_wide`, which divides 64 rows among eight warps.
-# - float32 rows, and some of "dq", use the older instruction. It takes 16 rows per warp: 64 rows
+# - Some rows of float32 and of "dq" use the older instruction. It takes 16 rows per warp: 64 rows
 #   for four warps.
 # - Where fewer registers suffice, two or three programs share a multiprocessor, and one multiplies
 #   while another computes exponentials.
@@ -59,10 +59,10 @@ def _tiles(plain: Tile, dropout: Tile | None = None) -> Tiles:
 #   less than a smaller tile. The gate lists them (tests/kernels/known_counts.py).
 #
 # float32 products are three tf32 products each, so above a head_dim of 32 they are computed in
-# chunks of columns (`chunk_for`). Their tiles are small enough for all GPUs. They have as many
-# warps as Triton divides the scores among. There are two exceptions: with more than 128 columns,
-# the backward would spill hundreds of words, and in "dkv" two warps each compute the same scores.
-# A "dkv" tile has at most QUERY_PADDING queries.
+# chunks of columns (`chunk_for`, `column_chunks`). Their tiles are small enough for all GPUs, and
+# have as many warps as Triton divides the scores among. On Hopper, 64 keys of "dkv" take its own
+# instruction; 64 keys of 128 columns would be twice as fast by the count, but Triton 3.7.1 compiles
+# them to nothing for sm_100. A "dkv" tile has at most QUERY_PADDING queries.
 _TILES = {
     "forward": {
         (64, 2): _tiles(Tile(128, 64, 8, 3)),
@@ -82,7 +82,7 @@ _TILES = {
         (256, 2): _tiles(Tile(128, 32, 8, 2)),
         (64, 4): _tiles(Tile(16, 32, 4, 2)),
         (128, 4): _tiles(Tile(16, 32, 4, 2)),
-        (256, 4): _tiles(Tile(16, 32, 8, 2)),
+        (256, 4): _tiles(Tile(16, 32, 4, 2)),
     },
     "dkv": {
         (64, 2): Tiles(
@@ -90,9 +90,9 @@ _TILES = {
         ),
         (128, 2): _tiles(Tile(64, 128, 8, 2), dropout=Tile(32, 128, 8, 2)),
         (256, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(64, 32, 8, 2)),
-        (64, 4): _tiles(Tile(16, 32, 4, 2)),
-        (128, 4): _tiles(Tile(16, 32, 4, 2)),
-        (256, 4): _tiles(Tile(16, 16, 8, 2)),
+        (64, 4): _tiles(Tile(32, 64, 4, 2)),
+        (128, 4): _tiles(Tile(32, 16, 4, 2)),
+        (256, 4): _tiles(Tile(32, 16, 4, 2)),
     },
     "dkv, grouped": {
         (64, 2): Tiles(
@@ -102,9 +102,9 @@ _TILES = {
             Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)
         ),
         (256, 2): _tiles(Tile(64, 64, 8, 2), dropout=Tile(64, 32, 8, 2)),
-        (64, 4): _tiles(Tile(16, 32, 4, 2)),
-        (128, 4): _tiles(Tile(16, 32, 4, 2)),
-        (256, 4): _tiles(Tile(16, 16, 8, 2)),
+        (64, 4): _tiles(Tile(32, 64, 4, 2)),
+        (128, 4): _tiles(Tile(32, 16, 4, 2)),
+        (256, 4): _tiles(Tile(32, 16, 4, 2)),
     },
 }
 
@@ -113,9 +113,7 @@ _TILES = {
 # least as many rows as columns, else columns.
 _AMPERE = {
     "forward": {
-        (64, 2): Tiles(
-            Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)
-        ),
+        (64, 2): _tiles(Tile(128, 64, 8, 2)),
         (128, 2): Tiles(
             Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)
         ),

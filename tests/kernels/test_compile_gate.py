@@ -40,6 +40,7 @@ from tokenpack.kernels.attention import (
     backward_kv,
     backward_kv_wide,
     backward_q,
+    column_chunks,
     dropout,
     forward,
     op,
@@ -70,6 +71,7 @@ MODULES = [
     backward_q,
     backward_kv,
     backward_kv_wide,
+    column_chunks,
     dropout,
     primitives,
 ]
@@ -329,18 +331,25 @@ def test_no_product_and_no_exponential_is_computed_twice(loops):
     assert {(row.kernel, row.target) for row in loops} == {
         (kernel, target) for kernel in PRODUCTS for target in tile_counts.GPUS
     }
+    least = collections.defaultdict(lambda: float("inf"))
     for row in loops:
         if dtype_of(row) == "fp32" and row.exponentials == 0.0:
             # Its innermost loops are over chunks of columns: one of these products for each.
             *_, head_dim, _ = row.case.split(", ")
             chunks = int(head_dim) // 32
             times = row.products * tile_counts.NEEDED_PRODUCTS[row.kernel] * chunks
+            if row.target == "sm_100":
+                # Waits for its matrix units make loops of other code, with more of the products.
+                key = row.kernel, row.case
+                least[key] = min(least[key], times / FLOAT32_TIMES[row.kernel, int(head_dim)])
+                continue
             assert times <= FLOAT32_TIMES[row.kernel, int(head_dim)], (row, times)
             continue
         # The bias's gradient is one product more, in tiles of dq that read the table.
         sums = 0.15 if "backward_q" in row.kernel and row.kind.startswith("table") else 0.0
         assert row.products <= 1.05 + sums, row
         assert row.exponentials <= allowed_exponentials(row), row
+    assert all(times <= 1.0 for times in least.values()), least
 
 
 # Clocks of the busier unit over those of memory. A softcap takes two exponentials more, and a tanh

@@ -107,22 +107,16 @@ def _backward_queries(
             first, last = (first_query - start)[:, None], (last_query - start)[:, None]
             visible = between(column[None, :], first, last, FEATURES.RIGHT, FEATURES.LEFT)
             weights = tl.where(visible, weights, 0.0)
+        dropped = weights  # the weights that the forward multiplied by v
+        if FEATURES.DROPOUT:
+            keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
+            dropped = tl.where(keep, weights * dropout.factor, 0.0)
         if SHAPE.CHUNK:  # before the next product, so that fewer registers are needed at a time
-            dropped = weights
-            if FEATURES.DROPOUT:
-                keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
-                dropped = tl.where(keep, weights * dropout.factor, 0.0)
             dv = add_products(dv, dropped, queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
-            dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
-            if FEATURES.DROPOUT:
-                dweights = tl.where(keep, dweights * dropout.factor, 0.0)
-        else:
-            dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
-            dropped = weights  # the weights that the forward multiplied by v
-            if FEATURES.DROPOUT:
-                keep = dropout_keep_mask(dropout, start, column[None, :], k.first, row)
-                dropped = tl.where(keep, weights * dropout.factor, 0.0)
-                dweights = tl.where(keep, dweights * dropout.factor, 0.0)
+        dweights = dot_transposed(v, RowTile(dout, queries.dout, start), EDGE, SHAPE)
+        if FEATURES.DROPOUT:
+            dweights = tl.where(keep, dweights * dropout.factor, 0.0)
+        if not SHAPE.CHUNK:
             dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=SHAPE.PRECISION)
         row_delta = tl.load(queries.delta + query)
         dscores = weights * (dweights - row_delta[None, :]) * slope
@@ -292,6 +286,7 @@ def _attention_backward_kv_kernel(
         q_rows = select_rows(q, span_q, Q_STRIDE, head, q_head_stride, HEAD_UNIT)
         dout_rows = select_rows(dout, span_q, DOUT_STRIDE, head, dout_head_stride, HEAD_UNIT)
         stored = padded_start(head, seq, span_q, total_q, num_seqs)
+        # Without a bias, nothing is less than `lse`.
         plane = padded_plane(HEADS, total_q, num_seqs) if BIAS else stored * 0
         queries = _Queries(q_rows, dout_rows, lse + stored, delta + stored, plane)
         params = params_of_head(scale, softcap, table, head, limits, FEATURES)

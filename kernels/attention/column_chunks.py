@@ -12,7 +12,7 @@ Other rows have one tensor for all columns.
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .primitives import store_rows
+from .primitives import load_columns, store_columns, store_rows
 
 
 @triton.jit
@@ -42,16 +42,6 @@ def _finish_now(sums, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _chunk_places(rows, first, first_column, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Pointers [SIZE, WIDTH] to a chunk of rows.
-
-    The offset of the chunk is in the pointer, so no thread computes and keeps it.
-    """
-    row = (first + tl.arange(0, SIZE)).to(tl.int64)  # offsets in elements can exceed 2**31
-    return rows.base + first_column + row[:, None] * rows.stride + tl.arange(0, WIDTH)[None, :]
-
-
-@triton.jit
 def add_products(
     sums, left, rows, first, SIZE: tl.constexpr, MASKED: tl.constexpr, SHAPE: tl.constexpr
 ):
@@ -59,15 +49,7 @@ def add_products(
     WIDTH: tl.constexpr = 16 if left.shape[0] >= 64 else 32  # as in `zero_sums`
     added = ()
     for i in tl.static_range(len(sums)):
-        places = _chunk_places(rows, first, i * WIDTH, SIZE, WIDTH)
-        inside = (first + tl.arange(0, SIZE) < rows.count)[:, None]
-        if SHAPE.HEAD_DIM % WIDTH:
-            inside_columns = (i * WIDTH + tl.arange(0, WIDTH) < SHAPE.HEAD_DIM)[None, :]
-            right = tl.load(places, mask=inside & inside_columns, other=0.0)
-        elif MASKED:
-            right = tl.load(places, mask=inside, other=0.0)
-        else:
-            right = tl.load(places)
+        right = load_columns(rows, first, i * WIDTH, SIZE, WIDTH, MASKED, SHAPE)
         product = tl.dot(left, right, sums[i], input_precision=SHAPE.PRECISION)
         added += (_finish_now(product, SHAPE),)  # type: ignore[assignment]
     return added
@@ -79,10 +61,6 @@ def store_sums(rows, sums, factor, first, SIZE: tl.constexpr, SHAPE: tl.constexp
     if SHAPE.CHUNK:
         WIDTH: tl.constexpr = 16 if SIZE >= 64 else 32  # as in `zero_sums`
         for i in tl.static_range(len(sums)):
-            column = i * WIDTH + tl.arange(0, WIDTH)
-            inside = (first + tl.arange(0, SIZE) < rows.count)[:, None]
-            inside = inside & (column < SHAPE.HEAD_DIM)[None, :]
-            places = _chunk_places(rows, first, i * WIDTH, SIZE, WIDTH)
-            tl.store(places, (sums[i] * factor).to(rows.base.dtype.element_ty), mask=inside)
+            store_columns(rows, sums[i] * factor, first, i * WIDTH, SIZE, WIDTH, SHAPE)
     else:
         store_rows(rows, sums * factor, first, SIZE, SHAPE)

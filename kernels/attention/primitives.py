@@ -138,8 +138,7 @@ def find_tile(tile, cu_seqlens, other_cu_seqlens, num_seqs, SIZE: tl.constexpr):
         end = tl.where(starts_before, end, middle)
     start, end = tl.load(cu_seqlens + seq), tl.load(cu_seqlens + seq + 1)
     other_start, other_end = tl.load(other_cu_seqlens + seq), tl.load(other_cu_seqlens + seq + 1)
-    # int64: a row's offset in elements can exceed 2**31. By way of uint32 because the compiler then
-    # knows the upper half: it is 0.
+    # int64: offsets can exceed 2**31. Through uint32, the upper half is known to be 0.
     span = Span(start.to(tl.uint32).to(tl.int64), end - start)
     other_span = Span(other_start.to(tl.uint32).to(tl.int64), other_end - other_start)
     return seq, (tile - start // SIZE - seq) * SIZE, span, other_span
@@ -151,8 +150,8 @@ def padded_start(head, seq, span, total, num_seqs):
 
     QUERY_PADDING more entries follow each sequence, so a tile reads them without a mask.
     """
-    row = total.to(tl.int64) + num_seqs * QUERY_PADDING
-    return head.to(tl.int64) * row + span.start + seq * QUERY_PADDING
+    start = span.start + seq * QUERY_PADDING
+    return head.to(tl.int64) * padded_plane(1, total, num_seqs) + start
 
 
 @triton.jit
@@ -184,10 +183,7 @@ def params_of_head(scale, softcap, table, head, limits, FEATURES: tl.constexpr):
 
 @triton.jit
 def bias_beyond(params, AFTER: tl.constexpr, FEATURES: tl.constexpr):
-    """The base-2 bias of all keys beyond the reach: before the query, or AFTER it.
-
-    The kernels read it just before the loop that needs it, so that no register keeps it before.
-    """
+    """The base-2 bias of keys beyond the reach, before or AFTER the query, read when needed."""
     if not FEATURES.BIAS:
         return 0.0
     distance = params.limits.reach if AFTER else -params.limits.reach
@@ -295,8 +291,7 @@ def hide_step(start, rows):
     """``start``, a row of ``rows``, in a form in which the compiler does not see where it is from.
 
     Where it sees that a loop advances by a constant, it keeps the address of each load of a thread
-    in two registers, advanced by itself. Otherwise it computes the addresses in each tile. What is
-    stored after the loops then has no address that is kept during them.
+    in two registers. Otherwise it computes addresses in each tile, and those of stores at the end.
     """
     return tl.where(rows.count > 0, start, 0)
 
@@ -320,8 +315,7 @@ def load_columns(
     """[SIZE, COLUMNS] from a row and a column on, 0 past the last row and the last column."""
     row = tl.arange(0, SIZE)
     column = first_column + tl.arange(0, COLUMNS)
-    # One product per row: rows that are a constant apart have no addresses of their own between
-    # tiles. The product is int64, because a row's offset in elements can exceed 2**31.
+    # One product per row, so that no row keeps an address. int64: offsets can exceed 2**31.
     place = first + row
     tile = rows.base + column[None, :] + place[:, None].to(tl.int64) * rows.stride
     if MASKED:
@@ -337,8 +331,16 @@ def load_columns(
 @triton.jit
 def store_rows(rows, tile, first, SIZE: tl.constexpr, SHAPE: tl.constexpr):
     """Store [SIZE, COLUMNS] as rows from ``first`` on, rounded to the dtype in memory."""
+    store_columns(rows, tile, first, 0, SIZE, SHAPE.COLUMNS, SHAPE)
+
+
+@triton.jit
+def store_columns(
+    rows, tile, first, first_column, SIZE: tl.constexpr, COLUMNS: tl.constexpr, SHAPE: tl.constexpr
+):
+    """Store [SIZE, COLUMNS] from a row and a column on, rounded to the dtype in memory."""
     row = tl.arange(0, SIZE)
-    column = tl.arange(0, SHAPE.COLUMNS)
+    column = first_column + tl.arange(0, COLUMNS)
     target = rows.base + tl.full([], first, tl.int64) * rows.stride
     target = target + row[:, None] * rows.stride + column[None, :]
     inside = (first + row < rows.count)[:, None] & (column < SHAPE.HEAD_DIM)[None, :]
@@ -436,9 +438,8 @@ def visible_keys(position, num_keys, limits, FEATURES: tl.constexpr):
 def between(index, first, last, LOWER: tl.constexpr, UPPER: tl.constexpr):
     """True where ``index`` is at least ``first`` if LOWER, and at most ``last`` if UPPER.
 
-    The mask of a tile compares its columns with one bound per row. It computes no distance per
-    score. The matrix units leave the columns 8 n + 2 t and 8 n + 2 t + 1 in thread t of four. With
-    2 t on the side of the bound, what is left of a column is a constant to the compiler.
+    A tile's columns are compared with one bound per row. The matrix units leave columns 8 n + 2 t
+    and 8 n + 2 t + 1 in thread t of four. With 2 t in the bound, the rest is a constant.
     """
     lane = index & 6
     index = index & ~6

@@ -14,15 +14,8 @@ HOPPER_SPILLS = {
     (_DQ, "bias", 96, "bf16"): (13, 0),
     (_DQ, "bias, causal", 128, "bf16"): (7, 0),
     (_DQ, "bias, causal, dropout", 256, "bf16"): (2, 0),
-    (_DKV, "bias, causal, dropout", 256, "fp32"): (14, 0),
-    (_DQ, "bias", 256, "fp32"): (26, 0),
+    (_DKV, "bias, causal, dropout", 256, "fp32"): (11, 0),
+    (_DQ, "bias", 256, "fp32"): (36, 0),
     (_DQ, "bias, causal, dropout", 128, "fp32"): (2, 0),
-    (_DQ, "bias, causal, dropout", 256, "fp32"): (36, 0),
-}
-
-# How many warps compute the same float32 scores, by kernel and head_dim.
-FLOAT32_TIMES = {
-    (f"_attention_{kernel}_kernel", head_dim): 1.05
-    for kernel in ("forward", "backward_q", "backward_kv")
-    for head_dim in (64, 128, 256)
+    (_DQ, "bias, causal, dropout", 256, "fp32"): (51, 0),
 }

@@ -22,24 +22,21 @@ from .primitives import (
     QUERY_PADDING,
     DistanceLimits,
     Features,
-    RowTile,
-    StridedRows,
     TileRange,
     TileShape,
     apply_softcap,
     between,
     dot_transposed,
+    find_again,
     find_tile,
-    hide_step,
-    load_rows,
     padded_plane,
     padded_start,
     params_of_head,
     program_place,
     query_ranges,
-    select_rows,
     tile_biases,
 )
+from .rows import RowTile, StridedRows, hide, load_rows, select_rows
 
 
 class _Queries(NamedTuple):
@@ -91,7 +88,7 @@ def _backward_queries(
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
         if EDGE and FEATURES.BIAS and FEATURES.RIGHT:
             start = tl.where(start < jump.at, start, start + jump.distance)
-        start = hide_step(start, k.rows)
+        start = hide(start, k.rows.count)
         q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
         query = start + column
@@ -297,8 +294,8 @@ def _attention_backward_kv_kernel(
     dk_tile, dv_tile = grads
     if WIDE:
         dk_tile, dv_tile = tl.trans(dk_tile), tl.trans(dv_tile)
+    first_key, span_k, kv_head = find_again(number, seq, kv_head, cu_seqlens_k, KEYS)
     dk_rows = select_rows(dk, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)  # contiguous
     dv_rows = select_rows(dv, span_k, HEADS // GROUP * HEAD_DIM, kv_head, HEAD_DIM, 1)
-    first_key = hide_step(first_key, span_k)
     store_sums(dk_rows, dk_tile, scale, first_key, KEYS, SHAPE)
     store_sums(dv_rows, dv_tile, 1.0, first_key, KEYS, SHAPE)

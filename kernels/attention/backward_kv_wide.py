@@ -13,14 +13,8 @@ from __future__ import annotations
 
 from .._triton import tl, triton
 from .dropout import dropout_keep_mask
-from .primitives import (
-    apply_softcap,
-    between,
-    hide_step,
-    load_rows,
-    tile_biases,
-    visible_keys,
-)
+from .primitives import apply_softcap, between, tile_biases, visible_keys
+from .rows import hide, load_rows
 
 
 @triton.jit
@@ -63,7 +57,7 @@ def backward_queries_wide(
     for start in range(tiles.first, tiles.last, SHAPE.QUERIES):
         if EDGE and FEATURES.BIAS and FEATURES.RIGHT:
             start = tl.where(start < jump.at, start, start + jump.distance)
-        start = hide_step(start, k.rows)
+        start = hide(start, k.rows.count)
         q = load_rows(queries.q, start, SHAPE.QUERIES, EDGE, SHAPE)  # [BM, COLUMNS]
         dout = load_rows(queries.dout, start, SHAPE.QUERIES, EDGE, SHAPE)
         query = start + row

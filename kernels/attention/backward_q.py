@@ -31,7 +31,6 @@ from .primitives import (
     QUERY_PADDING,
     DistanceLimits,
     Features,
-    RowTile,
     TileRange,
     TileShape,
     apply_softcap,
@@ -39,19 +38,18 @@ from .primitives import (
     bias_beyond,
     dot_transposed,
     edge_range,
+    find_again,
     find_tile,
-    hide_step,
     key_ranges,
     load_lse,
-    load_rows,
     padded_plane,
     padded_start,
     params_of_head,
     program_place,
-    select_rows,
     tile_biases,
     visible_keys,
 )
+from .rows import RowTile, hide, load_rows, select_rows
 
 
 class _QueryTile(NamedTuple):
@@ -105,11 +103,12 @@ def _spread(columns, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _sum_diagonals(dscores, corners, SHAPE: tl.constexpr):
+def _sum_diagonals(dscores, corners, start, SHAPE: tl.constexpr):
     """[SPAN] sums of the tile's diagonals, and the blocks that the next tile has to add.
 
     Entry x belongs to the distance ``base + x - SPAN + KEYS``, where ``base`` is the distance of
-    the tile's first key from its first query. The top of this file explains the three steps.
+    the tile's first key from its first query. The top of this file explains the three steps. What
+    they read from where is computed again for another ``start``.
     """
     ROWS: tl.constexpr = SHAPE.QUERIES // 16
     BLOCKS: tl.constexpr = SHAPE.KEYS // 8
@@ -123,13 +122,15 @@ def _sum_diagonals(dscores, corners, SHAPE: tl.constexpr):
     COLUMNS: tl.constexpr = max(ROWS * BLOCKS, 16)
     # Within a block, f - b + 8 is one of 1 ... 15.
     block = tl.arange(0, 64)[None, :]
-    selector = (block % 8 - block // 8 + 8 == tl.arange(0, 16)[:, None]).to(tl.float32)
+    # With wide float32 rows, products need the registers that a constant selector would take.
+    middle = hide(8, start) if SHAPE.CHUNK and SHAPE.COLUMNS > 128 else 8
+    selector = (block % 8 - block // 8 == tl.arange(0, 16)[:, None] - middle).to(tl.float32)
     sums = tl.dot(selector, folded, input_precision=SHAPE.PRECISION)  # [16, COLUMNS]
     # Distance x lies in two neighboring blocks of each r, and in two neighboring r of each block.
     # The smaller number of parts is summed. Entry 0 is always 0.
     PARTS: tl.constexpr = min(2 * ROWS, BLOCKS)
-    entry = tl.arange(0, PARTS * SPAN)
-    x, part = entry % SPAN, entry // SPAN
+    entry = tl.arange(0, PARTS * SPAN) + hide(SPAN, start)
+    x, part = entry % SPAN, entry // SPAN - 1
     shift = x // 8 - (SPAN - SHAPE.KEYS) // 8 + 2  # n of the block with r = 0 and h = 0
     if BLOCKS < 2 * ROWS:
         n = part
@@ -144,6 +145,13 @@ def _sum_diagonals(dscores, corners, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def _as_distances(rows, SHAPE: tl.constexpr):
+    """[SPAN] numbers that have the same sum as ``rows``, [BM]."""
+    x = tl.arange(0, 2 * max(SHAPE.QUERIES, SHAPE.KEYS))
+    return tl.where(x < SHAPE.QUERIES, tl.gather(rows, x % SHAPE.QUERIES, 0), 0.0)
+
+
+@triton.jit
 def _write_distances(sums, base, partial, reach, COUNT: tl.constexpr, SHAPE: tl.constexpr):
     """Store the first COUNT sums; return those below and above the reach, and the others.
 
@@ -153,7 +161,7 @@ def _write_distances(sums, base, partial, reach, COUNT: tl.constexpr, SHAPE: tl.
     SPAN: tl.constexpr = 2 * max(SHAPE.QUERIES, SHAPE.KEYS)
     x = tl.arange(0, SPAN)
     index = base + (SHAPE.KEYS - SPAN) + x + reach
-    tl.store(partial + 1 + index, sums, mask=(index >= 0) & (index <= 2 * reach) & (x < COUNT))
+    tl.store(partial + 1 + index, sums, mask=(index.to(tl.uint32) <= 2 * reach) & (x < COUNT))
     before = tl.where((index < 0) & (x < COUNT), sums, 0.0)
     after = tl.where((index > 2 * reach) & (x < COUNT), sums, 0.0)
     others = tl.gather(sums, (x + SHAPE.KEYS) % SPAN, 0)
@@ -179,7 +187,7 @@ def _backward_keys(
     corners, carry, before, after = diagonals
     q, dout = queries.q, queries.dout
     row = tl.arange(0, SHAPE.QUERIES)[:, None]
-    query = q.first + tl.arange(0, SHAPE.QUERIES)
+    query = hide(q.first, tiles.first) + tl.arange(0, SHAPE.QUERIES)
     offset = keys.count - q.rows.count
     position = query + offset
     first_key, last_key = visible_keys(position, keys.count, params.limits, FEATURES)
@@ -187,7 +195,7 @@ def _backward_keys(
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
         # Far tiles of 64 x 64 scores of 128 columns have few values: there, the form costs time.
         if tiles.TABLE or tiles.MASKED or SHAPE.COLUMNS != 128 or SHAPE.QUERIES != 64:
-            start = hide_step(start, keys)
+            start = hide(start, keys.count)
         k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
         product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)
@@ -205,7 +213,8 @@ def _backward_keys(
         dscores = weights * (dweights - queries.delta[:, None])  # of the score with its bias
         if FEATURES.DTABLE:
             if tiles.TABLE:
-                sums, corners = _sum_diagonals(dscores, corners, SHAPE)
+                again = start if SHAPE.CHUNK and SHAPE.COLUMNS > 128 else tiles.first
+                sums, corners = _sum_diagonals(dscores, corners, again, SHAPE)
                 more_before, more_after, carry = _write_distances(
                     carry + sums,
                     start - gap - (q.first + offset),
@@ -262,46 +271,47 @@ def _backward_all_keys(
         TileRange(first, near, bias_beyond(params, False, FEATURES), FEATURES.LEFT, False),
         0, FEATURES, SHAPE,
     )
-    if FEATURES.BIAS:
-        if not FEATURES.LEFT:
-            grads = _backward_keys(
-                grads, queries, keys, values, params, dropout, partial,
-                TileRange(near, whole, 0.0, False, True), 0, FEATURES, SHAPE,
-            )
-        edge, edge_end, gap = edge_range(whole, far, last, end, FEATURES)
+    before = _as_distances(grads.far_sum, SHAPE)
+    grads = _QueryGrads(grads.dq, no_rows, grads.diagonals)
+    # Keys beyond the reach come first, because the loops that read the table take most registers.
+    if FEATURES.BIAS and not FEATURES.LEFT:
         grads = _backward_keys(
             grads, queries, keys, values, params, dropout, partial,
-            TileRange(edge, edge_end, 0.0, True, True), gap, FEATURES, SHAPE,
+            TileRange(far, last, bias_beyond(params, True, FEATURES), False, False),
+            0, FEATURES, SHAPE,
         )
-        dq, rows_before, diagonals = grads
-        if FEATURES.DTABLE:
-            # What is left is written as if a tile without scores followed.
-            nothing = tl.zeros([SHAPE.QUERIES, SHAPE.KEYS], tl.float32)
-            sums, _ = _sum_diagonals(nothing, diagonals.corners, SHAPE)
-            following = tl.maximum((edge_end + SHAPE.KEYS - 1) // SHAPE.KEYS * SHAPE.KEYS, edge)
-            base = following - gap - first_position
-            more_before, more_after, _ = _write_distances(
-                sums + diagonals.carry, base, partial, reach, SPAN, SHAPE
-            )
-            before = tl.sum(diagonals.before + more_before) + tl.sum(rows_before)
-            after = tl.sum(diagonals.after + more_after)
-        grads = _QueryGrads(dq, no_rows, _Diagonals(corners, zeros, zeros, zeros))
-        if not FEATURES.LEFT:
-            grads = _backward_keys(
-                grads, queries, keys, values, params, dropout, partial,
-                TileRange(far, last, bias_beyond(params, True, FEATURES), False, False),
-                0, FEATURES, SHAPE,
-            )
-    if FEATURES.LEFT or not FEATURES.BIAS:
+    else:
         grads = _backward_keys(
             grads, queries, keys, values, params, dropout, partial,
             TileRange(last, end, bias_beyond(params, True, FEATURES), True, False),
             0, FEATURES, SHAPE,
         )
+    if FEATURES.BIAS:
+        edge, edge_end, gap = edge_range(whole, far, last, end, FEATURES)
+        after = _as_distances(grads.far_sum, SHAPE)
+        grads = _QueryGrads(grads.dq, no_rows, _Diagonals(corners, zeros, before, after))
+        if not FEATURES.LEFT:
+            grads = _backward_keys(
+                grads, queries, keys, values, params, dropout, partial,
+                TileRange(near, whole, 0.0, False, True), 0, FEATURES, SHAPE,
+            )
+        grads = _backward_keys(
+            grads, queries, keys, values, params, dropout, partial,
+            TileRange(edge, edge_end, 0.0, True, True), gap, FEATURES, SHAPE,
+        )
     # fmt: on
     if FEATURES.DTABLE:
-        tl.store(partial, before)
-        tl.store(partial + 2 * reach + 2, after + tl.sum(grads.far_sum))
+        # What is left is written as if a tile without scores followed.
+        corners, carry, before, after = grads.diagonals
+        nothing = tl.zeros([SHAPE.QUERIES, SHAPE.KEYS], tl.float32)
+        following = tl.maximum((edge_end + SHAPE.KEYS - 1) // SHAPE.KEYS * SHAPE.KEYS, edge)
+        sums, _ = _sum_diagonals(nothing, corners, following, SHAPE)
+        base = following - gap - first_position
+        more_before, more_after, _ = _write_distances(
+            sums + carry, base, partial, reach, SPAN, SHAPE
+        )
+        tl.store(partial, tl.sum(before + more_before))
+        tl.store(partial + 2 * reach + 2, tl.sum(after + more_after))
     return grads.dq
 
 
@@ -400,7 +410,6 @@ def _attention_backward_q_kernel(
     dropout = dropout_params(tl.load(seed) if DROPOUT else 0, seq, head, dropout_p)
     queries = _QueryTile(q_tile, dout_tile, row_lse, row_delta)
     grad = _backward_all_keys(queries, keys, values, params, dropout, partials, FEATURES, SHAPE)
+    first, span_q, head = find_again(number, seq, head, cu_seqlens_q, QUERIES)
     dq_rows = select_rows(dq, span_q, HEADS * HEAD_DIM, head, HEAD_DIM, 1)
-    if COLUMNS != 128 or QUERIES != 64:  # as in `_backward_keys`
-        first = hide_step(first, dq_rows)
     store_sums(dq_rows, grad, scale, first, QUERIES, SHAPE)

@@ -12,7 +12,7 @@ Other rows have one tensor for all columns.
 from __future__ import annotations
 
 from .._triton import tl, triton
-from .primitives import load_columns, store_columns, store_rows
+from .rows import load_columns, store_columns, store_rows
 
 
 @triton.jit

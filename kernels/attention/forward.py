@@ -23,7 +23,6 @@ from .launch import SIZES, constant_arguments, tile_arguments
 from .primitives import (
     DistanceLimits,
     Features,
-    RowTile,
     TileRange,
     TileShape,
     apply_softcap,
@@ -32,16 +31,13 @@ from .primitives import (
     dot_transposed,
     edge_range,
     find_tile,
-    hide_step,
     key_ranges,
-    load_rows,
     params_of_head,
     program_place,
-    select_rows,
-    store_rows,
     tile_biases,
     visible_keys,
 )
+from .rows import RowTile, hide, load_rows, select_rows, store_rows
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import Tile, num_tiles, tile_for
 
@@ -69,7 +65,7 @@ def _attend_keys(
     for start in range(tiles.first, tiles.last, SHAPE.KEYS):
         # Without it, narrow rows that see all keys fit into 128 registers: two programs on an SM.
         if tiles.MASKED or FEATURES.RIGHT or SHAPE.COLUMNS > 64:
-            start = hide_step(start, keys)
+            start = hide(start, keys.count)
         k = load_rows(keys, start, SHAPE.KEYS, tiles.MASKED, SHAPE)  # [BN, COLUMNS]
         v = load_rows(values, start, SHAPE.KEYS, tiles.MASKED, SHAPE)
         product = dot_transposed(q, RowTile(k, keys, start), tiles.MASKED, SHAPE)

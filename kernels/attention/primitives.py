@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from .._triton import tl, triton
 from ..loss_kernels import _tanh
+from .rows import hide, load_columns, read_span
 
 # Each row of the table is extended by this many copies of its first and of its last entry, so that
 # tiles which are partly beyond the reach need no clamp: at least the queries and keys of a tile.
@@ -35,29 +36,6 @@ TABLE_PADDING = tl.constexpr(256)
 # Entries behind the queries of each sequence in what dq's kernel writes for the kernel of dk and
 # dv: at least the queries of a tile of the latter, less one.
 QUERY_PADDING = tl.constexpr(64)
-
-
-class Span(NamedTuple):
-    """The rows of one sequence in a packed tensor."""
-
-    start: tl.tensor  # int64
-    count: tl.tensor
-
-
-class StridedRows(NamedTuple):
-    """The rows of one sequence and head in memory. The elements of a row are contiguous."""
-
-    base: tl.tensor  # pointer to the first row
-    count: tl.tensor
-    stride: tl.tensor  # elements from one row to the next: a constant of the compiled kernel
-
-
-class RowTile(NamedTuple):
-    """A tile of consecutive rows: its values and where they are in memory."""
-
-    data: tl.tensor  # [rows, COLUMNS]
-    rows: StridedRows
-    first: tl.tensor  # index of the tile's first row in `rows`
 
 
 class DistanceLimits(NamedTuple):
@@ -136,12 +114,24 @@ def find_tile(tile, cu_seqlens, other_cu_seqlens, num_seqs, SIZE: tl.constexpr):
         starts_before = tl.load(cu_seqlens + middle) // SIZE + middle <= tile
         seq = tl.where(starts_before, middle, seq)
         end = tl.where(starts_before, end, middle)
-    start, end = tl.load(cu_seqlens + seq), tl.load(cu_seqlens + seq + 1)
-    other_start, other_end = tl.load(other_cu_seqlens + seq), tl.load(other_cu_seqlens + seq + 1)
-    # int64: offsets can exceed 2**31. Through uint32, the upper half is known to be 0.
-    span = Span(start.to(tl.uint32).to(tl.int64), end - start)
-    other_span = Span(other_start.to(tl.uint32).to(tl.int64), other_end - other_start)
-    return seq, (tile - start // SIZE - seq) * SIZE, span, other_span
+    span, other_span = read_span(cu_seqlens, seq), read_span(other_cu_seqlens, seq)
+    return seq, _first_row(tile, seq, span, SIZE), span, other_span
+
+
+@triton.jit
+def find_again(tile, seq, head, cu_seqlens, SIZE: tl.constexpr):
+    """The first row of a tile, its sequence's span, and its head: to store what a loop computed.
+
+    They are computed from a few numbers again, so that nothing of them takes registers in the loop.
+    """
+    seq = hide(seq, tl.load(cu_seqlens))
+    span = read_span(cu_seqlens, seq)
+    return _first_row(hide(tile, span.count), seq, span, SIZE), span, hide(head, span.count)
+
+
+@triton.jit
+def _first_row(tile, seq, span, SIZE: tl.constexpr):
+    return (tile - span.start.to(tl.int32) // SIZE - seq) * SIZE
 
 
 @triton.jit
@@ -158,13 +148,6 @@ def padded_start(head, seq, span, total, num_seqs):
 def padded_plane(HEADS: tl.constexpr, total, num_seqs):
     """The entries of one ``(heads, total + num_seqs * QUERY_PADDING)``."""
     return HEADS * (total.to(tl.int64) + num_seqs * QUERY_PADDING)
-
-
-@triton.jit
-def select_rows(base, span, stride, head, head_stride, UNIT: tl.constexpr):
-    """The rows of one sequence and one head. ``head_stride`` is in units of ``UNIT`` elements."""
-    first = base + span.start * stride + head.to(tl.int64) * head_stride * UNIT
-    return StridedRows(first, span.count, stride)
 
 
 @triton.jit
@@ -287,67 +270,6 @@ def query_ranges(
 
 
 @triton.jit
-def hide_step(start, rows):
-    """``start``, a row of ``rows``, in a form in which the compiler does not see where it is from.
-
-    Where it sees that a loop advances by a constant, it keeps the address of each load of a thread
-    in two registers. Otherwise it computes addresses in each tile, and those of stores at the end.
-    """
-    return tl.where(rows.count > 0, start, 0)
-
-
-@triton.jit
-def load_rows(rows, first, SIZE: tl.constexpr, MASKED: tl.constexpr, SHAPE: tl.constexpr):
-    """[SIZE, COLUMNS] from row ``first`` on; MASKED if the rows may end within the tile."""
-    return load_columns(rows, first, 0, SIZE, SHAPE.COLUMNS, MASKED, SHAPE)
-
-
-@triton.jit
-def load_columns(
-    rows,
-    first,
-    first_column,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr,
-    SHAPE: tl.constexpr,
-):
-    """[SIZE, COLUMNS] from a row and a column on, 0 past the last row and the last column."""
-    row = tl.arange(0, SIZE)
-    column = first_column + tl.arange(0, COLUMNS)
-    # One product per row, so that no row keeps an address. int64: offsets can exceed 2**31.
-    place = first + row
-    tile = rows.base + column[None, :] + place[:, None].to(tl.int64) * rows.stride
-    if MASKED:
-        inside = (place < rows.count)[:, None]
-        if SHAPE.HEAD_DIM % COLUMNS:
-            inside = inside & (column < SHAPE.HEAD_DIM)[None, :]
-        return tl.load(tile, mask=inside, other=0.0)
-    if SHAPE.HEAD_DIM % COLUMNS:  # every row exists, but not every column
-        return tl.load(tile, mask=(column < SHAPE.HEAD_DIM)[None, :], other=0.0)
-    return tl.load(tile)
-
-
-@triton.jit
-def store_rows(rows, tile, first, SIZE: tl.constexpr, SHAPE: tl.constexpr):
-    """Store [SIZE, COLUMNS] as rows from ``first`` on, rounded to the dtype in memory."""
-    store_columns(rows, tile, first, 0, SIZE, SHAPE.COLUMNS, SHAPE)
-
-
-@triton.jit
-def store_columns(
-    rows, tile, first, first_column, SIZE: tl.constexpr, COLUMNS: tl.constexpr, SHAPE: tl.constexpr
-):
-    """Store [SIZE, COLUMNS] from a row and a column on, rounded to the dtype in memory."""
-    row = tl.arange(0, SIZE)
-    column = first_column + tl.arange(0, COLUMNS)
-    target = rows.base + tl.full([], first, tl.int64) * rows.stride
-    target = target + row[:, None] * rows.stride + column[None, :]
-    inside = (first + row < rows.count)[:, None] & (column < SHAPE.HEAD_DIM)[None, :]
-    tl.store(target, tile.to(rows.base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def load_lse(lse, row, num_rows):
     """Base-2 logsumexp of each row; +inf past the last row and where no key is visible.
 
@@ -367,10 +289,9 @@ def dot_transposed(left, right, MASKED: tl.constexpr, SHAPE: tl.constexpr):
     """
     if SHAPE.CHUNK:
         product = tl.zeros([left.data.shape[0], right.data.shape[0]], tl.float32)
+        first = hide(left.first, right.first)  # in a loop, `right` moves
         for column in range(0, SHAPE.HEAD_DIM, SHAPE.CHUNK):
-            a = load_columns(
-                left.rows, left.first, column, left.data.shape[0], SHAPE.CHUNK, True, SHAPE
-            )
+            a = load_columns(left.rows, first, column, left.data.shape[0], SHAPE.CHUNK, True, SHAPE)
             b = load_columns(
                 right.rows, right.first, column, right.data.shape[0], SHAPE.CHUNK, MASKED, SHAPE
             )

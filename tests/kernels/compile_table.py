@@ -6,10 +6,12 @@ kernel or a case has changed, the table must be made again.
 """
 
 import ast
+import collections
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .predicted import Prediction
 from .tile_counts import MODEL, LoopCount
@@ -97,16 +99,32 @@ def read(path: Path = COMMITTED) -> tuple[str, str, set[str]]:
     return head[1], head[2], {line for line in text.splitlines() if line.startswith("| _")}
 
 
-def read_ceilings(path: Path = COMMITTED) -> dict[tuple[str, str, str, int], int]:
-    """The serial ceiling of each loop of attention, by kernel, case, target and number of the loop.
+class Loop(NamedTuple):
+    """What a loop of attention is called, whatever the order of loops of other kinds."""
 
-    Empty for a table that was made with another model of the ceilings.
-    """
+    kernel: str
+    case: str
+    target: str
+    kind: str
+    number: int  # among the loops of its kind
+
+
+def ceilings(counts: Iterable[dict[str, Any]]) -> dict[Loop, int]:
+    """The serial ceiling of each loop, from the fields of `LoopCount`."""
+    found: dict[Loop, int] = {}
+    numbers: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for row in sorted(counts, key=lambda row: int(row["loop"])):
+        name = row["kernel"], row["case"], row["target"], row["kind"]
+        found[Loop(*name, numbers[name])] = int(row["serial"])
+        numbers[name] += 1
+    return found
+
+
+def read_ceilings(path: Path = COMMITTED) -> dict[Loop, int]:
+    """The serial ceilings of a table. Empty if it was made with another model of the ceilings."""
     if f"\nModel {MODEL}.\n" not in path.read_text(encoding="utf-8"):
         return {}
-    rows = (line.strip("| ").split(" | ") for line in read(path)[2])
-    loops = (row for row in rows if len(row) == len(LoopCount._fields))
-    return {(*row[:3], int(row[4])): int(row[-1]) for row in loops}
+    return ceilings(read_counts(path))
 
 
 def read_counts(path: Path = COMMITTED) -> list[dict[str, str]]:

@@ -80,7 +80,8 @@ def varlen_attention(
 
     Raises:
         TypeError: if q, k and v have different dtypes, or they or the bias are not floating point.
-        ValueError: if an argument has a wrong shape, device or value. The message names it.
+        ValueError: if an argument has a wrong shape, device or value, or if the kernels get 2**30
+            rows or more. The message names it.
     """
     if deterministic is not None and not torch.compiler.is_compiling():
         message = "deterministic has no effect and is deprecated; leave it out of varlen_attention"

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .primitives import TABLE_PADDING
+from .rows import MOST_ROWS
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import Tile, chunk_for, padded_head_dim, precision
 
@@ -32,8 +33,17 @@ def head_unit(*sides: Tensor) -> int:
 
 
 def size_arguments(inputs: AttentionInputs, unit: int) -> tuple[int, ...]:
-    """The values of `SIZES`: what changes from batch to batch."""
+    """The values of `SIZES`: what changes from batch to batch.
+
+    Raises:
+        ValueError: q or k has more rows than the kernels can count.
+    """
     q, k, v, cu_seqlens_q, _, table, _ = inputs
+    for name, rows in (("q", q.shape[0]), ("k", k.shape[0])):
+        if rows >= MOST_ROWS.value:
+            raise ValueError(
+                f"{name} must have less than 2**30 rows, got {rows}: divide its sequences"
+            )
     reach = 0 if table is None else table.shape[1] // 2 - TABLE_PADDING.value
     strides = (side.stride(1) // unit for side in (q, k, v))
     return cu_seqlens_q.numel() - 1, q.shape[0], reach, *strides

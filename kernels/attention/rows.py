@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from .._triton import tl, triton
 
+# A tensor has fewer rows, so that int32 holds a position plus a window, and the end of a tile.
+MOST_ROWS = tl.constexpr(2**30)
+
 
 class Span(NamedTuple):
     """The rows of one sequence in a packed tensor."""
@@ -56,7 +59,7 @@ def hide(value, row):
     rows, and takes no registers in between. The compiler would, for example, keep the address of
     each load of a thread in two registers, where it sees that a loop advances by a constant.
     """
-    return tl.where(row != 0x7FFFFF00, value, 0)  # no sequence has so many rows
+    return tl.where(row != MOST_ROWS, value, 0)  # no row has this number
 
 
 @triton.jit

@@ -5,6 +5,8 @@ import torch
 
 from tokenpack.kernels import varlen_attention
 from tokenpack.kernels._triton import INTERPRETED
+from tokenpack.kernels.attention.launch import size_arguments
+from tokenpack.kernels.attention.spec import AttentionInputs
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs the kernels in Triton's interpreter")
 
@@ -28,3 +30,15 @@ def test_offsets_are_checked_again_after_a_change():
     bounds[2] = 9
     with pytest.raises(RuntimeError, match="cu_seqlens_q must be"):
         varlen_attention(q, k, v, bounds, bounds)
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_rows_that_int32_cannot_count_are_an_error(side):
+    bounds = torch.tensor([0, 1], dtype=torch.int32)
+    tensors = {"q": torch.empty(1, 1, 16), "k": torch.empty(1, 1, 16)}
+    tensors[side] = tensors[side].expand(2**30, 1, 16)
+    inputs = AttentionInputs(tensors["q"], tensors["k"], tensors["k"], bounds, bounds, None, None)
+    with pytest.raises(
+        ValueError, match=rf"{side} must have less than 2\*\*30 rows, got 1073741824"
+    ):
+        size_arguments(inputs, 1)

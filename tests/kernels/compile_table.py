@@ -9,9 +9,8 @@ import ast
 import collections
 import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .predicted import Prediction
 from .tile_counts import MODEL, LoopCount
@@ -109,13 +108,13 @@ class Loop(NamedTuple):
     number: int  # among the loops of its kind
 
 
-def ceilings(counts: Iterable[dict[str, Any]]) -> dict[Loop, int]:
-    """The serial ceiling of each loop, from the fields of `LoopCount`."""
+def ceilings(counts: list[LoopCount]) -> dict[Loop, int]:
+    """The serial ceiling of each loop."""
     found: dict[Loop, int] = {}
     numbers: collections.Counter[tuple[str, ...]] = collections.Counter()
-    for row in sorted(counts, key=lambda row: int(row["loop"])):
-        name = row["kernel"], row["case"], row["target"], row["kind"]
-        found[Loop(*name, numbers[name])] = int(row["serial"])
+    for row in sorted(counts, key=lambda row: row.loop):
+        name = row.kernel, row.case, row.target, row.kind
+        found[Loop(*name, numbers[name])] = row.serial
         numbers[name] += 1
     return found
 
@@ -127,11 +126,12 @@ def read_ceilings(path: Path = COMMITTED) -> dict[Loop, int]:
     return ceilings(read_counts(path))
 
 
-def read_counts(path: Path = COMMITTED) -> list[dict[str, str]]:
+def read_counts(path: Path = COMMITTED) -> list[LoopCount]:
     """The loops of attention."""
+    types = LoopCount.__annotations__.values()
     rows = (line.strip("| ").split(" | ") for line in sorted(read(path)[2]))
-    loops = (row for row in rows if len(row) == len(LoopCount._fields))
-    return [dict(zip(LoopCount._fields, row, strict=True)) for row in loops]
+    loops = (row for row in rows if len(row) == len(types))
+    return [LoopCount(*(of(cell) for of, cell in zip(types, row, strict=True))) for row in loops]
 
 
 def read_predictions(path: Path = COMMITTED) -> list[dict[str, str]]:

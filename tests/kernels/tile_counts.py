@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenpack.kernels.attention import primitives, rows
+from tokenpack.kernels.attention import primitives
+from tokenpack.kernels.attention.rows import load_columns
 
 from .loop_trips import kind_of
 
@@ -145,7 +146,7 @@ def _lines_of_kinds() -> list[set[tuple[str, int]]]:
         text, first = inspect.getsourcelines(function.fn)
         return {(file, first + i) for i, one in enumerate(text) if pattern in one}
 
-    edge = lines(rows.load_columns, "rows.count")
+    edge = lines(load_columns, "rows.count")
     return [lines(primitives.tile_biases), lines(primitives.between), edge]
 
 
